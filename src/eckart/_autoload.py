@@ -1,0 +1,1 @@
+def arm(): pass

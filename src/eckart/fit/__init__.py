@@ -1,0 +1,7 @@
+"""Fitting: from a matrix and a metric to the nearest map of a family, with its error."""
+
+from eckart.fit.metric import Metric as Metric
+from eckart.fit.metric import metric as metric
+from eckart.fit.regression import Fit as Fit
+from eckart.fit.regression import Regression as Regression
+from eckart.fit.regression import regress as regress

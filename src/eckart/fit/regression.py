@@ -1,0 +1,212 @@
+"""Reduced-rank regression: the best map of rank k under a metric, in closed form, with the error of every rank.
+
+    min over rank W' <= k and c of  E | T (W x - W' x^ - c) |^2
+    W* = W C G^^-1,  K = T W* G^ W*^T T^T = V diag(s^2) V^T,  W' = T^-1 V_k V_k^T T W*,  c = W E[x] - W' E[x^]
+
+Eigen-decomposes the smaller side in float64. If n < m that is L W*^T B W* L = R diag(s^2) R^T with L L = G^, and
+T^-1 V_k = W* L R_k s^-1, so no root of the larger side is ever taken. Neither moment needs to be regular: roots have
+their smallest eigenvalues raised to 1e-12 of the largest, and directions without data keep W.
+
+Plain SVD, FWSVD, ASVD, SVD-LLM, AFM, KFAC-SVD and AA-SVD are special cases (Izenman 1975, "Reduced-rank regression for
+the multivariate linear model", for the form without T).
+"""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from eckart.errors import EckartError
+from eckart.fit.metric import Metric
+from eckart.linalg import TopEigen, psd_roots, top_eigen
+from eckart.maps import LinearMap, LowRank, storage
+
+# Eigenvalues of K below this share of the largest are rounding in float64: such directions carry no error.
+NUMERICAL_RANK = 1e-13
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A fitted layer.
+
+    Attributes:
+        map: the map W', in the dtype asked for.
+        bias: (m,), or None if the metric is uncentred and the layer had none.
+        error: E |T (W x - W' x^ - c)|^2 before rounding to that dtype.
+        relative: the error over E |T W x|^2, that of the zero map.
+    """
+
+    map: LinearMap
+    bias: Tensor | None
+    error: float
+    relative: float
+
+
+@dataclass(frozen=True, slots=True)
+class Regression:
+    """The solution of the regression for every rank at once.
+
+    Attributes:
+        weight: W (m, n), float64.
+        target: W* (m, n), the unconstrained optimum; float64, or the working dtype of the randomized solver.
+        metric: the metric minimised.
+        eigen: the eigenpairs of K on its smaller side.
+        side: "outputs" if K is (m, m), "inputs" if (n, n).
+        roots: the root of that side's moment and its inverse, each (size, size), (size,), or None for the identity.
+        total: E |T W x|^2, the error of the zero map with the best bias.
+        irreducible: the error that no rank removes: that of W*.
+    """
+
+    weight: Tensor
+    target: Tensor
+    metric: Metric
+    eigen: TopEigen
+    side: str
+    roots: tuple[Tensor, Tensor] | None
+    total: float
+    irreducible: float
+
+    @property
+    def rank(self) -> int:
+        """The largest useful rank among those computed: the numerical rank of K."""
+        values = self.eigen.values
+        return int((values > NUMERICAL_RANK * values[0]).sum()) if values.numel() else 0
+
+    def errors(self) -> Tensor:
+        """Return the error of rank 0, 1, ..., as far as eigenpairs were computed, float64."""
+        return self.irreducible + self.eigen.tails()
+
+    def factors(self, rank: int) -> LowRank:
+        """Return the optimal factors of a rank (or of the numerical rank, if that is smaller), balanced, in the dtype of the target."""
+        k = min(rank, self.rank)
+        vectors = self.eigen.vectors[:, :k].to(self.target.dtype)
+        root, inverse = self.roots or (None, None)
+        if self.side == "outputs":
+            up, down = _times(vectors, inverse), _times(vectors, root).mT @ self.target
+        else:
+            up = self.target @ _times(vectors, root)  # T^-1 V s
+            weighted = _times(up, self.metric.outputs)
+            if self.eigen.method == "dense":
+                scale = self.eigen.values[:k].rsqrt()
+                up, weighted = up * scale, weighted * scale
+            else:  # approximate eigenvectors: make T up orthonormal again, so that W' is the best in their span
+                factor = torch.linalg.cholesky(up.mT @ weighted)
+                up, weighted = (torch.linalg.solve_triangular(factor, t.mT, upper=False).mT for t in (up, weighted))
+            down = weighted.mT @ self.target
+        sizes = torch.linalg.vector_norm(up, dim=0), torch.linalg.vector_norm(down, dim=1)
+        tiny = torch.finfo(up.dtype).tiny
+        balance = (sizes[1] / sizes[0].clamp_min(tiny)).clamp_min(tiny).sqrt()
+        return LowRank(up * balance, down / balance[:, None])
+
+    def fit(
+        self, rank: int, stored: str = "lowrank", dtype: torch.dtype = torch.float32, bias: Tensor | None = None
+    ) -> Fit:
+        """Return the fitted layer of a rank.
+
+        Args:
+            rank: k; the map has a smaller rank if the target itself has.
+            stored: name of a `Storage`: "lowrank" or "pivoted".
+            dtype: dtype of the numbers stored. The bias is fitted to the rounded map.
+            bias: the layer's own bias (m,), added to the fitted one.
+        """
+        factors = self.factors(rank)
+        map_ = storage(stored).build(factors).to(dtype)
+        offset = None if bias is None else bias.double()
+        if self.metric.mean is not None:
+            seen = self.metric.mean if self.metric.shifted_mean is None else self.metric.shifted_mean
+            change = self.weight @ self.metric.mean - map_.to(torch.float64)(seen)
+            offset = change if offset is None else offset + change
+        error = float(self.errors()[factors.rank])
+        relative = error / self.total if self.total > 0 else 0.0
+        return Fit(map_, None if offset is None else offset.to(dtype), error, relative)
+
+
+def regress(weight: Tensor, metric: Metric | None = None, *, rank: int | None = None, accuracy: float = 0.0) -> Regression:
+    """Solve the reduced-rank regression of a layer.
+
+    Args:
+        weight: W (m, n), any floating dtype.
+        metric: what close means; None for the Frobenius norm (plain SVD).
+        rank: largest rank needed; None for all (one decomposition gives every rank).
+        accuracy: allowed relative excess of the root of the error over the optimum, for the randomized solver; 0 asks
+            for the exact one. Only worth giving for matrices of a thousand rows and more, with a rank.
+
+    Returns:
+        A `Regression`; `factors(k)` and `errors()` cost one multiplication each.
+
+    Raises:
+        EckartError: for a weight that is not a finite, non-empty matrix, or a metric of other sizes.
+    """
+    metric = metric or Metric()
+    if weight.ndim != 2 or 0 in weight.shape:
+        raise EckartError(f"a fit needs a non-empty matrix, got a tensor of shape {tuple(weight.shape)}")
+    if not weight.is_floating_point() or not torch.isfinite(weight).all():
+        raise EckartError(f"the weight {tuple(weight.shape)} of dtype {weight.dtype} must be floating without NaN or Inf")
+    metric.check(weight)
+    w = weight.detach().double()
+    side = "outputs" if w.shape[0] <= w.shape[1] else "inputs"
+    inner, outer = (metric.seen, metric.outputs) if side == "outputs" else (metric.outputs, metric.seen)
+    roots = None if outer is None else psd_roots(outer)
+    if accuracy > 0 and metric.shifted is None and rank is not None:
+        target = weight.detach()
+        eigen = _fast_eigen(target, inner, roots, side, rank, accuracy)
+        target = target.to(torch.promote_types(target.dtype, eigen.vectors.dtype))
+    else:
+        target = _target(w, metric)
+        eigen = top_eigen(_gram(target, inner, roots, side), rank)
+    total, irreducible = eigen.trace, 0.0
+    if metric.shifted is not None and metric.inputs is not None:
+        total = max(_energy(w, metric.inputs, metric.outputs), eigen.trace)
+        irreducible = total - eigen.trace
+    return Regression(w, target, metric, eigen, side, roots, total, irreducible)
+
+
+def _target(w: Tensor, metric: Metric) -> Tensor:
+    """Return W* = W C G^^-1; directions in which G^ is numerically singular keep W."""
+    if metric.shifted is None or metric.cross is None:
+        return w
+    shifted, cross = metric.shifted, metric.cross
+    values, vectors = torch.linalg.eigh(shifted)
+    largest = float(values[-1]) if values.numel() else 0.0
+    seen = values > 1e-10 * largest if largest > 0 else torch.zeros_like(values, dtype=torch.bool)
+    basis = vectors[:, seen]
+    return w + (w @ ((cross - shifted) @ basis) / values[seen]) @ basis.mT
+
+
+def _gram(target: Tensor, inner: Tensor | None, roots: tuple[Tensor, Tensor] | None, side: str) -> Tensor:
+    """Return K on its smaller side: T W* G^ W*^T T^T (m, m) or L W*^T B W* L (n, n)."""
+    a = target if side == "outputs" else target.mT
+    gram = a @ _times(a.mT, inner)
+    return gram if roots is None else _times(_times(gram, roots[0]).mT, roots[0])
+
+
+def _fast_eigen(
+    weight: Tensor, inner: Tensor | None, roots: tuple[Tensor, Tensor] | None, side: str, rank: int, accuracy: float
+) -> TopEigen:
+    """Find the leading eigenpairs of K by multiplying with its factors only; K itself is never formed."""
+    parts = {"a": weight if side == "outputs" else weight.mT, "inner": inner, "root": roots[0] if roots else None}
+    copies: dict[torch.dtype, dict[str, Tensor | None]] = {}
+
+    def operator(block: Tensor) -> Tensor:
+        if block.dtype not in copies:
+            copies[block.dtype] = {k: None if t is None else t.to(block.dtype) for k, t in parts.items()}
+        p = copies[block.dtype]
+        a = cast(Tensor, p["a"])
+        return _times(a @ _times(a.mT @ _times(block, p["root"]), p["inner"]), p["root"])
+
+    # The excess of a squared error is twice that of its root.
+    return top_eigen(operator, rank, size=parts["a"].shape[0], accuracy=2 * accuracy, device=weight.device)
+
+
+def _times(matrix: Tensor, moment: Tensor | None) -> Tensor:
+    """Return M @ matrix for a moment M that may be diagonal or the identity."""
+    if moment is None:
+        return matrix
+    moment = moment.to(matrix.dtype)
+    return moment @ matrix if moment.ndim == 2 else moment[:, None] * matrix
+
+
+def _energy(w: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> float:
+    """Return E |T W x|^2 = tr(B W G W^T)."""
+    return float((_times(w.mT, inputs).mT * _times(w, outputs)).sum())

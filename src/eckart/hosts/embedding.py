@@ -1,0 +1,96 @@
+"""Hosts for token embeddings: a factored table that is looked up, and the output head tied to it.
+
+A table E (V, d) of rank k is B F with B (V, k) looked up row by row. `LowRank(up=B, down=F)` and the column-pivoted
+`Pivoted`, in which k of the d coordinates of every token are stored and the others are combinations of them, both have
+this form. A tied head computes the logits h E^T with the same tensors.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eckart.errors import EckartError
+from eckart.hosts.host import leaf
+from eckart.maps import LinearMap, LowRank, Pivoted, inverse_order
+
+
+class EmbeddingHost(nn.Module):
+    """An embedding table given by a map (V, d): `table` holds one row of k numbers per token.
+
+    Attributes:
+        table: `nn.Embedding` (V, k).
+        rest: for a pivoted table, `nn.Linear` k -> d - k; for a low-rank one, `nn.Linear` k -> d.
+        order: for a pivoted table, (d,) int32, where each coordinate is found in [pivots; rest]; otherwise absent.
+    """
+
+    def __init__(self, map_: LinearMap, padding_idx: int | None = None) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = map_.shape
+        self.padding_idx = padding_idx
+        if isinstance(map_, LowRank):
+            rows, rest, order = map_.up, map_.down.mT, None
+        elif isinstance(map_, Pivoted) and map_.axis == "columns":
+            rows, rest, order = map_.basis, map_.coefficients.mT, inverse_order(map_.order)
+        else:
+            raise EckartError(f"an embedding needs a low-rank or column-pivoted map, got {map_!r}")
+        self.table = nn.Embedding(rows.shape[0], rows.shape[1], device="meta")
+        self.table.weight = rows if isinstance(rows, nn.Parameter) else nn.Parameter(rows)
+        self.rest = leaf(rest.contiguous())
+        self.register_buffer("order", order)
+        self._inverse: tuple[tuple[int, int], Tensor] | None = None
+
+    def held_map(self) -> LinearMap:
+        """Return the table as a map (V, d) made of this module's parameters."""
+        if self.order is None:
+            return LowRank(self.table.weight, self.rest.weight.mT)
+        return Pivoted(self.table.weight, self.rest.weight.mT, inverse_order(cast(Tensor, self.order)), "columns")
+
+    def dense(self) -> Tensor:
+        """Return the table, (V, d)."""
+        return self.held_map().dense()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look up tokens: ids (...) int -> (..., d)."""
+        rows = self.table(ids)
+        if self.order is None:
+            return cast(Tensor, self.rest(rows))
+        return torch.cat((rows, self.rest(rows)), dim=-1).index_select(-1, cast(Tensor, self.order))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return hidden @ E^T: (..., d) -> (..., V)."""
+        if self.order is None:
+            return F.linear(F.linear(hidden, self.rest.weight.mT), self.table.weight)
+        k = self.table.embedding_dim
+        ordered = hidden.index_select(-1, self._input_order())
+        return F.linear(ordered[..., :k] + F.linear(ordered[..., k:], self.rest.weight.mT), self.table.weight)
+
+    def _input_order(self) -> Tensor:
+        """Return the inverse of `order`, remembered until `order` is replaced or written to."""
+        order = cast(Tensor, self.order)
+        if torch.compiler.is_compiling():
+            return inverse_order(order)
+        state = order.data_ptr(), order._version
+        if self._inverse is None or self._inverse[0] != state:
+            self._inverse = state, inverse_order(order)
+        return self._inverse[1]
+
+
+class TiedHead(nn.Module):
+    """An output head that multiplies by the embedding's own table; it holds no parameters but a bias.
+
+    The embedding is referred to, not registered: it stays the one owner of its parameters in the state dict.
+    """
+
+    def __init__(self, embedding: EmbeddingHost, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self._embedding = (embedding,)  # in a tuple, so that torch does not register it a second time
+        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return logits: (..., d) -> (..., V)."""
+        logits = self._embedding[0].logits(hidden)
+        return logits if self.bias is None else logits + self.bias
+

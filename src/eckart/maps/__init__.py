@@ -1,0 +1,46 @@
+"""The algebra: what a weight can be and what follows from that."""
+
+from eckart.maps.base import Blocks as Blocks
+from eckart.maps.base import LinearMap as LinearMap
+from eckart.maps.base import Product as Product
+from eckart.maps.base import Scaled as Scaled
+from eckart.maps.base import Spec as Spec
+from eckart.maps.base import Sum as Sum
+from eckart.maps.base import blank as blank
+from eckart.maps.base import from_spec as from_spec
+from eckart.maps.base import linear_map as linear_map
+from eckart.maps.base import require as require
+from eckart.maps.base import require_shape as require_shape
+from eckart.maps.dense import Dense as Dense
+from eckart.maps.dense import Diagonal as Diagonal
+from eckart.maps.facts import Fact as Fact
+from eckart.maps.facts import facts as facts
+from eckart.maps.facts import rank_bound as rank_bound
+from eckart.maps.lowrank import LowRank as LowRank
+from eckart.maps.lowrank import lowrank_numbers as lowrank_numbers
+from eckart.maps.lowrank import zero_map as zero_map
+from eckart.maps.masked import Masked as Masked
+from eckart.maps.norm import row_norms as row_norms
+from eckart.maps.normalized import RowNormalized as RowNormalized
+from eckart.maps.permutation import Permutation as Permutation
+from eckart.maps.permutation import inverse_order as inverse_order
+from eckart.maps.pivoted import Pivoted as Pivoted
+from eckart.maps.pivoted import pivot as pivot
+from eckart.maps.pivoted import pivoted_numbers as pivoted_numbers
+from eckart.maps.rules import simplify as simplify
+from eckart.maps.sparse import NM as NM
+from eckart.maps.sparse import Sparse as Sparse
+from eckart.maps.sparse import n_of_m as n_of_m
+from eckart.maps.sparse import sparse as sparse
+from eckart.maps.storage import STORAGES as STORAGES
+from eckart.maps.storage import Storage as Storage
+from eckart.maps.storage import storage as storage
+
+# Every map a checkpoint may name.
+FAMILIES: dict[str, type[LinearMap]] = {
+    cls.__name__: cls
+    for cls in (
+        Dense, LowRank, Pivoted, Diagonal, Permutation, Sparse, NM,
+        Sum, Product, Scaled, Blocks, RowNormalized, Masked,
+    )
+}  # fmt: skip

@@ -1,0 +1,44 @@
+"""A map multiplied entry by entry with a fixed mask."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from eckart.maps.base import LinearMap, linear_map, require, require_shape
+
+
+@linear_map
+class Masked(LinearMap):
+    """W = mask * W_1, entry by entry; used where the kept entries are trained and the mask is not.
+
+    The masked matrix is written out in every call: no product of factors survives an entrywise mask.
+
+    Attributes:
+        map: the map masked.
+        mask: (m, n) bool, True where entries are kept.
+    """
+
+    map: LinearMap
+    mask: Tensor
+
+    def __post_init__(self) -> None:
+        require_shape("Masked mask", self.mask, *self.map.shape)
+        require(self.mask.dtype == torch.bool, "Masked mask", f"dtype {self.mask.dtype}", "bool")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.map.shape
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dense())
+
+    @property
+    def T(self) -> LinearMap:
+        return Masked(self.map.T, self.mask.mT)
+
+    def dense(self) -> Tensor:
+        return self.map.dense() * self.mask
+
+    def flops(self, tokens: int = 1) -> int:
+        m, n = self.shape
+        return self.map.flops(n) + m * n + 2 * tokens * m * n

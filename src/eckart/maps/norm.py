@@ -1,0 +1,45 @@
+"""Lengths of the rows of W without forming W, where the structure allows; rules read downward."""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from eckart.errors import CostWarning
+from eckart.maps.base import LinearMap, Scaled, Sum
+from eckart.maps.dense import Dense, Diagonal
+from eckart.maps.lowrank import LowRank
+from eckart.maps.permutation import Permutation
+from eckart.maps.pivoted import Pivoted
+
+
+def row_norms(map_: LinearMap) -> Tensor:
+    """Return the Euclidean length of every row of W, (m,).
+
+    |row i of U V|^2 = u_i (V V^T) u_i^T; |a W| = |a| |W|; |row of W + U V|^2 adds the cross term 2 u_i . (W V^T)_i
+    (the factored norm of Scaling DoRA). Anything else is formed densely, with a `CostWarning`.
+    """
+    return squared_row_norms(map_).clamp_min(0).sqrt()
+
+
+def squared_row_norms(map_: LinearMap) -> Tensor:
+    """Return the squared Euclidean length of every row of W, (m,)."""
+    match map_:
+        case Dense(weight):
+            return weight.square().sum(1)
+        case Diagonal(scale):
+            return scale.square()
+        case Permutation(order):
+            return torch.ones(order.shape[0], device=order.device)
+        case LowRank(up, down):
+            return ((up @ (down @ down.mT)) * up).sum(1)
+        case Pivoted():
+            return squared_row_norms(map_.lowrank())
+        case Scaled(inner, scale):
+            return scale**2 * squared_row_norms(inner)
+        case Sum((first, LowRank(up, down))):
+            cross = (first(down).mT * up).sum(1)  # first applied to the rows of down: (k, m)
+            return squared_row_norms(first) + 2 * cross + squared_row_norms(LowRank(up, down))
+        case _:
+            warnings.warn(f"row norms of {type(map_).__name__} {map_.shape} need the dense matrix", CostWarning, stacklevel=2)
+            return map_.dense().square().sum(1)

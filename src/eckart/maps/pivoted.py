@@ -1,0 +1,121 @@
+"""Low-rank storage without redundancy: k of the rows (or columns) of W, and the others as combinations of them.
+
+Legend: W (m, n) of rank k; a row-pivoted W has y = gather([p; C p]) with p = B x, B (k, n) its pivot rows and
+C (m - k, k); a column-pivoted W has y = B (x_pivots + C x_rest) with B (m, k) and C (k, n - k).
+
+Source: Zhao et al. 2025, "Pivoting Factorization" (PIFA). Its pivots come from a QR of W; these come from a thin
+factor and have near-maximal volume, so no entry of C exceeds 1.05.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from eckart.errors import EckartError
+from eckart.linalg import pivot_rows
+from eckart.maps.base import LinearMap, linear_map, require, require_shape
+from eckart.maps.lowrank import LowRank
+from eckart.maps.permutation import inverse_order
+
+# From this many input vectors on, spelling out the identity rows of the second factor (m k numbers, written once per
+# call) beats gathering every output; measured in benchmarks/layers.py on shapes from 64 x 192 to 4096 x 4096.
+EXPAND_TOKENS = 8
+
+
+@linear_map
+class Pivoted(LinearMap):
+    """A map of rank k in k (m + n - k) numbers and one permutation: never more than m n.
+
+    Attributes:
+        basis: (k, n) pivot rows of W, or (m, k) its pivot columns.
+        coefficients: (m - k, k), or (k, n - k): the other rows or columns in terms of the pivots.
+        order: (m,) or (n,) int32. Rows: y_i is entry order[i] of [pivot outputs; other outputs]. Columns: entries
+            x[order] are [pivot inputs; other inputs].
+        axis: "rows" or "columns", which of the two are the pivots.
+    """
+
+    basis: Tensor
+    coefficients: Tensor
+    order: Tensor
+    axis: str
+
+    def __post_init__(self) -> None:
+        require(self.axis in ("rows", "columns"), "Pivoted", f"axis {self.axis!r}", "'rows' or 'columns'")
+        tall, k = self.order.shape[0], self.rank
+        other = (tall - k, k) if self.axis == "rows" else (k, tall - k)
+        require(self.order.dtype == torch.int32, "Pivoted order", f"dtype {self.order.dtype}", "int32")
+        require(k <= tall, "Pivoted", f"{k} pivots of {tall} {self.axis}", "at most all of them")
+        require_shape("Pivoted coefficients", self.coefficients, *other)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        if self.axis == "rows":
+            return self.order.shape[0], self.basis.shape[1]
+        return self.basis.shape[0], self.order.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """The number of pivots k."""
+        return self.basis.shape[0] if self.axis == "rows" else self.basis.shape[1]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        k, vectors = self.rank, x.numel() // max(x.shape[-1], 1)
+        if vectors >= EXPAND_TOKENS:
+            return self.lowrank()(x)
+        if self.axis == "rows":
+            pivots = F.linear(x, self.basis)
+            return torch.cat((pivots, F.linear(pivots, self.coefficients)), dim=-1).index_select(-1, self.order)
+        ordered = x.index_select(-1, self.order)
+        return F.linear(ordered[..., :k] + F.linear(ordered[..., k:], self.coefficients), self.basis)
+
+    @property
+    def T(self) -> LinearMap:
+        axis = "columns" if self.axis == "rows" else "rows"
+        order = inverse_order(self.order)
+        return Pivoted(self.basis.mT, self.coefficients.mT, order, axis)
+
+    def dense(self) -> Tensor:
+        return self.lowrank().dense()
+
+    def lowrank(self) -> LowRank:
+        """Return the same map as two factors, k (m + n) numbers."""
+        basis, order = self.basis, self.order
+        if self.axis == "columns":
+            return cast(LowRank, cast(Pivoted, self.T).lowrank().T)
+        unit = torch.eye(self.rank, dtype=self.coefficients.dtype, device=self.coefficients.device)
+        return LowRank(torch.cat((unit, self.coefficients)).index_select(0, order), basis)
+
+
+def pivoted_numbers(shape: tuple[int, int], rank: int) -> int:
+    """Return the numbers a `Pivoted` of that shape and rank stores: k (m + n - k)."""
+    return rank * (shape[0] + shape[1] - rank)
+
+
+def pivot(map_: LowRank, axis: str | None = None) -> Pivoted:
+    """Store a low-rank map by pivots: the same matrix up to rounding, k^2 fewer numbers.
+
+    Args:
+        map_: up (m, k) and down (k, n), both of rank k; computed in float64.
+        axis: "rows", "columns", or None for the shorter side, whose gather costs less.
+
+    Raises:
+        EckartError: if the rank exceeds a side, or a factor is rank-deficient.
+    """
+    m, n = map_.shape
+    k = map_.rank
+    require(k <= min(m, n), "pivot", f"rank {k} of a {m} x {n} map", "at most the shorter side")
+    if axis is None:
+        axis = "rows" if m <= n else "columns"
+    if axis == "columns":
+        return cast(Pivoted, pivot(cast(LowRank, map_.T), "rows").T)
+    up, down = map_.up.double(), map_.down.double()
+    try:
+        found = pivot_rows(up)
+    except torch.linalg.LinAlgError as error:
+        raise EckartError(f"pivot: the up factor {m} x {k} has a rank below {k}; truncate the map first") from error
+    order = torch.empty(m, dtype=torch.int32, device=up.device)
+    order[torch.cat((found.rows, found.rest))] = torch.arange(m, dtype=torch.int32, device=up.device)
+    dtype = map_.dtype
+    return Pivoted((up[found.rows] @ down).to(dtype), found.coefficients.to(dtype), order, "rows")

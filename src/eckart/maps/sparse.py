@@ -1,0 +1,134 @@
+"""Maps with few non-zero entries: unstructured (compressed rows) and N of every M along a row."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from eckart.maps.base import LinearMap, linear_map, require, require_shape
+
+# Up to this many input vectors the non-zeros are gathered one by one; beyond it, writing the matrix out once and
+# multiplying densely is cheaper on every density above 2 % (benchmarks/layers.py).
+GATHER_TOKENS = 2
+
+
+@linear_map
+class Sparse(LinearMap):
+    """Non-zeros stored row by row.
+
+    Attributes:
+        values: (nonzeros,), those of row i at starts[i] to starts[i + 1].
+        columns: (nonzeros,) int32, the column of each.
+        starts: (m + 1,) int32.
+        width: n.
+    """
+
+    values: Tensor
+    columns: Tensor
+    starts: Tensor
+    width: int
+
+    def __post_init__(self) -> None:
+        require_shape("Sparse columns", self.columns, *self.values.shape)
+        fits = self.starts.ndim == 1 and self.starts.shape[0] > 0 and self.values.ndim == 1
+        require(fits, "Sparse", f"starts of shape {tuple(self.starts.shape)}", "(rows + 1,)")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.starts.shape[0] - 1, self.width
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.numel() // max(self.width, 1) > GATHER_TOKENS:
+            return F.linear(x, self.dense())
+        products = x.index_select(-1, self.columns) * self.values
+        y = products.new_zeros(*x.shape[:-1], self.shape[0])
+        return y.index_add(-1, self.rows(), products)
+
+    @property
+    def T(self) -> LinearMap:
+        by_column = torch.argsort(self.columns.long() * self.shape[0] + self.rows())
+        return _sparse(self.columns[by_column], self.rows()[by_column], self.values[by_column], self.shape[::-1])
+
+    def dense(self) -> Tensor:
+        m, n = self.shape
+        flat = self.rows().long() * n + self.columns.long()
+        return self.values.new_zeros(m * n).index_add(0, flat, self.values).view(m, n)
+
+    def rows(self) -> Tensor:
+        """Return the row of each non-zero, (nonzeros,) int32."""
+        at = torch.arange(self.values.shape[0], dtype=torch.int32, device=self.values.device)
+        return (torch.searchsorted(self.starts, at, right=True) - 1).to(torch.int32)
+
+
+def _sparse(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Sparse:
+    counts = torch.zeros(shape[0] + 1, dtype=torch.int32, device=values.device)
+    counts = counts.index_add(0, rows.long() + 1, torch.ones_like(rows, dtype=torch.int32))
+    return Sparse(values, columns.to(torch.int32), counts.cumsum(0).to(torch.int32), shape[1])
+
+
+def sparse(matrix: Tensor) -> Sparse:
+    """Return the non-zero entries of a matrix as a `Sparse` map."""
+    rows, columns = matrix.nonzero(as_tuple=True)
+    return _sparse(rows, columns, matrix[rows, columns], (matrix.shape[0], matrix.shape[1]))
+
+
+@linear_map
+class NM(LinearMap):
+    """N non-zeros in every M consecutive entries of a row, as the sparse units of GPUs want (2:4).
+
+    Attributes:
+        values: (m, groups, N).
+        places: (m, groups, N) uint8, the position of each value within its group, below M.
+        period: M; n = groups M.
+    """
+
+    values: Tensor
+    places: Tensor
+    period: int
+
+    def __post_init__(self) -> None:
+        require_shape("NM places", self.places, *self.values.shape)
+        fits = self.values.ndim == 3 and self.places.dtype == torch.uint8 and self.values.shape[2] <= self.period
+        came = f"values {tuple(self.values.shape)}, places {self.places.dtype}, period {self.period}"
+        require(fits, "NM", came, "(rows, groups, N), uint8, and N at most the period")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1] * self.period
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.numel() // max(self.shape[1], 1) > GATHER_TOKENS:
+            return F.linear(x, self.dense())
+        columns = self.columns()
+        picked = x.index_select(-1, columns.flatten()).unflatten(-1, columns.shape)  # (..., m, groups * N)
+        return (picked * self.values.flatten(1)).sum(-1)
+
+    @property
+    def T(self) -> LinearMap:
+        m, n = self.shape
+        columns, values = self.columns(), self.values.flatten(1)
+        rows = torch.arange(m, device=values.device)[:, None].expand_as(columns)
+        by_column = torch.argsort((columns * m + rows).flatten())
+        return _sparse(columns.flatten()[by_column], rows.flatten()[by_column], values.flatten()[by_column], (n, m))
+
+    def dense(self) -> Tensor:
+        out = self.values.new_zeros(*self.values.shape[:2], self.period)
+        return out.scatter_add(2, self.places.long(), self.values).flatten(1)
+
+    def columns(self) -> Tensor:
+        """Return the column of each value, (m, groups * N) int64."""
+        groups = torch.arange(self.values.shape[1], device=self.values.device)[:, None]
+        return (self.places.long() + groups * self.period).flatten(1)
+
+
+def n_of_m(matrix: Tensor, keep: int, period: int) -> NM:
+    """Return a matrix restricted to the `keep` largest magnitudes of every `period` consecutive entries of a row.
+
+    Raises:
+        EckartError: if the period does not divide the row length, or `keep` exceeds it.
+    """
+    m, n = matrix.shape
+    require(n % period == 0, "n_of_m", f"rows of length {n}", f"a multiple of the period {period}")
+    require(0 < keep <= period <= 256, "n_of_m", f"{keep} of {period}", "0 < N <= M <= 256")
+    groups = matrix.view(m, n // period, period)
+    places = groups.abs().topk(keep, dim=2).indices.sort(dim=2).values
+    return NM(groups.gather(2, places), places.to(torch.uint8), period)

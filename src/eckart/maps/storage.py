@@ -1,0 +1,54 @@
+"""The ways to store a map of given rank: how many numbers each takes, and how to make it from two factors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from eckart.errors import EckartError
+from eckart.maps.base import LinearMap
+from eckart.maps.lowrank import LowRank, lowrank_numbers
+from eckart.maps.pivoted import pivot, pivoted_numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """One way to store a matrix (m, n) of rank k.
+
+    Attributes:
+        name: as users write it.
+        numbers: (shape, rank) -> floating numbers stored.
+        index_bytes: (shape) -> bytes of index tensors, whatever the rank.
+        build: makes the stored map from a `LowRank`.
+    """
+
+    name: str
+    numbers: Callable[[tuple[int, int], int], int]
+    index_bytes: Callable[[tuple[int, int]], int]
+    build: Callable[[LowRank], LinearMap]
+
+    def largest_rank(self, shape: tuple[int, int], numbers: float) -> int:
+        """Return the largest rank whose storage takes at most that many numbers (0 if none does)."""
+        low, high = 0, min(shape)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.numbers(shape, middle) <= numbers else (low, middle - 1)
+        return low
+
+
+STORAGES: dict[str, Storage] = {
+    s.name: s
+    for s in (
+        Storage("lowrank", lowrank_numbers, lambda shape: 0, lambda factors: factors),
+        Storage("pivoted", pivoted_numbers, lambda shape: 4 * min(shape), pivot),
+    )
+}
+
+
+def storage(name: str) -> Storage:
+    """Return a storage by name.
+
+    Raises:
+        EckartError: if there is none of that name.
+    """
+    if name not in STORAGES:
+        raise EckartError(f"unknown storage {name!r}; choose one of {', '.join(STORAGES)}")
+    return STORAGES[name]
