@@ -1,0 +1,13 @@
+"""From candidates per layer and one budget to a plan."""
+
+from eckart.budget.calibrate import calibrated as calibrated
+from eckart.budget.calibrate import probe_option as probe_option
+from eckart.budget.candidates import DENSE as DENSE
+from eckart.budget.candidates import Candidates as Candidates
+from eckart.budget.candidates import Option as Option
+from eckart.budget.candidates import candidates as candidates
+from eckart.budget.candidates import smallest_numbers as smallest_numbers
+from eckart.budget.knapsack import knapsack as knapsack
+from eckart.budget.threshold import threshold as threshold
+from eckart.budget.uniform import uniform as uniform
+from eckart.budget.uniform import uniform_rank as uniform_rank

@@ -1,0 +1,110 @@
+"""What each layer may become: a list of options with their cost and predicted loss, "leave dense" always among them."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from eckart.errors import EckartError
+from eckart.maps import Storage
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One thing a layer may become.
+
+    Attributes:
+        structure: "dense", or the name of a storage ("lowrank", "pivoted").
+        rank: rank of the weight (full for dense).
+        numbers: floating numbers stored, bias included.
+        nbytes: bytes stored, index tensors included.
+        loss: predicted increase of the loss, or the score a threshold is applied to; 0 for dense.
+    """
+
+    structure: str
+    rank: int
+    numbers: int
+    nbytes: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The options of one layer, by ascending numbers, the last one dense.
+
+    Attributes:
+        name: the layer.
+        shape: (out, in).
+        options: at least the dense one.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    options: tuple[Option, ...]
+
+    @property
+    def dense(self) -> Option:
+        """The option that changes nothing."""
+        return self.options[-1]
+
+    def scaled(self, factor: float) -> "Candidates":
+        """Return the candidates with every predicted loss multiplied."""
+        return replace(self, options=tuple(replace(o, loss=o.loss * factor) for o in self.options))
+
+
+def candidates(
+    name: str,
+    shape: tuple[int, int],
+    losses: Tensor | Sequence[float],
+    stored: Storage,
+    *,
+    itemsize: int,
+    bias: int = 0,
+    extra_bias: bool = False,
+    round_to: int = 1,
+    smallest: int = 1,
+) -> Candidates:
+    """List the ranks of one layer that store fewer numbers than it does densely, and the dense layer.
+
+    Args:
+        name: the layer.
+        shape: (m, n).
+        losses: predicted loss of rank 0, 1, ..., at least up to min(m, n) - 1.
+        stored: how a rank is stored.
+        itemsize: bytes per number.
+        bias: numbers in the layer's own bias.
+        extra_bias: whether a compressed layer gains a bias it did not have (m numbers).
+        round_to: ranks are multiples of this.
+        smallest: smallest rank offered.
+    """
+    m, n = shape
+    dense = m * n + bias
+    own = bias or (m if extra_bias else 0)
+    values = losses.tolist() if isinstance(losses, Tensor) else list(losses)
+    options = []
+    for rank in range(_multiple_above(max(smallest, 1), round_to), min(m, n, len(values) - 1) + 1, round_to):
+        numbers = stored.numbers(shape, rank) + own
+        if numbers >= dense:
+            break
+        nbytes = numbers * itemsize + stored.index_bytes(shape)
+        options.append(Option(stored.name, rank, numbers, nbytes, float(values[rank])))
+    options.append(Option(DENSE, min(m, n), dense, dense * itemsize, 0.0))
+    return Candidates(name, shape, tuple(options))
+
+
+def _multiple_above(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def smallest_numbers(layers: Iterable[Candidates]) -> int:
+    """Return the numbers of the cheapest choice for every layer together."""
+    return sum(layer.options[0].numbers for layer in layers)
+
+
+def require_reachable(layers: Sequence[Candidates], budget: int) -> None:
+    """Raise an `EckartError` if even the cheapest options together exceed the budget."""
+    least = smallest_numbers(layers)
+    if least > budget:
+        raise EckartError(f"the layers' cheapest options take {least:,} numbers together, but the budget leaves them {budget:,}")

@@ -1,0 +1,80 @@
+"""The same share for every layer: of its numbers, or of its rank."""
+
+import math
+from collections.abc import Callable, Sequence
+
+from eckart.budget.candidates import Candidates, Option, require_reachable
+
+
+def uniform(layers: Sequence[Candidates], budget: int) -> dict[str, Option]:
+    """Give every layer the largest option within one common share of its dense numbers; what rounding leaves is spent
+    on the layers furthest below that share, one rank each.
+
+    Args:
+        layers: candidates.
+        budget: numbers all layers may store together.
+
+    Raises:
+        EckartError: if the cheapest options exceed the budget.
+    """
+    require_reachable(layers, budget)
+    share = _largest_share(lambda s: _within(layers, s), layers, budget)
+    chosen = _within(layers, share)
+    left = budget - _numbers(layers, chosen)
+    for i in sorted(range(len(layers)), key=lambda i: layers[i].options[chosen[i]].numbers / layers[i].dense.numbers):
+        options, at = layers[i].options, chosen[i]
+        if at + 1 < len(options) and options[at + 1].numbers - options[at].numbers <= left:
+            left -= options[at + 1].numbers - options[at].numbers
+            chosen[i] = at + 1
+    return {layer.name: layer.options[at] for layer, at in zip(layers, chosen, strict=True)}
+
+
+def uniform_rank(layers: Sequence[Candidates], budget: int) -> dict[str, Option]:
+    """Reduce every rank to one common share of full rank; a layer that this does not make smaller stays dense.
+
+    Args:
+        layers: candidates.
+        budget: numbers all layers may store together.
+
+    Raises:
+        EckartError: if the cheapest options exceed the budget.
+
+    Source: Kaushal et al. 2023, "LoRD", which states rank reductions common to all linear layers.
+    """
+    require_reachable(layers, budget)
+
+    def choose(share: float) -> list[int]:
+        return [_within_rank(layer, math.floor(share * min(layer.shape) + 1e-9)) for layer in layers]
+
+    share = _largest_share(choose, layers, budget)
+    return {layer.name: layer.options[at] for layer, at in zip(layers, choose(share), strict=True)}
+
+
+def _within_rank(layer: Candidates, rank: int) -> int:
+    """Return the index of the largest option up to a rank; the dense one if that rank is not offered because of its size."""
+    last = len(layer.options) - 1
+    if last == 0 or rank > layer.options[last - 1].rank:
+        return last
+    return max((i for i, o in enumerate(layer.options[:-1]) if o.rank <= rank), default=0)
+
+
+def _within(layers: Sequence[Candidates], share: float) -> list[int]:
+    """Return the index of the largest option of every layer within a share of its dense numbers (the cheapest at least)."""
+    return [
+        max((i for i, o in enumerate(c.options) if o.numbers <= share * c.dense.numbers + 1e-9), default=0) for c in layers
+    ]
+
+
+def _numbers(layers: Sequence[Candidates], chosen: Sequence[int]) -> int:
+    return sum(layer.options[at].numbers for layer, at in zip(layers, chosen, strict=True))
+
+
+def _largest_share(choose: Callable[[float], list[int]], layers: Sequence[Candidates], budget: int) -> float:
+    """Return the largest share in [0, 1] whose choice fits the budget, by bisection."""
+    low, high = 0.0, 1.0
+    if _numbers(layers, choose(high)) <= budget:
+        return high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _numbers(layers, choose(middle)) <= budget else (low, middle)
+    return low

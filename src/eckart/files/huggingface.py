@@ -1,0 +1,293 @@
+"""Compressed folders as transformers load them: the format, and the quantizer that reads it.
+
+A compressed model is a normal Hugging Face folder. Its config.json holds
+
+    "quantization_config": {
+      "quant_method": "eckart",
+      "format": 1,
+      "layers": {
+        "<module name>": {"kind": "linear",    "map": <spec>, "bias": true | false},
+        "<module name>": {"kind": "embedding", "map": <spec>, "padding_idx": null | int},
+        "<module name>": {"kind": "tied-head", "embedding": "<module name>"}
+      },
+      "sentinel": "<module name>.weight",
+      "made_by": {...}
+    }
+
+<spec> is `LinearMap.spec()`: class, tensor shapes, plain fields. The safetensors hold the state dict of the model with
+these modules replaced by hosts: "<name>.down.weight" and "<name>.up.weight" for a low-rank map, "<name>.basis.weight",
+"<name>.coefficients.weight" and "<name>.order" for a pivoted one, "<name>.table.weight" and "<name>.rest.weight" for an
+embedding; see `eckart.hosts`. Everything else is as in the original folder, in its original dtype.
+
+The sentinel is one more tensor with no elements, named like the dense weight of a compressed layer: without eckart,
+transformers warns about an unknown quant_method and would go on with random weights; with the sentinel it finds a
+weight of the wrong shape and stops.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from eckart.errors import EckartError
+from eckart.hosts import EmbeddingHost, Host, TiedHead, host, map_of, offset_of, replace
+from eckart.maps import FAMILIES, LinearMap, LowRank, blank
+
+QUANT_METHOD = "eckart"
+FORMAT = 1
+LINEAR, EMBEDDING, TIED_HEAD = "linear", "embedding", "tied-head"
+
+
+class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What config.json says of a compressed model; see the module's docstring.
+
+    Args:
+        layers: entries by module name.
+        format: version of the format.
+        sentinel: name of the sentinel tensor; chosen from the layers if not given.
+        tied: whether the dense model tied its head to its embedding.
+        made_by: method, settings and figures of the run that made it; not read.
+        **rest: keys of later formats, kept.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Any] | None = None,
+        format: int = FORMAT,
+        sentinel: str | None = None,
+        tied: bool = False,
+        made_by: Mapping[str, Any] | None = None,
+        **rest: Any,
+    ) -> None:
+        if format > FORMAT:
+            raise EckartError(f"this folder has format {format}, but this version of eckart reads {FORMAT}; update eckart")
+        self.quant_method = QUANT_METHOD
+        self.format = format
+        self.layers = dict(layers or {})
+        self.sentinel = sentinel or sentinel_name(self.layers)
+        self.tied = tied
+        self.made_by = dict(made_by or {})
+        rest.pop("quant_method", None)
+        self.__dict__.update(rest)
+
+
+def sentinel_name(layers: Mapping[str, Any]) -> str | None:
+    """Return the sentinel's name: config.json sorts its keys, so the smallest linear layer, never the first."""
+    linear = [name for name, entry in layers.items() if entry["kind"] == LINEAR]
+    names = linear or [name for name, entry in layers.items() if entry["kind"] == EMBEDDING]
+    return f"{min(names)}.weight" if names else None
+
+
+class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Builds the hosts before the weights are loaded, and turns them back into dense layers on request."""
+
+    is_trainable = True
+    is_qat_trainable = True  # without it the Trainer refuses to train the factors
+    is_compileable = True  # without it `generate` refuses to compile
+
+    quantization_config: EckartConfig
+
+    def is_serializable(self) -> bool:
+        """Say that `save_pretrained` works."""
+        return True
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse to compress while loading: that takes a calibration run."""
+        if not self.pre_quantized:
+            raise EckartError("a dense model cannot be compressed by passing a quantization_config; use eckart.compress")
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        layers = localized(model, self.quantization_config.layers)
+        check_files(kwargs.get("checkpoint_files"), self.quantization_config.layers)
+        insert_blank_hosts(model, layers)
+        ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+        if self.quantization_config.sentinel:
+            ignored.add(rf"(^|\.){re.escape(self.quantization_config.sentinel.removeprefix(_prefix(model)))}$")
+        model._keys_to_ignore_on_load_unexpected = ignored
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the state dict with the sentinel, for `save_pretrained`."""
+        state = dict(model.state_dict())
+        if self.quantization_config.sentinel:
+            state[self.quantization_config.sentinel] = torch.empty(0)
+        return state, {"eckart_format": str(FORMAT)}
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        return densify_hosts(model, localized(model, self.quantization_config.layers))
+
+    def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
+        """Point tensor-parallel rules at the factors: the wide side is sharded, the rank is replicated."""
+        for name, entry in localized(model, self.quantization_config.layers).items():
+            wildcard = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+            style = plan.pop(wildcard, None)
+            if style is not None and entry["kind"] == LINEAR and entry["map"]["op"] == LowRank.__name__:
+                plan[f"{wildcard}.{'up' if style.startswith('colwise') else 'down'}"] = style
+
+
+def _prefix(model: nn.Module) -> str:
+    prefix = getattr(model, "base_model_prefix", "")
+    return f"{prefix}." if prefix else ""
+
+
+def localized(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries by the names their modules have in this model.
+
+    A folder written from a model with a head is also loaded without it, and the other way round: names may gain or lose
+    the base model's prefix; a head that is not there is left out.
+
+    Raises:
+        EckartError: if a layer is in neither form.
+    """
+    modules = {name for name, _ in model.named_modules()}
+    prefix, out = _prefix(model), {}
+
+    def local(name: str) -> str | None:
+        options = (name, prefix + name, name.removeprefix(prefix) if prefix else name)
+        return next((option for option in options if option in modules), None)
+
+    for name, entry in layers.items():
+        found = local(name)
+        if found is not None:
+            if entry["kind"] == TIED_HEAD:
+                entry = {**entry, "embedding": local(entry["embedding"])}
+            out[found] = entry
+        elif entry["kind"] != TIED_HEAD and "." in name:
+            raise EckartError(f"{type(model).__name__} has no layer {name!r} that this folder's config names")
+    return out
+
+
+def blank_map(name: str, entry: Mapping[str, Any], dtype: torch.dtype) -> LinearMap:
+    """Return the map of an entry on the meta device.
+
+    Raises:
+        EckartError: if the entry is not a valid spec; the layer is named.
+    """
+    try:
+        return blank(entry["map"], FAMILIES, dtype)
+    except (EckartError, KeyError, TypeError, IndexError) as error:
+        raise EckartError(f"the spec of layer {name!r} is invalid: {error}") from error
+
+
+def insert_blank_hosts(model: nn.Module, layers: Mapping[str, Any]) -> None:
+    """Replace the named modules by hosts on the meta device, after checking every spec against the module it replaces."""
+    dtype = getattr(model, "dtype", torch.float32)
+    made: dict[str, nn.Module] = {}
+    for name, entry in sorted(layers.items(), key=lambda item: item[1]["kind"] == TIED_HEAD):
+        old = model.get_submodule(name)
+        if entry["kind"] == TIED_HEAD:
+            embedding = made.get(entry["embedding"])
+            if not isinstance(embedding, EmbeddingHost):
+                raise EckartError(f"the head {name!r} is tied to {entry['embedding']!r}, which is not a compressed embedding")
+            made[name] = TiedHead(embedding, _blank_bias(old))
+            continue
+        map_ = blank_map(name, entry, dtype)
+        shape = _module_shape(old)
+        if map_.shape != shape:
+            raise EckartError(f"layer {name!r} is {shape[0]} x {shape[1]} in this model, but its spec is {map_.shape[0]} x {map_.shape[1]}")
+        if entry["kind"] == EMBEDDING:
+            made[name] = EmbeddingHost(map_, entry.get("padding_idx"))
+        else:
+            bias = torch.empty(map_.shape[0], dtype=dtype, device="meta") if entry["bias"] else None
+            made[name] = host(map_, bias)
+    for name, module in made.items():
+        replace(model, name, module)
+
+
+def _blank_bias(module: nn.Module) -> Tensor | None:
+    bias = getattr(module, "bias", None)
+    return None if bias is None else torch.empty_like(bias, device="meta")
+
+
+def _module_shape(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    return map_of(module).shape
+
+
+def expected_tensors(layers: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all tensors that the compressed layers of a folder must have, by full name."""
+    out = {}
+    for name, entry in layers.items():
+        if entry["kind"] == TIED_HEAD:
+            continue
+        map_ = blank_map(name, entry, torch.float32)
+        bias = torch.empty(map_.shape[0], device="meta") if entry.get("bias") else None
+        module = EmbeddingHost(map_) if entry["kind"] == EMBEDDING else host(map_, bias)
+        out.update({f"{name}.{key}": tuple(tensor.shape) for key, tensor in module.state_dict().items()})
+    return out
+
+
+def check_files(files: Iterable[str] | str | None, layers: Mapping[str, Any]) -> None:
+    """Check the headers of safetensors files against the specs, before anything is allocated.
+
+    Raises:
+        EckartError: if a tensor is missing or has another shape than its spec says.
+    """
+    if not files:
+        return
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in [files] if isinstance(files, str) else files:
+        with safe_open(file, "pt") as handle:
+            shapes.update({name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()})  # noqa: SIM118
+    folder = Path(file).parent
+    for name, shape in expected_tensors(layers).items():
+        if name not in shapes:
+            raise EckartError(f"{folder} lacks the tensor {name} that its config describes; the folder is incomplete")
+        if shapes[name] != shape:
+            raise EckartError(f"tensor {name} in {folder} has shape {shapes[name]}, but its spec says {shape}")
+
+
+def densify_hosts(model: nn.Module, layers: Mapping[str, Any]) -> nn.Module:
+    """Replace hosts by the dense layers they stand for, in place; a tied head is tied again."""
+    for name in layers:
+        module = model.get_submodule(name)
+        if isinstance(module, EmbeddingHost):
+            weight = module.dense().detach().contiguous()
+            dense: nn.Module = nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=module.padding_idx)
+        elif isinstance(module, Host):
+            offset = offset_of(module)
+            dense = nn.Linear(module.in_features, module.out_features, bias=offset is not None, device="meta")
+            dense.weight = nn.Parameter(module.dense().detach().contiguous())
+            if offset is not None:
+                dense.bias = nn.Parameter(offset.detach().clone())
+        else:
+            continue
+        replace(model, name, dense)
+    for name, entry in layers.items():
+        if entry["kind"] == TIED_HEAD:
+            head, embedding = model.get_submodule(name), model.get_submodule(entry["embedding"])
+            bias = getattr(head, "bias", None)
+            dense = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=bias is not None, device="meta")  # type: ignore[arg-type]
+            dense.weight = embedding.weight  # type: ignore[assignment]
+            if bias is not None:
+                dense.bias = bias  # type: ignore[assignment]
+            replace(model, name, dense)
+            model.config.tie_word_embeddings = True  # type: ignore[union-attr]
+    return model
+
+
+def register() -> None:
+    """Register quantizer and config with transformers; a second call does nothing."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(QUANT_METHOD)(EckartQuantizer)
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(EckartConfig)
+
+
+register()

@@ -1,0 +1,170 @@
+"""Texts for calibration and evaluation: documents from a file, and token ids cut from them.
+
+A text file (plain or gzip, UTF-8) is one document, or several separated by lines or marks `<|endoftext|>`. A .jsonl
+file holds one document per line under "text". Every document is encoded alone, with the tokenizer's own start token.
+"""
+
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from eckart.errors import EckartError
+from eckart.files.folder import quiet
+
+SEPARATOR = "<|endoftext|>"
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder.
+
+    Raises:
+        EckartError: if the folder has none.
+    """
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0][:160]
+        raise EckartError(f"{folder} has no usable tokenizer ({reason}); copy tokenizer.json beside the weights") from error
+
+
+def read_documents(path: Path) -> list[str]:
+    """Return the documents of a text file, stripped, empty ones left out.
+
+    Raises:
+        EckartError: if the file is missing, not readable as UTF-8 text, or empty.
+    """
+    if not path.is_file():
+        raise EckartError(f"there is no text file {path}")
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        text = raw.decode("utf-8")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise EckartError(f"{path} is not UTF-8 text, plain or gzip ({error})") from error
+    if path.name.removesuffix(".gz").endswith(".jsonl"):
+        pieces = list(_jsonl(path, text))
+    else:
+        pieces = text.split(SEPARATOR)
+    documents = [piece.strip() for piece in pieces if piece.strip()]
+    if not documents:
+        raise EckartError(f"{path} holds no text")
+    return documents
+
+
+def _jsonl(path: Path, text: str) -> Iterator[str]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                yield str(json.loads(line)["text"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise EckartError(f'{path} line {number} is not a JSON object with a "text" field') from error
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Token ids for a calibration run.
+
+    Attributes:
+        batches: calibration samples (b, t), no padding, equal lengths within a batch.
+        held_out: samples of the same kind, disjoint from these, for measuring the loss before and after.
+        own_text: True if the text was too short for held-out samples, and the calibration samples stand in.
+    """
+
+    batches: list[Tensor]
+    held_out: list[Tensor]
+    own_text: bool
+
+    @property
+    def tokens(self) -> int:
+        """Number of calibration tokens."""
+        return sum(batch.numel() for batch in self.batches)
+
+
+def windows(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], *, samples: int, length: int, batch: int, held_out: int = 16
+) -> Samples:
+    """Pack documents one after the other and cut windows of equal length, for models that read running text.
+
+    Args:
+        tokenizer: encodes each document with its own special tokens.
+        documents: the texts, used in order.
+        samples: number of windows for calibration.
+        length: tokens per window.
+        batch: windows per batch.
+        held_out: windows after those, for measuring.
+
+    Raises:
+        EckartError: if the text does not fill all calibration windows.
+    """
+    wanted = (samples + held_out) * length
+    ids: list[int] = []
+    for document in documents:
+        ids += _encode(tokenizer, document)
+        if len(ids) >= wanted:
+            break
+    if len(ids) < samples * length:
+        full = len(ids) // length
+        hint = f"use --samples {full} or a longer text" if full else f"a sample is {length} tokens long; give more text or --length"
+        raise EckartError(f"the calibration text has {len(ids)} tokens, but {samples} samples of {length} need {samples * length}; {hint}")
+    cut = torch.tensor(ids[: (len(ids) // length) * length], dtype=torch.int64).view(-1, length)
+    left = cut[samples : samples + held_out]
+    own = left.shape[0] == 0
+    measured = cut[: min(samples, held_out)] if own else left
+    return Samples(list(cut[:samples].split(batch)), list(measured.split(batch)), own)
+
+
+def sentences(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], *, samples: int, length: int, tokens_per_batch: int, held_out: int = 64
+) -> Samples:
+    """Encode lines one by one, each a sample cut at `length` tokens, for sentence encoders; batches hold equal lengths.
+
+    Args:
+        tokenizer: encodes each line with its own special tokens.
+        documents: the texts; every non-empty line is a sample, used in order.
+        samples: number of lines for calibration.
+        length: longest sample in tokens.
+        tokens_per_batch: bound on the tokens of a batch.
+        held_out: lines after those, for measuring.
+
+    Raises:
+        EckartError: if there are fewer lines than samples.
+    """
+    lines = [line.strip() for document in documents for line in document.splitlines() if line.strip()]
+    if len(lines) < samples:
+        raise EckartError(f"the calibration text has {len(lines)} lines, but {samples} samples are asked for; use --samples {len(lines)}")
+    encoded = [_encode(tokenizer, line)[:length] for line in lines[: samples + held_out]]
+    left = encoded[samples:]
+    own = not left
+    return Samples(
+        _by_length(encoded[:samples], tokens_per_batch), _by_length(left or encoded[:held_out], tokens_per_batch), own
+    )
+
+
+def _by_length(encoded: Sequence[list[int]], tokens_per_batch: int) -> list[Tensor]:
+    groups: dict[int, list[list[int]]] = {}
+    for ids in encoded:
+        groups.setdefault(len(ids), []).append(ids)
+    out: list[Tensor] = []
+    for size in sorted(groups):
+        out += torch.tensor(groups[size], dtype=torch.int64).split(max(1, tokens_per_batch // size))
+    return out
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Encode one document with its special tokens, a start token first if the tokenizer defines one."""
+    encoded: Any = tokenizer(text, add_special_tokens=True, truncation=False, verbose=False)
+    ids: list[int] = list(encoded["input_ids"])
+    start = tokenizer.bos_token_id
+    return ids if start is None or (ids and ids[0] == start) else [start, *ids]
+
+
+def encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return a document's token ids as calibration and evaluation see them: special tokens included."""
+    return _encode(tokenizer, text)

@@ -1,0 +1,1 @@
+"""Published methods and our own, by verb; each is a page."""

@@ -1,0 +1,1 @@
+"""Compression methods: a paper is a page, and one pipeline runs them all."""

@@ -1,0 +1,154 @@
+"""What a compression method says: five answers, kept apart, from which the pipeline does the rest.
+
+Structure (`storage`, `embeddings`), metric (`metric`), budget (`allocation`), solver (`sequential`, `anchor`, `update`)
+and what is trained afterwards (`heal`). A method's page returns a `Recipe` with its paper's answers; any answer can be
+overridden, which is how unpublished combinations are made.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from eckart.errors import EckartError
+from eckart.fit import Metric, Regression
+from eckart.stats import CrossSum, Gradients, Moments
+
+Allocation = Literal["uniform", "uniform-rank", "threshold", "sensitivity", "calibrated", "knapsack"]
+Labels = Literal["sampled", "observed"]
+StorageName = Literal["lowrank", "pivoted"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerData:
+    """What is known of one layer when its metric is built; a method reads what its recipe asked for.
+
+    Attributes:
+        weight: W (m, n).
+        inputs: moments of the original input, if asked for.
+        gradients: moments of the output gradient, if asked for.
+        cross: moments of the input inside the compressed model, during a sequential pass.
+    """
+
+    weight: Tensor
+    inputs: Moments | None = None
+    gradients: Gradients | None = None
+    cross: CrossSum | None = None
+
+
+# Scores of rank 0, 1, ... for an allocation that does not use predicted errors.
+Score = Callable[[Tensor, Regression], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A compression method, ready to run.
+
+    Attributes:
+        metric: builds the metric of a layer from its data.
+        allocation: "uniform" (one share of numbers), "uniform-rank" (one share of ranks), "threshold" (one threshold on
+            `score`), "sensitivity" (one threshold on the loss measured with one layer compressed, at several levels),
+            "calibrated" (knapsack on errors scaled by one such measurement per layer) or "knapsack" (on predicted loss).
+        storage: "lowrank", k (m + n) numbers, or "pivoted", k (m + n - k).
+        embeddings: whether token embedding and output head may be compressed as well.
+        round_to: ranks are multiples of this.
+        uses_inputs: whether the metric reads input moments.
+        uses_gradients: whether it reads gradient moments.
+        labels: labels of the gradients: "sampled" from the model or "observed" in the text.
+        output_metric: whether predicted errors are in units of the loss (the metric has a full output moment).
+        centred: whether compressed layers get a fitted bias.
+        sequential: whether each layer is fitted on the inputs it sees in the already compressed model.
+        update: whether the up factor is refitted by least squares on those inputs (SVD-LLM).
+        heal: epochs of blockwise reconstruction after each block is compressed; 0 for none.
+        heal_rate: its learning rate, per AdamW step.
+        gamma: weight of the depth factor of "calibrated".
+        score: scores for "threshold".
+    """
+
+    metric: Callable[[LayerData], Metric]
+    allocation: Allocation = "uniform"
+    storage: StorageName = "lowrank"
+    embeddings: bool = False
+    round_to: int = 1
+    uses_inputs: bool = False
+    uses_gradients: bool = False
+    labels: Labels = "observed"
+    output_metric: bool = False
+    centred: bool = False
+    sequential: bool = False
+    update: bool = False
+    heal: int = 0
+    heal_rate: float = 1e-4
+    gamma: float = 0.0
+    score: Score | None = None
+
+    def __post_init__(self) -> None:
+        if self.round_to < 1:
+            raise EckartError(f"round_to must be at least 1, got {self.round_to}")
+        if self.heal < 0:
+            raise EckartError(f"heal is a number of epochs and must not be negative, got {self.heal}")
+        if not self.heal_rate > 0:
+            raise EckartError(f"heal_rate must be positive, got {self.heal_rate}")
+        if self.allocation == "threshold" and self.score is None:
+            raise EckartError("allocation=threshold needs a method that scores spectra, such as welore")
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the recipe cannot run without calibration text."""
+        measured = self.allocation in ("sensitivity", "calibrated")
+        return self.uses_inputs or self.uses_gradients or self.sequential or self.update or self.heal > 0 or measured
+
+
+# Answers that may be overridden for any method, beside the method's own settings.
+COMMON = ("allocation", "storage", "embeddings", "round_to", "heal", "heal_rate", "gamma")
+
+
+def overridden(recipe: Recipe, **answers: object) -> Recipe:
+    """Return the recipe with some of its `COMMON` answers replaced.
+
+    Raises:
+        EckartError: for an answer that is not one of them.
+    """
+    for name in answers:
+        if name not in COMMON:
+            raise EckartError(f"{name!r} is not a setting common to all methods; those are {', '.join(COMMON)}")
+    return dataclasses.replace(recipe, **answers)  # type: ignore[arg-type]
+
+
+def raw_moments(data: LayerData) -> tuple[Tensor, Tensor]:
+    """Return (mean, second moment) of the original inputs of a layer whose recipe uses them."""
+    if data.inputs is None:
+        raise EckartError("this metric needs input moments, which its recipe did not ask for")
+    return data.inputs.mean, data.inputs.second
+
+
+def gradient_moment(data: LayerData) -> Tensor:
+    """Return the second moment of the output gradients of a layer whose recipe uses them."""
+    if data.gradients is None:
+        raise EckartError("this metric needs gradient moments, which its recipe did not ask for")
+    return data.gradients.second
+
+
+def check_share(name: str, value: float) -> float:
+    """Return a setting that must lie in [0, 1].
+
+    Raises:
+        EckartError: if it does not.
+    """
+    if not 0.0 <= value <= 1.0:
+        raise EckartError(f"{name} must lie in [0, 1], got {value}")
+    return value
+
+
+def normalized_spectrum(weight: Tensor, regression: Regression) -> Tensor:
+    """Score each rank by the largest singular value it drops, min-max normalized over the matrix (WeLore).
+
+    Returns:
+        (min(m, n) + 1,) float64: entry k is the normalized sigma_{k+1}; the last entry is 0.
+    """
+    values = regression.eigen.values.sqrt()
+    span = (values[0] - values[-1]).clamp_min(torch.finfo(values.dtype).tiny)
+    return torch.cat(((values - values[-1]) / span, values.new_zeros(1)))

@@ -1,0 +1,28 @@
+"""SVD-LLM (v1): truncation-aware data whitening and a closed-form update of the left factor.
+
+    S S^T = E[x x^T] (Cholesky),    W' = trunc_k(W S) S^(-1) = W_u W_v
+    update, block by block on the inputs x^ of the compressed model:  W_u = argmin E |W x^ - W_u W_v x^|^2
+
+Structure: low rank. Metric: input second moment. Budget: uniform. Solver: SVD, least squares for the update.
+Trained: nothing (the paper's LoRA healing is separate).
+
+Source: Wang et al. 2024, "SVD-LLM", section 3; the update regresses the layer's own dense output on the compressed
+inputs, as in the authors' code (AIoT-MLSys-Lab/SVD-LLM, `local_update`).
+"""
+
+from eckart.fit import Metric
+from eckart.fit import metric as build_metric
+from eckart.methods.compress.recipe import LayerData, Recipe, raw_moments
+
+
+def svd_llm(*, update: bool = True) -> Recipe:
+    """SVD of the whitened weight, then the sequential update of the left factor.
+
+    Args:
+        update: whether to refit the left factor on the compressed model's inputs.
+    """
+
+    def metric(data: LayerData) -> Metric:
+        return build_metric(raw_moments(data)[1])
+
+    return Recipe(metric=metric, uses_inputs=True, update=update)

@@ -1,0 +1,116 @@
+"""The compression methods by name, and how their settings are read from their signatures."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, get_type_hints
+
+from eckart.errors import EckartError
+from eckart.methods.compress.aa_svd import aa_svd
+from eckart.methods.compress.afm import afm
+from eckart.methods.compress.asvd import asvd
+from eckart.methods.compress.eckart import eckart
+from eckart.methods.compress.fwsvd import fwsvd
+from eckart.methods.compress.kfac import kfac
+from eckart.methods.compress.lord import lord
+from eckart.methods.compress.recipe import COMMON, Recipe, overridden
+from eckart.methods.compress.svd import svd
+from eckart.methods.compress.svd_llm import svd_llm
+from eckart.methods.compress.welore import welore
+
+Page = Callable[..., Recipe]
+
+# In the order in which each refines an earlier one.
+METHODS: dict[str, Page] = {
+    "svd": svd,
+    "fwsvd": fwsvd,
+    "asvd": asvd,
+    "svd-llm": svd_llm,
+    "afm": afm,
+    "lord": lord,
+    "welore": welore,
+    "kfac": kfac,
+    "aa-svd": aa_svd,
+    "eckart": eckart,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A setting of a method.
+
+    Attributes:
+        name: as written in `--set name=value`.
+        type: its annotation.
+        default: its value if not set.
+        common: whether every method has it.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    common: bool
+
+
+def settings_of(method: str) -> dict[str, Setting]:
+    """Return the settings of a method by name: its own, then those common to all.
+
+    Raises:
+        EckartError: for an unknown method, with the nearest names.
+    """
+    page = page_of(method)
+    hints = get_type_hints(page)
+    own = {p.name: Setting(p.name, hints[p.name], p.default, False) for p in inspect.signature(page).parameters.values()}
+    recipe, types = page(), get_type_hints(Recipe)
+    common = {name: Setting(name, types[name], getattr(recipe, name), True) for name in COMMON}
+    return {**own, **common}
+
+
+def page_of(method: str) -> Page:
+    """Return the function of a method.
+
+    Raises:
+        EckartError: for an unknown method, with the nearest names.
+    """
+    if method not in METHODS:
+        raise EckartError(f"unknown method {method!r}; {_nearest(method, list(METHODS))}")
+    return METHODS[method]
+
+
+def recipe_of(method: str, settings: Mapping[str, Any] | None = None) -> Recipe:
+    """Return the recipe of a method with some settings changed.
+
+    Args:
+        method: its name.
+        settings: typed values by setting name.
+
+    Raises:
+        EckartError: for an unknown method or setting (with the nearest names), or a value out of range.
+    """
+    known = settings_of(method)
+    given = dict(settings or {})
+    for name in given:
+        if name not in known:
+            raise EckartError(f"{method} has no setting {name!r}; {_nearest(name, list(known))}")
+    own = {name: value for name, value in given.items() if not known[name].common}
+    common = {name: value for name, value in given.items() if known[name].common}
+    return overridden(page_of(method)(**own), **common)
+
+
+def _nearest(name: str, options: list[str]) -> str:
+    near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}? There are {', '.join(options)}" if near else f"there are {', '.join(options)}"
+
+
+def summary_of(method: str) -> str:
+    """Return the first line of a method's docstring."""
+    return (inspect.getdoc(page_of(method)) or "").splitlines()[0]
+
+
+def source_of(method: str) -> str:
+    """Return the docstring of a method's page: formula, answers and source."""
+    return inspect.getdoc(inspect.getmodule(page_of(method))) or ""
+
+
+assert all(name in {f.name for f in fields(Recipe)} for name in COMMON)

@@ -1,0 +1,150 @@
+"""First and second moments of a layer's inputs, accumulated batch by batch.
+
+Legend: x (..., n) a batch of vectors; the sums run over all of them. Products are formed in float32 and added up in
+float64 (float32 above 4096 channels, where float64 would double hundreds of megabytes).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eckart.errors import EckartError
+
+WIDE_ACCUMULATION = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Moments of the inputs of a group of layers.
+
+    Attributes:
+        count: number of vectors seen.
+        mean: E[x], (n,).
+        mean_abs: E|x|, (n,).
+        second: E[x x^T], (n, n).
+    """
+
+    count: int
+    mean: Tensor
+    mean_abs: Tensor
+    second: Tensor
+
+    @property
+    def norms(self) -> Tensor:
+        """Euclidean length of every channel over all vectors, (n,): sqrt(count E[x_j^2])."""
+        return (self.second.diagonal().clamp_min(0) * self.count).sqrt()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the fields as tensors, for saving."""
+        count = torch.tensor(self.count, dtype=torch.int64)
+        return {"count": count, "mean": self.mean, "mean_abs": self.mean_abs, "second": self.second}
+
+    @staticmethod
+    def of(tensors: dict[str, Tensor]) -> "Moments":
+        """Rebuild from `tensors()`."""
+        return Moments(int(tensors["count"]), tensors["mean"], tensors["mean_abs"], tensors["second"])
+
+
+class MomentSum:
+    """Accumulates the moments of vectors of one size."""
+
+    def __init__(self, size: int, device: torch.device | None = None) -> None:
+        dtype = torch.float64 if size <= WIDE_ACCUMULATION else torch.float32
+        self.count = 0
+        self._sum = torch.zeros(size, dtype=torch.float64, device=device)
+        self._abs = torch.zeros(size, dtype=torch.float64, device=device)
+        self._second = torch.zeros(size, size, dtype=dtype, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Add vectors x (..., n)."""
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        self.count += rows.shape[0]
+        self._sum += rows.sum(0, dtype=torch.float64)
+        self._abs += rows.abs().sum(0, dtype=torch.float64)
+        self._second += rows.mT @ rows
+
+    def result(self, name: str) -> Moments:
+        """Return the moments of everything added.
+
+        Raises:
+            EckartError: if nothing was added, or NaN or Inf appeared; `name` says where.
+        """
+        if self.count == 0:
+            raise EckartError(f"no inputs reached {name}: the calibration texts never use it")
+        second = self._second / self.count
+        if not torch.isfinite(second).all():
+            raise EckartError(f"the inputs of {name} hold NaN or Inf; check the weights before it and the calibration texts")
+        return Moments(self.count, self._sum / self.count, self._abs / self.count, second)
+
+
+class CrossSum:
+    """Accumulates what a fit on shifted inputs needs: moments of x^ and the cross moment E[x x^^T]."""
+
+    def __init__(self, size: int, device: torch.device | None = None) -> None:
+        dtype = torch.float64 if size <= WIDE_ACCUMULATION else torch.float32
+        self.original, self.shifted = MomentSum(size, device), MomentSum(size, device)
+        self._cross = torch.zeros(size, size, dtype=dtype, device=device)
+
+    def add(self, x: Tensor, shifted: Tensor) -> None:
+        """Add pairs of vectors (..., n): in the original model and in the compressed one."""
+        rows, hats = (t.detach().reshape(-1, t.shape[-1]).float() for t in (x, shifted))
+        self.original.add(rows)
+        self.shifted.add(hats)
+        self._cross += rows.mT @ hats
+
+    def cross(self) -> Tensor:
+        """Return E[x x^^T], (n, n)."""
+        return self._cross / max(self.original.count, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """Moments of the loss gradient at the output of one layer.
+
+    Attributes:
+        count: number of output vectors seen.
+        second: E[g g^T] over vectors, (m, m); g is the gradient of the summed loss of the vector's sequence.
+        row_fisher: per output channel, the mean over sequences of sum_j (dL/dW_ij)^2, (m,).
+    """
+
+    count: int
+    second: Tensor
+    row_fisher: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the fields as tensors, for saving."""
+        count = torch.tensor(self.count, dtype=torch.int64)
+        return {"count": count, "second": self.second, "row_fisher": self.row_fisher}
+
+    @staticmethod
+    def of(tensors: dict[str, Tensor]) -> "Gradients":
+        """Rebuild from `tensors()`."""
+        return Gradients(int(tensors["count"]), tensors["second"], tensors["row_fisher"])
+
+
+class GradientSum:
+    """Accumulates the gradient moments of one layer."""
+
+    def __init__(self, size: int, device: torch.device | None = None) -> None:
+        dtype = torch.float64 if size <= WIDE_ACCUMULATION else torch.float32
+        self.count = self.sequences = 0
+        self._second = torch.zeros(size, size, dtype=dtype, device=device)
+        self._fisher = torch.zeros(size, dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor, gradient: Tensor) -> None:
+        """Add a batch: layer inputs x (b, t, n) and output gradients (b, t, m)."""
+        gradient = gradient.detach().float()
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        self.count += rows.shape[0]
+        self._second += rows.mT @ rows
+        for sequence, inputs in zip(gradient, x.detach().float(), strict=True):
+            self._fisher += (sequence.mT @ inputs).square().sum(1, dtype=torch.float64)
+        self.sequences += gradient.shape[0]
+
+    def result(self, name: str) -> Gradients:
+        """Return the moments of everything added; `name` says where, if NaN or Inf appeared."""
+        second, fisher = self._second / max(self.count, 1), self._fisher / max(self.sequences, 1)
+        if not torch.isfinite(second).all() or not torch.isfinite(fisher).all():
+            raise EckartError(f"the gradients at {name} hold NaN or Inf; check the weights and the calibration texts")
+        return Gradients(self.count, second, fisher)
