@@ -1,1 +1,100 @@
-"""eckart."""
+"""eckart: one algebra of structured linear maps to compress, adapt, train, merge and inspect neural networks.
+
+Every public name is imported at its first use, so that `import eckart` costs nothing and needs neither torch's nor
+transformers' import; `PUBLIC` says where each lives.
+"""
+
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+from eckart import _autoload
+from eckart.errors import EckartError as EckartError
+
+if TYPE_CHECKING:
+    from eckart.files.inspect import densify as densify
+    from eckart.files.inspect import show as show
+    from eckart.fit import Metric as Metric
+    from eckart.fit import metric as metric
+    from eckart.fit import regress as regress
+    from eckart.hosts import host as host
+    from eckart.hosts import map_of as map_of
+    from eckart.linalg import top_eigen as top_eigen
+    from eckart.linalg import truncated_svd as truncated_svd
+    from eckart.maps import FAMILIES as FAMILIES
+    from eckart.maps import NM as NM
+    from eckart.maps import Blocks as Blocks
+    from eckart.maps import Dense as Dense
+    from eckart.maps import Diagonal as Diagonal
+    from eckart.maps import LinearMap as LinearMap
+    from eckart.maps import LowRank as LowRank
+    from eckart.maps import Masked as Masked
+    from eckart.maps import Permutation as Permutation
+    from eckart.maps import Pivoted as Pivoted
+    from eckart.maps import Product as Product
+    from eckart.maps import RowNormalized as RowNormalized
+    from eckart.maps import Scaled as Scaled
+    from eckart.maps import Sparse as Sparse
+    from eckart.maps import Sum as Sum
+    from eckart.maps import linear_map as linear_map
+    from eckart.maps import pivot as pivot
+    from eckart.maps import simplify as simplify
+    from eckart.methods.compress import LayerPlan as LayerPlan
+    from eckart.methods.compress import Outcome as Outcome
+    from eckart.methods.compress import Plan as Plan
+    from eckart.methods.compress import compress as compress
+    from eckart.methods.compress import plan as plan
+    from eckart.methods.compress.table import METHODS as METHODS
+    from eckart.methods.evaluate import Evaluation as Evaluation
+    from eckart.methods.evaluate import evaluate as evaluate
+
+    __version__: str
+
+# The module of every public name. A test holds this table and the imports above to be the same.
+PUBLIC: dict[str, str] = {
+    name: module
+    for module, names in {
+        "eckart.methods.compress": ("compress", "plan", "Plan", "LayerPlan", "Outcome"),
+        "eckart.methods.compress.table": ("METHODS",),
+        "eckart.methods.evaluate": ("evaluate", "Evaluation"),
+        "eckart.files.inspect": ("densify", "show"),
+        "eckart.fit": ("Metric", "metric", "regress"),
+        "eckart.hosts": ("host", "map_of"),
+        "eckart.linalg": ("top_eigen", "truncated_svd"),
+        "eckart.maps": (
+            "FAMILIES", "LinearMap", "linear_map", "simplify", "pivot",
+            "Dense", "LowRank", "Pivoted", "Diagonal", "Permutation", "Sparse", "NM",
+            "Sum", "Product", "Scaled", "Blocks", "RowNormalized", "Masked",
+        ),
+    }.items()
+    for name in names
+}  # fmt: skip
+# Packages that only some of the library needs, and the extra that installs them.
+EXTRAS = {"transformers": "hf", "accelerate": "hf", "tokenizers": "hf", "scipy": "eval"}
+
+
+def _public(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("eckart")
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'eckart' has no attribute {name!r}")
+    try:
+        value = getattr(importlib.import_module(PUBLIC[name]), name)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        raise EckartError(f"eckart.{name} needs {package}; pip install 'eckart[{EXTRAS[package]}]'") from error
+    globals()[name] = value  # the next use finds it without coming here
+    return value
+
+
+if not TYPE_CHECKING:  # type checkers see the imports above, and complain of any other name
+    __getattr__ = _public
+
+
+def __dir__() -> list[str]:
+    return sorted({*PUBLIC, "EckartError", "__version__", *globals()})
+
+
+_autoload.arm()
