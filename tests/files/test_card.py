@@ -20,7 +20,13 @@ LAYERS = [
     {"structure": "pivoted", "rank": 12, "numbers": 150, "dense_numbers": 300},
     {"structure": "dense", "rank": 16, "numbers": 256, "dense_numbers": 256},
 ]
-SETTINGS = {"method": "eckart", "keep": 0.6, "calibration": "/home/somebody/train.txt", "anchor": 0.3}
+SETTINGS = {
+    "method": "eckart",
+    "keep": 0.6,
+    "calibration": "/home/somebody/train.txt",
+    "settings": {"anchor": 0.3},
+    "length": None,
+}
 
 
 def test_the_card_states_what_was_measured_and_how_to_load_it() -> None:
@@ -30,12 +36,13 @@ def test_the_card_states_what_was_measured_and_how_to_load_it() -> None:
     assert "| bytes | 2,000 | 1,210 |" in card
     assert "| loss, nats per token | 1.4442 | 1.6000 |" in card
     assert "8,192 held-out tokens" in card
-    assert '= AutoModelForCausalLM.from_pretrained("small-llama")' in card
+    assert "= AutoModelForCausalLM.from_pretrained(folder)" in card
     assert "| pivoted | 2 | 8 to 12 | 600 | 250 |" in card
     assert "| dense | 1 | full | 256 | 256 |" in card
     assert "| anchor | `0.3` |" in card
     assert card.startswith("---\nlibrary_name: ")
     assert card.endswith("|\n")
+    assert "None" not in card
     assert "somebody" not in card, "a card must not say where its author keeps files"
     assert "\n\n\n" not in card
 

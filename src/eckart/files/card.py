@@ -5,7 +5,7 @@ The text is the template `card.md.jinja` beside this file; here its values are p
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -26,8 +26,9 @@ def model_card(
     """Return the README.md of a compressed folder: YAML front matter, how to load it, what was measured.
 
     Args:
-        name: the folder's name.
-        settings: everything that decided the result, by name; "method" is also named in the text.
+        name: name of the original model.
+        settings: everything that decided the result, by name (a mapping's entries are listed as settings of their own);
+            "method" is also named in the text.
         figures: "parameters_before", "parameters_after", "bytes_before", "bytes_after"; optionally "measured" (a
             mapping with name, before, after, tokens, held_out), "auto_class" (the transformers class that loads it),
             "method_summary" (one sentence), and what `inherited` returns for the original folder.
@@ -55,7 +56,7 @@ def model_card(
         figures=_figure_rows(figures, measured),
         measured_on=_measured_on(measured) if measured else None,
         structures=_structure_rows(layers),
-        settings=[(key, _plain(value)) for key, value in settings.items()],
+        settings=list(_setting_rows(settings)),
     )
 
 
@@ -120,6 +121,14 @@ def _structure_rows(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, str,
         before, after = (sum(m[key] for m in members) for key in ("dense_numbers", "numbers"))
         rows.append((structure, f"{len(members)}", ranks, f"{before:,}", f"{after:,}"))
     return rows
+
+
+def _setting_rows(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _setting_rows(value)
+        elif value is not None:
+            yield key, _plain(value)
 
 
 def _plain(value: Any) -> str:
