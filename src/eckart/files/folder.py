@@ -3,8 +3,9 @@
 import contextlib
 import hashlib
 import json
+import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,8 @@ class OpenModel:
         model: the skeleton, parameters on the meta device (float32), buffers real.
         names: tensor name in the files by name in the model's state dict; tied names point to one tensor.
         tensors: the files.
+        parameters: shape by name of every parameter, each tied one once; loading and releasing weights unties the
+            skeleton, so this is noted when it is made.
         held: the state dict, if the files could not be mapped name by name and the model was loaded whole.
     """
 
@@ -143,6 +146,7 @@ class OpenModel:
     model: PreTrainedModel
     names: dict[str, str]
     tensors: TensorFile
+    parameters: dict[str, tuple[int, ...]]
     held: dict[str, Tensor] | None
 
     def read(self, name: str) -> Tensor:
@@ -160,9 +164,20 @@ class OpenModel:
         """Return the dtype a tensor is stored in."""
         return self.held[name].dtype if self.held is not None else self.tensors.dtype(self.names[name])
 
-    def parameter_names(self) -> list[str]:
-        """Return the names of all parameters, each tied one once, as `numel` counts them."""
-        return [name for name, _ in self.model.named_parameters()]
+    @property
+    def numel(self) -> int:
+        """Number of parameters, tied ones once."""
+        return sum(math.prod(shape) for shape in self.parameters.values())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor without reading it."""
+        return tuple(self.held[name].shape) if self.held is not None else self.tensors.shape(self.names[name])
+
+    def outside(self, blocks: Sequence[str]) -> list[str]:
+        """Return the names of stored parameters and buffers outside the blocks, each tied one once."""
+        buffers = {name for name, _ in self.model.named_buffers()} & set(self.model.state_dict())
+        names = [*self.parameters, *sorted(buffers)]
+        return [name for name in names if not any(name.startswith(f"{block}.") for block in blocks)]
 
 
 def check_model_folder(folder: Path) -> dict[str, Any]:
@@ -197,7 +212,8 @@ def open_model(folder: Path) -> OpenModel:
     model.tie_weights()
     names, unresolved = _resolve(model, tensors)
     held = _load_whole(cls, folder, unresolved) if unresolved else None
-    return OpenModel(folder, config, model, names or {name: name for name in held or {}}, tensors, held)
+    parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return OpenModel(folder, config, model, names or {name: name for name in held or {}}, tensors, parameters, held)
 
 
 def _config_and_class(folder: Path, raw: dict[str, Any]) -> tuple[Any, Any]:

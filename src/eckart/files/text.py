@@ -19,6 +19,9 @@ from eckart.errors import EckartError
 from eckart.files.folder import quiet
 
 SEPARATOR = "<|endoftext|>"
+# Calibration samples where no number is asked for: windows of running text, lines for sentence encoders.
+WINDOWS = 128
+LINES = 4096
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -73,13 +76,13 @@ class Samples:
 
     Attributes:
         batches: calibration samples (b, t), no padding, equal lengths within a batch.
-        held_out: samples of the same kind, disjoint from these, for measuring the loss before and after.
-        own_text: True if the text was too short for held-out samples, and the calibration samples stand in.
+        held_out: samples of the same kind, for measuring the loss before and after.
+        disjoint: False if the text was too short for held-out samples, and calibration samples stand in.
     """
 
     batches: list[Tensor]
     held_out: list[Tensor]
-    own_text: bool
+    disjoint: bool
 
     @property
     def tokens(self) -> int:
@@ -88,63 +91,83 @@ class Samples:
 
 
 def windows(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], *, samples: int, length: int, batch: int, held_out: int = 16
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    *,
+    samples: int | None,
+    length: int,
+    batch: int,
+    held_out: int = 16,
 ) -> Samples:
     """Pack documents one after the other and cut windows of equal length, for models that read running text.
 
     Args:
         tokenizer: encodes each document with its own special tokens.
         documents: the texts, used in order.
-        samples: number of windows for calibration.
+        samples: number of windows for calibration; None for `WINDOWS`, or fewer if the text is shorter.
         length: tokens per window.
         batch: windows per batch.
         held_out: windows after those, for measuring.
 
     Raises:
-        EckartError: if the text does not fill all calibration windows.
+        EckartError: if the text does not fill the calibration windows asked for, or not one.
     """
-    wanted = (samples + held_out) * length
+    wanted = ((samples or WINDOWS) + held_out) * length
     ids: list[int] = []
     for document in documents:
-        ids += _encode(tokenizer, document)
+        ids += encode_document(tokenizer, document)
         if len(ids) >= wanted:
             break
-    if len(ids) < samples * length:
-        full = len(ids) // length
-        hint = f"use --samples {full} or a longer text" if full else f"a sample is {length} tokens long; give more text or --length"
-        raise EckartError(f"the calibration text has {len(ids)} tokens, but {samples} samples of {length} need {samples * length}; {hint}")
-    cut = torch.tensor(ids[: (len(ids) // length) * length], dtype=torch.int64).view(-1, length)
-    left = cut[samples : samples + held_out]
+    full = len(ids) // length
+    if full < (samples or 1):
+        hint = f"use --samples {full} or a longer text" if full else "give a longer text or a smaller --length"
+        raise EckartError(
+            f"the calibration text has {len(ids)} tokens, but {samples or 1} samples of {length} need {(samples or 1) * length}; {hint}"
+        )
+    count = samples or _share(full, WINDOWS, held_out)
+    cut = torch.tensor(ids[: full * length], dtype=torch.int64).view(-1, length)
+    left = cut[count : count + held_out]
     own = left.shape[0] == 0
-    measured = cut[: min(samples, held_out)] if own else left
-    return Samples(list(cut[:samples].split(batch)), list(measured.split(batch)), own)
+    measured = cut[: min(count, held_out)] if own else left
+    return Samples(list(cut[:count].split(batch)), list(measured.split(batch)), not own)
 
 
 def sentences(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], *, samples: int, length: int, tokens_per_batch: int, held_out: int = 64
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    *,
+    samples: int | None,
+    length: int,
+    tokens_per_batch: int,
+    held_out: int = 128,
 ) -> Samples:
     """Encode lines one by one, each a sample cut at `length` tokens, for sentence encoders; batches hold equal lengths.
 
     Args:
         tokenizer: encodes each line with its own special tokens.
         documents: the texts; every non-empty line is a sample, used in order.
-        samples: number of lines for calibration.
+        samples: number of lines for calibration; None for `LINES`, or fewer if the text is shorter.
         length: longest sample in tokens.
         tokens_per_batch: bound on the tokens of a batch.
         held_out: lines after those, for measuring.
 
     Raises:
-        EckartError: if there are fewer lines than samples.
+        EckartError: if there are fewer lines than asked for.
     """
     lines = [line.strip() for document in documents for line in document.splitlines() if line.strip()]
-    if len(lines) < samples:
+    if len(lines) < (samples or 1):
         raise EckartError(f"the calibration text has {len(lines)} lines, but {samples} samples are asked for; use --samples {len(lines)}")
-    encoded = [_encode(tokenizer, line)[:length] for line in lines[: samples + held_out]]
-    left = encoded[samples:]
-    own = not left
+    count = samples or _share(len(lines), LINES, held_out)
+    encoded = [encode_document(tokenizer, line)[:length] for line in lines[: count + held_out]]
+    left = encoded[count:]
     return Samples(
-        _by_length(encoded[:samples], tokens_per_batch), _by_length(left or encoded[:held_out], tokens_per_batch), own
+        _by_length(encoded[:count], tokens_per_batch), _by_length(left or encoded[:held_out], tokens_per_batch), bool(left)
     )
+
+
+def _share(available: int, wanted: int, held_out: int) -> int:
+    """Return how many of the available samples to calibrate on where no number was asked for."""
+    return max(1, min(wanted, available - min(held_out, available // 8)))
 
 
 def _by_length(encoded: Sequence[list[int]], tokens_per_batch: int) -> list[Tensor]:
@@ -157,14 +180,9 @@ def _by_length(encoded: Sequence[list[int]], tokens_per_batch: int) -> list[Tens
     return out
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Encode one document with its special tokens, a start token first if the tokenizer defines one."""
+def encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return a document's token ids with its special tokens, a start token first if the tokenizer defines one."""
     encoded: Any = tokenizer(text, add_special_tokens=True, truncation=False, verbose=False)
     ids: list[int] = list(encoded["input_ids"])
     start = tokenizer.bos_token_id
     return ids if start is None or (ids and ids[0] == start) else [start, *ids]
-
-
-def encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return a document's token ids as calibration and evaluation see them: special tokens included."""
-    return _encode(tokenizer, text)

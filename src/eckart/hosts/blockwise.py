@@ -7,7 +7,7 @@ None of this knows the model's class: blocks are replaced by recorders for one o
 Legend: b sequences, t tokens per sequence, d the width of the hidden states.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,16 @@ class _Stop(Exception):  # noqa: N818 - control flow, not an error
     pass
 
 
+class _Output(Tensor):
+    """A block's output that is also its own first item: some models take what a block returns, others take its `[0]`."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed from it is an ordinary tensor
+
+    def __getitem__(self, index: Any) -> Tensor:
+        plain = self.as_subclass(Tensor)
+        return plain if isinstance(index, int) and index == 0 else plain[index]
+
+
 class _Recorder(nn.Module):
     """Stands in for a block: records its call and passes `hidden`, or its own input, on."""
 
@@ -53,7 +63,8 @@ class _Recorder(nn.Module):
         self._calls.append((hidden, Call(args, kwargs)))
         if self._hidden is None and self._last:
             raise _Stop
-        return hidden if self._hidden is None or not self._last else self._hidden
+        out = hidden if self._hidden is None or not self._last else self._hidden
+        return out.as_subclass(_Output)
 
 
 class Blockwise:
@@ -109,7 +120,8 @@ class Blockwise:
             embedding: a module to use in place of the model's token embedding.
         """
         calls: list[tuple[Tensor, Call]] = []
-        with self._recording(calls, None), self._swapped(embedding):
+        swaps = {} if embedding is None else {self._embedding_name(): embedding}
+        with self._recording(calls, None), self.swapped(swaps):
             try:
                 self.model(input_ids=ids.to(self.device), use_cache=False)
             except _Stop:
@@ -125,8 +137,11 @@ class Blockwise:
 
     def leave(self, hidden: Tensor) -> Any:
         """Return the model's output given the last block's output (b, t, d). Needs `resident_ends(head=True)`."""
+        # The first embeddings go into blocks that ignore them; only their width matters, where a model widens them.
+        embedding = self.model.get_submodule(self.parts.embedding) if self.parts.embedding else None
+        width = getattr(embedding, "embedding_dim", hidden.shape[-1])
         with self._recording([], hidden):
-            return self.model(inputs_embeds=hidden, use_cache=False)
+            return self.model(inputs_embeds=hidden.new_zeros(*hidden.shape[:-1], width), use_cache=False)
 
     @contextmanager
     def _recording(self, calls: list[tuple[Tensor, Call]], hidden: Tensor | None) -> Iterator[None]:
@@ -141,18 +156,19 @@ class Blockwise:
                 self.model.set_submodule(name, original)
 
     @contextmanager
-    def _swapped(self, embedding: nn.Module | None) -> Iterator[None]:
-        if embedding is None:
-            yield
-            return
-        name = self.parts.embedding
-        if name is None:
-            raise EckartError("this model has no token embedding to replace")
-        original = replace(self.model, name, embedding)
+    def swapped(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Put modules in place of those of the skeleton by name, and the old ones back afterwards."""
+        originals = {name: replace(self.model, name, module) for name, module in modules.items()}
         try:
             yield
         finally:
-            self.model.set_submodule(name, original)
+            for name, original in originals.items():
+                self.model.set_submodule(name, original)
+
+    def _embedding_name(self) -> str:
+        if self.parts.embedding is None:
+            raise EckartError(f"{type(self.model).__name__} has no token embedding that could be replaced")
+        return self.parts.embedding
 
 
 def release(module: nn.Module) -> None:

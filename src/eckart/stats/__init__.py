@@ -18,6 +18,7 @@ from eckart.stats.streaming import collect_gradients as collect_gradients
 from eckart.stats.streaming import collect_inputs as collect_inputs
 from eckart.stats.streaming import enter as enter
 from eckart.stats.streaming import gradients_of as gradients_of
+from eckart.stats.streaming import head_inputs as head_inputs
 from eckart.stats.streaming import hooked as hooked
 from eckart.stats.streaming import input_groups as input_groups
 from eckart.stats.streaming import inputs_of as inputs_of

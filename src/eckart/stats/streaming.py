@@ -6,6 +6,7 @@ between the two passes. Layers of a block that are called with the same tensor (
 Legend: samples are batches of token ids (b, t) without padding; hidden states are lists of (b, t, d), one per batch.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -134,22 +135,61 @@ def collect_inputs(
 ) -> None:
     """Run all blocks forward and store the input moments of every group of layers.
 
-    Writes kind "inputs", one file per block, with a part per group named by its layers joined with "+"; and, if
-    `boundaries` is given, kind "boundary": the hidden states before every block and after the last.
+    Writes kind "inputs", one file per block, with a part per group named by its layers joined with "+"; kind
+    "head-inputs" if the model has a head; and, if `boundaries` is given, kind "boundary": the hidden states before
+    every block and after the last. Blocks that are stored already, by a run that was stopped, are not run again.
     """
     count = len(runner.parts.blocks)
     stream = enter(runner, samples)
-    for index, name in enumerate(runner.parts.blocks):
+    done = _resumable(store, boundaries, count)
+    if done and boundaries is not None:
+        stream.hidden[:] = load_hidden(boundaries, done, runner.device)
+    for index, name in list(enumerate(runner.parts.blocks))[done:]:
         progress("forward", index, count)
-        if boundaries is not None:
+        if boundaries is not None and index == 0:
             save_hidden(boundaries, index, stream.hidden)
         with runner.resident(name) as block:
             groups = input_groups(runner, block, name, index, stream)
             moments = _run_with_moments(runner, block, name, index, stream, groups)
+        if boundaries is not None:
+            save_hidden(boundaries, index + 1, stream.hidden)
         store.save("inputs", index, {"+".join(g): m.tensors() for g, m in zip(groups, moments, strict=True)})
-    if boundaries is not None:
-        save_hidden(boundaries, count, stream.hidden)
+    if runner.parts.head is not None:
+        store.save("head-inputs", 0, {"head": _head_moments(runner, runner.parts.head, stream).tensors()})
     progress("forward", count, count)
+
+
+def _resumable(store: Store, boundaries: Store | None, count: int) -> int:
+    """Return how many blocks need not be run again: their moments and all hidden states so far are stored."""
+    if boundaries is None:
+        return 0
+    done = next((i for i in range(count) if not store.path("inputs", i).is_file()), count)
+    return done if boundaries.has("boundary", done + 1) else 0
+
+
+@torch.no_grad()
+def _head_moments(runner: Blockwise, head: str, stream: Stream) -> Moments:
+    module = runner.model.get_submodule(head)
+    total = MomentSum(_fan_in(module), runner.device)
+    for x in head_inputs(runner, head, stream.hidden):
+        total.add(x)
+    return total.result(head)
+
+
+@torch.no_grad()
+def head_inputs(runner: Blockwise, head: str, hidden: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield the input of the output head, (b, t, d) per batch, given the last block's outputs."""
+    seen: list[Tensor] = []
+
+    def see(_: str, x: Tensor) -> None:
+        seen.append(x)
+        raise StopBlockError
+
+    with runner.resident_ends(head=False, embedding=False), hooked({head: runner.model.get_submodule(head)}, see):
+        for states in hidden:
+            with contextlib.suppress(StopBlockError):
+                runner.leave(states)
+            yield seen.pop()
 
 
 @torch.no_grad()

@@ -10,10 +10,9 @@ block by block and inside a block in execution order. Trained: blockwise, on the
 Source: "AA-SVD" 2026 (arXiv 2604.02119), objective 4 and its local refinement; the authors' code ships objective 2.
 """
 
-from eckart.errors import EckartError
 from eckart.fit import Metric
 from eckart.fit import metric as build_metric
-from eckart.methods.compress.recipe import LayerData, Recipe, check_share
+from eckart.methods.compress.recipe import LayerData, Recipe, check_share, raw_moments
 
 
 def aa_svd(*, anchor: float = 1.0) -> Recipe:
@@ -25,8 +24,8 @@ def aa_svd(*, anchor: float = 1.0) -> Recipe:
     check_share("anchor", anchor)
 
     def metric(data: LayerData) -> Metric:
-        if data.cross is None:
-            raise EckartError("aa-svd needs shifted inputs")
+        if data.cross is None:  # before the sequential pass, for predictions
+            return build_metric(raw_moments(data)[1])
         original, shifted = data.cross.original.result("a layer"), data.cross.shifted.result("a layer")
         return build_metric(original.second, shifted=shifted.second, cross=data.cross.cross(), anchor=anchor)
 

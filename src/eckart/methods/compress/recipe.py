@@ -59,6 +59,7 @@ class Recipe:
         uses_gradients: whether it reads gradient moments.
         labels: labels of the gradients: "sampled" from the model or "observed" in the text.
         output_metric: whether predicted errors are in units of the loss (the metric has a full output moment).
+        embedding_shrinkage: share of the isotropic moment in the metric of an embedding's coordinates.
         centred: whether compressed layers get a fitted bias.
         sequential: whether each layer is fitted on the inputs it sees in the already compressed model.
         update: whether the up factor is refitted by least squares on those inputs (SVD-LLM).
@@ -77,6 +78,7 @@ class Recipe:
     uses_gradients: bool = False
     labels: Labels = "observed"
     output_metric: bool = False
+    embedding_shrinkage: float = 0.01
     centred: bool = False
     sequential: bool = False
     update: bool = False

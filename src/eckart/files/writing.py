@@ -1,0 +1,294 @@
+"""Writing a compressed folder: finished parts beside the target while a run lasts, then the folder in one rename.
+
+While it runs, a job's parts lie in a hidden folder beside the output, `.<name>.eckart-<key>`:
+
+    job.json                   what is being done, for people who wonder what this folder is
+    embedding.safetensors      the compressed embedding, if any; head.safetensors likewise
+    block-0000.safetensors     every tensor of a finished block; the layers' specs are in the metadata
+    folder/                    the output, being written; renamed to the output at the very end
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import safe_open
+from torch import Tensor
+
+from eckart.atomic import copy_file, write_json, write_tensors, write_text
+from eckart.errors import EckartError
+from eckart.files.folder import COMPANIONS, INDEX, OpenModel
+from eckart.files.huggingface import EMBEDDING, FORMAT, LINEAR, QUANT_METHOD, TIED_HEAD, sentinel_name
+from eckart.maps import LinearMap, LowRank, Pivoted
+
+# Bytes per shard: what memory holds while the output is written.
+SHARD_BYTES = 256 << 20
+STRUCTURES: dict[type[LinearMap], str] = {LowRank: "lowrank", Pivoted: "pivoted"}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRecord:
+    """One compressed layer as written.
+
+    Attributes:
+        name: its module name.
+        entry: its entry in config.json.
+        structure: "lowrank" or "pivoted".
+        rank: rank of its map.
+        numbers: floating numbers stored, bias included.
+        nbytes: bytes stored, index tensors included.
+        loss: predicted increase of the loss, in the plan's unit.
+    """
+
+    name: str
+    entry: dict[str, Any]
+    structure: str
+    rank: int
+    numbers: int
+    nbytes: int
+    loss: float
+
+    @staticmethod
+    def of(
+        name: str, map_: LinearMap, bias: Tensor | None, loss: float, *, kind: str = LINEAR, padding_idx: int | None = None
+    ) -> "LayerRecord":
+        """Describe a fitted layer.
+
+        Args:
+            name: its module name.
+            map_: the map as stored.
+            bias: its bias, or None.
+            loss: predicted increase of the loss.
+            kind: "linear" or "embedding".
+            padding_idx: of an embedding.
+        """
+        spec = map_.spec()
+        entry: dict[str, Any] = {"kind": kind, "map": spec}
+        entry |= {"padding_idx": padding_idx} if kind == EMBEDDING else {"bias": bias is not None}
+        own = 0 if bias is None else bias.numel()
+        itemsize = map_.dtype.itemsize
+        rank = map_.rank if isinstance(map_, (LowRank, Pivoted)) else min(map_.shape)
+        return LayerRecord(
+            name, entry, STRUCTURES[type(map_)], rank, map_.numbers + own, map_.nbytes + own * itemsize, loss
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """The finished parts of a run.
+
+    Attributes:
+        folder: where they are.
+    """
+
+    folder: Path
+
+    def begin(self, job: Mapping[str, Any]) -> None:
+        """Make the folder, or find it as an earlier run of the same job left it.
+
+        Raises:
+            EckartError: if it cannot be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EckartError(f"cannot write beside {self.folder.parent}: {error.strerror}; choose another --out") from error
+        write_json(self.folder / "job.json", job)
+
+    def path(self, part: str) -> Path:
+        """Return where a part is."""
+        return self.folder / f"{part}.safetensors"
+
+    def has(self, part: str) -> bool:
+        """Tell whether a part is finished."""
+        return self.path(part).is_file()
+
+    def blocks_done(self) -> int:
+        """Return how many blocks are finished."""
+        done = 0
+        while self.has(_block(done)):
+            done += 1
+        return done
+
+    def save(self, part: str, tensors: Mapping[str, Tensor], records: Sequence[LayerRecord]) -> None:
+        """Write a finished part: tensors by full name, and the records of its compressed layers."""
+        metadata = {"format": "pt", "records": json.dumps([asdict(record) for record in records])}
+        write_tensors(self.path(part), tensors, metadata)
+
+    def save_block(self, index: int, tensors: Mapping[str, Tensor], records: Sequence[LayerRecord]) -> None:
+        """Write a finished block."""
+        self.save(_block(index), tensors, records)
+
+    def parts(self) -> list[str]:
+        """Return the names of the finished parts, in the model's order."""
+        blocks = [_block(i) for i in range(self.blocks_done())]
+        return [*(["embedding"] if self.has("embedding") else []), *blocks, *(["head"] if self.has("head") else [])]
+
+    def records(self) -> list[LayerRecord]:
+        """Return the records of all finished layers, in the model's order."""
+        out = []
+        for part in self.parts():
+            with safe_open(self.path(part), "pt") as handle:
+                out += [LayerRecord(**record) for record in json.loads(handle.metadata()["records"])]
+        return out
+
+    def discard(self) -> None:
+        """Delete everything."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _block(index: int) -> str:
+    return f"block-{index:04d}"
+
+
+def check_output(out: Path) -> None:
+    """Check that a folder can be written.
+
+    Raises:
+        EckartError: if it holds something, is a file, or lies where nothing can be written.
+    """
+    if out.is_dir() and any(out.iterdir()):
+        raise EckartError(f"the output folder {out} already holds something; give a new or an empty one")
+    if out.exists() and not out.is_dir():
+        raise EckartError(f"the output {out} is a file; give the path of a folder that does not exist yet")
+    parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise EckartError(f"{parent} cannot be written to; give an --out elsewhere")
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A tensor of the output: how large it is, and how to read it."""
+
+    nbytes: int
+    read: Callable[[], Tensor]
+
+
+def _stored(partial: Partial) -> dict[str, _Source]:
+    """Return the tensors of the finished parts by name."""
+    out = {}
+    for part in partial.parts():
+        path = partial.path(part)
+        with safe_open(path, "pt") as handle:
+            for name in handle.keys():  # noqa: SIM118
+                tensor = handle.get_tensor(name)
+                out[name] = _Source(tensor.nbytes, lambda path=path, name=name: _read(path, name))  # type: ignore[misc]
+    return out
+
+
+def _read(path: Path, name: str) -> Tensor:
+    with safe_open(path, "pt") as handle:
+        tensor: Tensor = handle.get_tensor(name)
+    return tensor
+
+
+def _sources(partial: Partial, model: OpenModel, blocks: Sequence[str], replaced: set[str]) -> dict[str, _Source]:
+    """Return all tensors of the output by name: finished parts, and the original's outside the blocks."""
+    out = _stored(partial)
+    for name in model.outside(blocks):
+        if name.rpartition(".")[0] not in replaced:
+            nbytes = model.stored_dtype(name).itemsize * math.prod(model.shape(name))
+            out[name] = _Source(nbytes, lambda name=name: model.read(name))  # type: ignore[misc]
+    return out
+
+
+def layer_entries(records: Sequence[LayerRecord], embedding: str | None, head: str | None) -> dict[str, Any]:
+    """Return the entries of config.json by module name.
+
+    Args:
+        records: the compressed layers.
+        embedding: name of the token embedding.
+        head: name of the head tied to it, or None.
+    """
+    entries = {record.name: record.entry for record in records}
+    if head is not None and embedding in entries:
+        entries[head] = {"kind": TIED_HEAD, "embedding": embedding}
+    return entries
+
+
+def write_folder(
+    partial: Partial,
+    model: OpenModel,
+    blocks: Sequence[str],
+    entries: Mapping[str, Any],
+    made_by: Mapping[str, Any],
+    texts: Mapping[str, str],
+    progress: Callable[[str, int, int], None],
+) -> Path:
+    """Write the output inside the partial folder and return its path; `publish` renames it.
+
+    Args:
+        partial: the finished parts.
+        model: the original.
+        blocks: names of its blocks.
+        entries: the compressed layers, as in config.json.
+        made_by: method, settings and figures, for config.json.
+        texts: further text files by name, such as the model card.
+        progress: told of the stage "write".
+    """
+    folder = partial.folder / "folder"
+    if folder.exists():
+        shutil.rmtree(folder)  # left by a run stopped while writing
+    folder.mkdir()
+    sources = _sources(partial, model, blocks, set(entries))
+    sentinel = sentinel_name(entries)
+    if sentinel:
+        sources[sentinel] = _Source(0, lambda: torch.empty(0))
+    _write_shards(folder, sources, progress)
+    config = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
+    if entries:
+        tied = any(entry["kind"] == TIED_HEAD for entry in entries.values())
+        config["quantization_config"] = {
+            "quant_method": QUANT_METHOD,
+            "format": FORMAT,
+            "layers": dict(entries),
+            "sentinel": sentinel,
+            "tied": tied,
+            "made_by": dict(made_by),
+        }
+        if tied:
+            config["tie_word_embeddings"] = False
+    write_json(folder / "config.json", config)
+    for name in COMPANIONS:
+        if (model.folder / name).is_file():
+            copy_file(model.folder / name, folder / name)
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    return folder
+
+
+def _write_shards(folder: Path, sources: dict[str, _Source], progress: Callable[[str, int, int], None]) -> None:
+    split = split_state_dict_into_shards_factory(
+        sources,
+        get_storage_size=lambda source: source.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
+    files = split.filename_to_tensors
+    for i, (file, names) in enumerate(sorted(files.items())):
+        progress("write", i, len(files))
+        write_tensors(folder / file, {name: sources[name].read() for name in names})
+    progress("write", len(files), len(files))
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / INDEX, index)
+
+
+def publish(folder: Path, out: Path) -> None:
+    """Give a finished folder its final name, in one rename.
+
+    Raises:
+        EckartError: if something has appeared there meanwhile, or it cannot be renamed.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(out)
+    except OSError as error:
+        raise EckartError(f"cannot rename {folder} to {out}: {error.strerror}; move it there by hand") from error

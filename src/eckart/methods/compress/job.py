@@ -1,0 +1,175 @@
+"""A compression run, prepared: the request checked, the model opened, the calibration samples cut, the budget counted."""
+
+import importlib.metadata
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from eckart.errors import EckartError
+from eckart.files.folder import OpenModel, check_finite, check_model_folder, open_model
+from eckart.files.text import Samples, load_tokenizer, read_documents, sentences, windows
+from eckart.hosts import Anatomy, Blockwise, anatomy
+from eckart.methods.compress.recipe import Recipe
+from eckart.methods.compress.table import recipe_of
+from eckart.stats import Objective, Progress, Store, content_key, objective
+
+# Tokens run at once; more does not run faster on CPU, and on a GPU the blocks are small against this.
+TOKENS_PER_BATCH = 4096
+# Statistics of earlier runs are deleted, oldest first, beyond this many bytes.
+CACHE_LIMIT = 20 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked for, as given.
+
+    Attributes:
+        model: folder of the model.
+        method: name of a method.
+        keep: share of the whole model's parameters that may remain, in (0, 1].
+        calibration: text file, or None.
+        samples: number of calibration samples; None for the default, or as many as the text has.
+        length: tokens per sample; None for the default.
+        seed: seed of everything random.
+        settings: typed settings of the method.
+    """
+
+    model: Path
+    method: str
+    keep: float
+    calibration: Path | None
+    samples: int | None
+    length: int | None
+    seed: int
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A checked request and what it needs to run.
+
+    Attributes:
+        request: the request.
+        recipe: the method with its settings.
+        model: the opened model.
+        parts: its anatomy.
+        runner: runs it block by block.
+        samples: calibration samples; None without a text.
+        objective: what the loss is.
+        causal: whether the model predicts the next token.
+        model_hash: hash of config and weights.
+    """
+
+    request: Request
+    recipe: Recipe
+    model: OpenModel
+    parts: Anatomy
+    runner: Blockwise
+    samples: Samples | None
+    objective: Objective
+    causal: bool
+    model_hash: str
+
+    @property
+    def key(self) -> str:
+        """A name for everything that decides the result."""
+        r = self.request
+        text = () if self.samples is None else (*self.samples.batches, *self.samples.held_out)
+        version = importlib.metadata.version("eckart")
+        settings = sorted((name, repr(value)) for name, value in r.settings.items())
+        return content_key((version, self.model_hash, r.method, repr(r.keep), str(r.seed), repr(settings)), text)
+
+    @property
+    def statistics_key(self) -> str:
+        """A name for the statistics, which methods share."""
+        return content_key((self.model_hash, str(self.request.seed)), self.calibration)
+
+    @property
+    def calibration(self) -> list[Tensor]:
+        """The calibration batches.
+
+        Raises:
+            EckartError: if there is no text.
+        """
+        if self.samples is None:
+            raise EckartError(f"{self.request.method} needs a calibration text; give one with --calibration FILE")
+        return self.samples.batches
+
+    def weight_dtype(self, layer: str) -> torch.dtype:
+        """Return the dtype a layer's weight is stored in."""
+        return self.model.stored_dtype(f"{layer}.weight")
+
+
+def open_job(request: Request, progress: Progress) -> Job:
+    """Check a request and prepare its run; nothing is written.
+
+    Raises:
+        EckartError: for anything wrong with it, cheapest checks first.
+    """
+    if not 0.0 < request.keep <= 1.0:
+        raise EckartError(f"keep is the share of parameters that remains and must lie in (0, 1], got {request.keep}")
+    for name in ("samples", "length"):
+        value = getattr(request, name)
+        if value is not None and value < 1:
+            raise EckartError(f"{name} must be at least 1, got {value}")
+    recipe = recipe_of(request.method, request.settings)
+    check_model_folder(request.model)
+    if recipe.needs_text and request.calibration is None:
+        raise EckartError(f"{request.method} needs a calibration text; give one with --calibration FILE")
+    documents = None if request.calibration is None else read_documents(request.calibration)
+    model = open_model(request.model)
+    parts = anatomy(model.model)
+    causal = type(model.model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    samples = None if documents is None else _samples(request, model, documents, causal)
+    goal = objective(recipe.labels, parts.head is not None, causal)
+    model_hash = check_finite(model, progress)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    runner = Blockwise(model.model, parts, model.load, device)
+    return Job(request, recipe, model, parts, runner, samples, goal, causal, model_hash)
+
+
+def _samples(request: Request, model: OpenModel, documents: list[str], causal: bool) -> Samples:
+    tokenizer = load_tokenizer(request.model)
+    context = int(getattr(model.config, "max_position_embeddings", None) or request.length or 256)
+    if request.length is not None and request.length > context:
+        raise EckartError(f"length {request.length} exceeds the model's context of {context} tokens; give at most that")
+    length = min(request.length or 256, context)
+    if causal:
+        return windows(tokenizer, documents, samples=request.samples, length=length, batch=max(1, TOKENS_PER_BATCH // length))
+    return sentences(tokenizer, documents, samples=request.samples, length=length, tokens_per_batch=TOKENS_PER_BATCH)
+
+
+def cache_folder() -> Path:
+    """Return where statistics are kept: $ECKART_CACHE, or eckart in the user's cache folder."""
+    given = os.environ.get("ECKART_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eckart"
+
+
+def statistics_store(job: Job, folder: Path | None) -> Store:
+    """Return where this job's statistics are kept.
+
+    Args:
+        job: the job.
+        folder: a folder of the run's own, or None for the shared cache.
+    """
+    return Store((folder or cache_folder()) / f"statistics-{job.statistics_key}")
+
+
+def trim_cache(kept: Store) -> None:
+    """Delete the oldest statistics in the shared cache beyond `CACHE_LIMIT`, never those just used."""
+    stores = [Store(p) for p in cache_folder().glob("statistics-*") if p.is_dir()]
+    stores.sort(key=lambda store: store.folder.stat().st_mtime, reverse=True)
+    total = 0
+    for store in stores:
+        total += store.nbytes
+        if total > CACHE_LIMIT and store.folder != kept.folder:
+            store.clear()
+

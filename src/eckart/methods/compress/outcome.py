@@ -1,0 +1,122 @@
+"""What a compression run plans and what it measured: the answers of `eckart.plan` and `eckart.compress`."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What one layer becomes.
+
+    Attributes:
+        name: its module name.
+        kind: "linear", "embedding" (with the head tied to it, if it is) or "head".
+        shape: (out, in); (vocabulary, width) for an embedding.
+        structure: "dense", "lowrank" or "pivoted".
+        rank: rank of the weight (full for dense).
+        numbers: floating numbers stored, bias included.
+        dense_numbers: the same before compression.
+        nbytes: bytes stored, index tensors included.
+        loss: predicted increase of the loss, in the plan's unit.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    structure: str
+    rank: int
+    numbers: int
+    dense_numbers: int
+    nbytes: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What every layer becomes under a budget.
+
+    Attributes:
+        method: name of the method.
+        keep: share of the whole model's parameters asked for.
+        parameters_before: floating parameters of the model, tied ones once.
+        parameters_after: the same after compression.
+        bytes_before: bytes of those parameters as stored.
+        bytes_after: the same after compression, index tensors included.
+        unit: what the predicted losses are measured in.
+        layers: every layer that was considered, dense ones included, in the model's order.
+    """
+
+    method: str
+    keep: float
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    unit: str
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def loss(self) -> float:
+        """Predicted increase of the loss, all layers together."""
+        return sum(layer.loss for layer in self.layers)
+
+    @property
+    def kept(self) -> float:
+        """Share of the parameters that remains."""
+        return self.parameters_after / self.parameters_before
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        return {**asdict(self), "loss": self.loss, "kept": self.kept}
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A loss measured on calibration samples that the fits did not see.
+
+    Attributes:
+        name: "loss" (nats per token) or "distance" (mean squared distance of sentence embeddings from the original's).
+        before: of the original model.
+        after: of the compressed model, with its rounded weights.
+        tokens: how many it was measured on.
+        held_out: False if the text was too short, and the calibration samples themselves were used.
+    """
+
+    name: str
+    before: float
+    after: float
+    tokens: int
+    held_out: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a compression run did.
+
+    Attributes:
+        plan: what every layer became; ranks and numbers as stored.
+        out: the folder written.
+        measured: loss before and after; None if a data-free method ran without text.
+        seconds: wall time.
+        peak_memory: largest resident memory of the process, bytes.
+        settings: everything that decided the result, for the model card.
+    """
+
+    plan: Plan
+    out: Path
+    measured: Measured | None
+    seconds: float
+    peak_memory: int
+    settings: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        return {
+            "out": str(self.out),
+            "measured": asdict(self.measured) if self.measured else None,
+            "seconds": round(self.seconds, 3),
+            "peak_memory": self.peak_memory,
+            "settings": self.settings,
+            "plan": self.plan.as_dict(),
+        }

@@ -1,0 +1,222 @@
+"""Compressing a model folder into a smaller one, or only planning it: the doors that the command line goes through."""
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from eckart.budget import Candidates
+from eckart.errors import EckartError
+from eckart.files.card import model_card
+from eckart.files.writing import LayerRecord, Partial, check_output, layer_entries, publish, write_folder
+from eckart.methods.compress.allocate import allocate, plan_from, plan_of
+from eckart.methods.compress.job import Job, Request, open_job, statistics_store, trim_cache
+from eckart.methods.compress.layers import Known, Layer, check_layers, layers_of
+from eckart.methods.compress.outcome import Measured, Outcome, Plan
+from eckart.methods.compress.sweep import Sweep
+from eckart.methods.compress.table import settings_of
+from eckart.stats import Progress, Store, collect_gradients, collect_inputs, silent
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    *,
+    method: str = "eckart",
+    keep: float = 0.6,
+    calibration: str | Path | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    cache: bool = True,
+    progress: Progress = silent,
+) -> Outcome:
+    """Compress a Hugging Face model folder into a smaller one that `from_pretrained` loads.
+
+    Memory holds one block, its statistics and the hidden states of the calibration samples. A run that was stopped is
+    continued by the same call and ends in the same bytes.
+
+    Args:
+        model: folder of a decoder or encoder with safetensors weights.
+        out: folder to write; must not hold anything yet.
+        method: one of `eckart.METHODS`.
+        keep: share of the whole model's parameters that remains, in (0, 1].
+        calibration: text file; methods that use no data do without.
+        samples: calibration samples; by default 128 windows for decoders, 4,096 lines for encoders, or what the text has.
+        length: tokens per sample, 256 by default.
+        seed: seed of everything random.
+        settings: settings of the method by name, typed.
+        cache: whether to keep statistics for later runs, in $ECKART_CACHE or the user's cache folder.
+        progress: called with (stage, steps done, steps in all).
+
+    Raises:
+        EckartError: for bad input of any kind, in one sentence; nothing is written then.
+    """
+    started, target = time.perf_counter(), Path(out)
+    check_output(target)
+    job = open_job(_request(model, method, keep, calibration, samples, length, seed, settings), progress)
+    layers = layers_of(job)
+    check_layers(job, layers)
+    partial = Partial(target.absolute().with_name(f".{target.absolute().name}.eckart-{job.key[:8]}"))
+    partial.begin({"out": str(target), "settings": _described(job)})
+    try:
+        store = statistics_store(job, None if cache else partial.folder)
+        _collect(job, store, Store(partial.folder / "boundaries"), progress)
+        known = Known(job, store)
+        chosen, table = allocate(job, layers, known, predict=False, progress=progress)
+        measured = Sweep(job, known, layers, chosen, partial, progress).run()
+        records = partial.records()
+        outcome = Outcome(
+            _as_stored(job, layers, table, records),
+            target,
+            measured,
+            time.perf_counter() - started,
+            _peak_memory(),
+            _described(job),
+        )
+        head = job.parts.head if job.parts.tied else None
+        entries = layer_entries(records, job.parts.embedding, head)
+        texts = {"README.md": _card(outcome), "eckart.json": _report(outcome)}
+        folder = write_folder(partial, job.model, job.parts.blocks, entries, _made_by(outcome), texts, progress)
+        publish(folder, target)
+    except EckartError:
+        if partial.blocks_done() == 0:
+            partial.discard()
+        raise
+    partial.discard()
+    if cache:
+        trim_cache(store)
+    return outcome
+
+
+def plan(
+    model: str | Path,
+    *,
+    method: str = "eckart",
+    keep: float = 0.6,
+    calibration: str | Path | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    cache: bool = True,
+    progress: Progress = silent,
+) -> Plan:
+    """Return what `compress` would make of every layer, with predicted losses; writes nothing but cached statistics.
+
+    Args and errors are those of `compress`.
+    """
+    job = open_job(_request(model, method, keep, calibration, samples, length, seed, settings), progress)
+    layers = layers_of(job)
+    check_layers(job, layers)
+    with tempfile.TemporaryDirectory(prefix="eckart-") as scratch:
+        store = statistics_store(job, None if cache else Path(scratch))
+        _collect(job, store, Store(Path(scratch) / "boundaries"), progress)
+        chosen, table = allocate(job, layers, Known(job, store), predict=True, progress=progress)
+    return plan_of(job, layers, chosen, table)
+
+
+def _request(
+    model: str | Path,
+    method: str,
+    keep: float,
+    calibration: str | Path | None,
+    samples: int | None,
+    length: int | None,
+    seed: int,
+    settings: Mapping[str, Any] | None,
+) -> Request:
+    text = None if calibration is None else Path(calibration)
+    return Request(Path(model), method, keep, text, samples, length, seed, dict(settings or {}))
+
+
+def _collect(job: Job, store: Store, boundaries: Store, progress: Progress) -> None:
+    """Gather the statistics that the recipe reads and the store does not have yet."""
+    count, recipe = len(job.parts.blocks), job.recipe
+    wants_gradients = recipe.uses_gradients and not (
+        store.has(f"gradients-{job.objective.name}", count) and store.has(f"ends-{job.objective.name}", 1)
+    )
+    has_inputs = store.has("inputs", count) and (job.parts.head is None or store.has("head-inputs", 1))
+    if wants_gradients or (recipe.uses_inputs and not has_inputs):
+        collect_inputs(
+            job.runner, job.calibration, store, boundaries=boundaries if wants_gradients else None, progress=progress
+        )
+    if wants_gradients:
+        collect_gradients(
+            job.runner, job.calibration, job.objective, store, boundaries, seed=job.request.seed, progress=progress
+        )
+    boundaries.clear()
+
+
+def _as_stored(job: Job, layers: list[Layer], table: list[Candidates], records: list[LayerRecord]) -> Plan:
+    """Return the plan with the ranks, numbers and errors of what was written."""
+    dense = {c.name: c.dense for c in table}
+    chosen = {c.name: c.dense for c in table}
+    base = plan_of(job, layers, chosen, table)
+    written = {record.name: record for record in records}
+    rows = [
+        replace(row, structure=r.structure, rank=r.rank, numbers=r.numbers, nbytes=r.nbytes, loss=r.loss)
+        if (r := written.get(row.name)) is not None
+        else row
+        for row in base.layers
+    ]
+    return plan_from(job, rows, dense)
+
+
+def _described(job: Job) -> dict[str, Any]:
+    """Return everything that decided the result, in plain values."""
+    request = job.request
+    defaults = {name: setting.default for name, setting in settings_of(request.method).items()}
+    return {
+        "model": request.model.name,
+        "method": request.method,
+        "keep": request.keep,
+        "calibration": request.calibration.name if request.calibration else None,
+        "samples": None if job.samples is None else sum(b.shape[0] for b in job.samples.batches),
+        "tokens": None if job.samples is None else job.samples.tokens,
+        "seed": request.seed,
+        "settings": {**defaults, **request.settings},
+        "model_hash": job.model_hash,
+    }
+
+
+def _made_by(outcome: Outcome) -> dict[str, Any]:
+    plan = outcome.plan
+    return {
+        **outcome.settings,
+        "parameters_before": plan.parameters_before,
+        "parameters_after": plan.parameters_after,
+        "bytes_before": plan.bytes_before,
+        "bytes_after": plan.bytes_after,
+        "measured": _measured(outcome.measured),
+    }
+
+
+def _report(outcome: Outcome) -> str:
+    """Return the outcome as JSON, without what differs between two runs of the same job."""
+    kept = {k: v for k, v in outcome.as_dict().items() if k not in ("out", "seconds", "peak_memory")}
+    return json.dumps(kept, indent=2) + "\n"
+
+
+def _peak_memory() -> int:
+    """Return the largest resident memory of this process so far, in bytes (macOS counts in bytes, Linux in KiB)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _measured(measured: Measured | None) -> dict[str, Any] | None:
+    return None if measured is None else asdict(measured)
+
+
+def _card(outcome: Outcome) -> str:
+    return model_card(
+        str(outcome.settings["model"]), outcome.settings, _made_by(outcome), [asdict(row) for row in outcome.plan.layers]
+    )
+
+

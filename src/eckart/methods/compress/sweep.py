@@ -1,0 +1,286 @@
+"""The pass that compresses: block by block, each layer fitted on what it sees, each finished block written at once.
+
+Two streams run side by side: the samples in the original model and in the model compressed so far. A finished block's
+file is the commit point; a run that was stopped goes on behind the last one, with the hidden states stored beside it,
+and gives the same bytes as one that was not.
+"""
+
+import contextlib
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from eckart.budget import Option
+from eckart.files.writing import LayerRecord, Partial
+from eckart.hosts import Call, offset_of, replace
+from eckart.methods.compress.allocate import is_dense
+from eckart.methods.compress.fitting import (
+    fit_layer,
+    loss_of,
+    running,
+    running_embedding,
+    tied_head,
+)
+from eckart.methods.compress.heal import heal
+from eckart.methods.compress.job import Job
+from eckart.methods.compress.layers import EMBEDDING, HEAD, Known, Layer, weights
+from eckart.methods.compress.measure import divergence, next_token_loss
+from eckart.methods.compress.outcome import Measured
+from eckart.stats import (
+    CrossSum,
+    Progress,
+    StopBlockError,
+    Store,
+    Stream,
+    advance,
+    enter,
+    head_inputs,
+    hooked,
+    input_groups,
+    load_hidden,
+    save_hidden,
+)
+
+
+@dataclass(slots=True)
+class Pair:
+    """Samples on their way through the original and the compressed model.
+
+    Attributes:
+        original: their stream in the original model.
+        compressed: their stream in the compressed model.
+    """
+
+    original: Stream
+    compressed: Stream
+
+
+class Sweep:
+    """One compressing pass over a model.
+
+    Args:
+        job: the job.
+        known: its statistics.
+        layers: its layers.
+        chosen: what each becomes.
+        partial: where finished parts are written.
+        progress: told of the stage "compress".
+    """
+
+    def __init__(
+        self, job: Job, known: Known, layers: Sequence[Layer], chosen: dict[str, Option], partial: Partial, progress: Progress
+    ) -> None:
+        self.job, self.known, self.chosen, self.partial, self.progress = job, known, chosen, partial, progress
+        self.layers = [layer for layer in layers if not is_dense(chosen[layer.name])]
+        self.streams = Store(partial.folder)
+        recipe = job.recipe
+        self.learns = recipe.sequential or recipe.update or recipe.heal > 0
+
+    def run(self) -> Measured | None:
+        """Compress everything not yet finished; return the loss before and after, if there is a text."""
+        count = len(self.job.parts.blocks)
+        swaps = self._embedding()
+        embedding = next(iter(swaps.values()), None)
+        done = self.partial.blocks_done()
+        pairs = self._enter(embedding, done)
+        for index in range(done, count):
+            self.progress("compress", index, count)
+            self._block(index, pairs)
+        self.progress("compress", count, count)
+        heads = self._heads(swaps, pairs)
+        return self._measure(pairs, heads)
+
+    def _embedding(self) -> dict[str, nn.Module]:
+        """Compress the token embedding, if planned; return it by name."""
+        for layer, weight in weights(self.job, [layer for layer in self.layers if layer.kind == EMBEDDING]):
+            fit = fit_layer(self.job, self.known, layer, weight, self.chosen[layer.name])
+            module = running_embedding(self.job, fit)
+            if not self.partial.has(EMBEDDING):
+                record = LayerRecord.of(layer.name, fit.map, fit.bias, loss_of(self.known, fit), kind=EMBEDDING, padding_idx=module.padding_idx)
+                self.partial.save(EMBEDDING, self._stored(layer.name, module), [record])
+            return {layer.name: module}
+        return {}
+
+    def _stored(self, name: str, module: nn.Module) -> dict[str, Tensor]:
+        """Return a fitted module's tensors by full name, in the dtype its weight was stored in."""
+        dtype = self.job.weight_dtype(name)
+        state = module.state_dict(prefix=f"{name}.")
+        return {key: t.to(dtype) if t.is_floating_point() else t for key, t in state.items()}
+
+    def _enter(self, embedding: nn.Module | None, done: int) -> dict[str, Pair]:
+        """Return the streams at the first unfinished block: of the calibration samples if needed, and of the held-out."""
+        samples = self.job.samples
+        if samples is None:
+            return {}
+        wanted = {"calibration": samples.batches} if self.learns else {}
+        wanted["held-out"] = samples.held_out
+        pairs = {}
+        for name, batches in wanted.items():
+            original = enter(self.job.runner, batches)
+            compressed = original if embedding is None else enter(self.job.runner, batches, embedding)
+            pairs[name] = Pair(original, Stream(list(compressed.hidden), original.calls))
+            if done:
+                device = self.job.runner.device
+                pairs[name].original.hidden[:] = load_hidden(self.streams, done, device, f"{name}-original")
+                pairs[name].compressed.hidden[:] = load_hidden(self.streams, done, device, f"{name}-compressed")
+        return pairs
+
+    def _block(self, index: int, pairs: dict[str, Pair]) -> None:
+        """Compress one block, move all streams past it, and commit it."""
+        job, name = self.job, self.job.parts.blocks[index]
+        inside = {layer.name: layer for layer in self.layers if layer.block == index}
+        records: list[LayerRecord] = []
+        with job.runner.resident(name) as block:
+            compressed = copy.deepcopy(block)
+            for group in self._groups(block, name, index, pairs, inside):
+                cross = self._cross(block, compressed, group[0], name, index, pairs) if self._needs_cross else None
+                for layer, weight in weights(job, [inside[member] for member in group]):
+                    inner = layer.name.removeprefix(f"{name}.")
+                    bias = offset_of(block.get_submodule(inner))
+                    fit = fit_layer(job, self.known, layer, weight, self.chosen[layer.name], bias=bias, cross=cross)
+                    replace(compressed, inner, running(fit))
+                    records.append(LayerRecord.of(layer.name, fit.map, fit.bias, loss_of(self.known, fit)))
+            targets = self._advance_originals(block, index, pairs)
+        if job.recipe.heal and "calibration" in pairs:
+            self._heal(compressed, index, pairs["calibration"], targets)
+        tensors = self._rounded(name, compressed, inside)
+        for pair in pairs.values():
+            advance(job.runner, compressed, index, pair.compressed)
+        for key, pair in pairs.items():
+            save_hidden(self.streams, index + 1, pair.original.hidden, f"{key}-original")
+            save_hidden(self.streams, index + 1, pair.compressed.hidden, f"{key}-compressed")
+        self.partial.save_block(index, tensors, records)
+        for key in pairs:
+            for stream in ("original", "compressed"):
+                self.streams.path(f"{key}-{stream}", index).unlink(missing_ok=True)
+
+    @property
+    def _needs_cross(self) -> bool:
+        return self.job.recipe.sequential or self.job.recipe.update
+
+    def _groups(
+        self, block: nn.Module, name: str, index: int, pairs: dict[str, Pair], inside: dict[str, Layer]
+    ) -> list[list[str]]:
+        """Return the layers to compress, in execution order where that matters, those with one input together."""
+        if not inside:
+            return []
+        if not self._needs_cross:
+            return [list(inside)]
+        groups = input_groups(self.job.runner, block, name, index, pairs["calibration"].original)
+        kept = [[member for member in group if member in inside] for group in groups]
+        return [group for group in kept if group]
+
+    @torch.no_grad()
+    def _cross(
+        self, block: nn.Module, compressed: nn.Module, layer: str, name: str, index: int, pairs: dict[str, Pair]
+    ) -> CrossSum:
+        """Return the joint moments of a layer's input in the original and in the compressed model."""
+        pair, inner = pairs["calibration"], layer.removeprefix(f"{name}.")
+        total: CrossSum | None = None
+        calls = pair.original.calls
+        for i, call in enumerate(calls):
+            x = _input_of(self.job, block, inner, pair.original.hidden[i], call[index])
+            shifted = _input_of(self.job, compressed, inner, pair.compressed.hidden[i], call[index])
+            total = total or CrossSum(x.shape[-1], x.device)
+            total.add(x, shifted)
+        if total is None:
+            raise AssertionError("a job with calibration samples has batches")
+        return total
+
+    def _advance_originals(self, block: nn.Module, index: int, pairs: dict[str, Pair]) -> list[Tensor]:
+        """Move the original streams past the block; return the calibration samples' outputs, for healing."""
+        for pair in pairs.values():
+            advance(self.job.runner, block, index, pair.original)
+        return pairs["calibration"].original.hidden if "calibration" in pairs else []
+
+    def _heal(self, compressed: nn.Module, index: int, pair: Pair, targets: list[Tensor]) -> None:
+        recipe, count = self.job.recipe, len(self.job.parts.blocks)
+        calls = [call[index] for call in pair.original.calls]
+        heal(
+            self.job.runner,
+            compressed,
+            calls,
+            pair.compressed.hidden,
+            targets,
+            epochs=recipe.heal,
+            rate=recipe.heal_rate,
+            seed=self.job.request.seed + index,
+            progress=lambda epoch: self.progress("compress", index * recipe.heal + epoch, count * recipe.heal),
+        )
+
+    @torch.no_grad()
+    def _rounded(self, name: str, compressed: nn.Module, inside: dict[str, Layer]) -> dict[str, Tensor]:
+        """Round a block's numbers to the dtypes they are stored in; return them by full name."""
+        out = {}
+        for key, tensor in compressed.state_dict(keep_vars=True).items():
+            full = f"{name}.{key}"
+            owner = next((layer for layer in inside if full.startswith(f"{layer}.")), None)
+            dtype = self.job.weight_dtype(owner) if owner else self.job.model.stored_dtype(full)
+            stored = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach().clone()
+            if tensor.is_floating_point():
+                tensor.data.copy_(stored)
+            out[full] = stored
+        return out
+
+    def _heads(self, swaps: dict[str, nn.Module], pairs: dict[str, Pair]) -> dict[str, nn.Module]:
+        """Return the modules that replace the head: tied to a compressed embedding, or compressed itself."""
+        for module in swaps.values():
+            tied = tied_head(self.job, module)  # type: ignore[arg-type]
+            if tied:
+                return tied
+        for layer, weight in weights(self.job, [layer for layer in self.layers if layer.kind == HEAD]):
+            bias = offset_of_head(self.job, layer.name)
+            cross = self._head_cross(layer.name, pairs) if self._needs_cross else None
+            fit = fit_layer(self.job, self.known, layer, weight, self.chosen[layer.name], bias=bias, cross=cross)
+            module = running(fit)
+            if not self.partial.has(HEAD):
+                record = LayerRecord.of(layer.name, fit.map, fit.bias, loss_of(self.known, fit))
+                self.partial.save(HEAD, self._stored(layer.name, module), [record])
+            return {layer.name: module}
+        return {}
+
+    def _head_cross(self, name: str, pairs: dict[str, Pair]) -> CrossSum:
+        pair, runner = pairs["calibration"], self.job.runner
+        original = list(head_inputs(runner, name, pair.original.hidden))
+        total = CrossSum(original[0].shape[-1], runner.device)
+        for x, shifted in zip(original, head_inputs(runner, name, pair.compressed.hidden), strict=True):
+            total.add(x, shifted)
+        return total
+
+    def _measure(self, pairs: dict[str, Pair], heads: dict[str, nn.Module]) -> Measured | None:
+        samples = self.job.samples
+        if samples is None:
+            return None
+        pair, runner, batches = pairs["held-out"], self.job.runner, samples.held_out
+        tokens = sum(batch.numel() for batch in batches)
+        if self.job.causal:
+            before = next_token_loss(runner, batches, pair.original.hidden)
+            after = next_token_loss(runner, batches, pair.compressed.hidden, heads)
+            return Measured("loss", before, after, tokens, samples.disjoint)
+        moved = divergence(runner, batches, pair.original.hidden, pair.compressed.hidden, heads)
+        name = "distance" if self.job.parts.head is None else "divergence"
+        return Measured(name, 0.0, moved, tokens, samples.disjoint)
+
+
+def _input_of(job: Job, block: nn.Module, inner: str, hidden: Tensor, call: Call) -> Tensor:
+    """Return what a layer of a block is given, without running what comes after it."""
+    seen: list[Tensor] = []
+
+    def see(_: str, x: Tensor) -> None:
+        seen.append(x)
+        raise StopBlockError
+
+    with hooked({inner: block.get_submodule(inner)}, see), contextlib.suppress(StopBlockError):
+        job.runner.run(block, hidden, call)
+    return seen[0]
+
+
+def offset_of_head(job: Job, name: str) -> Tensor | None:
+    """Return the bias of a head, float32, or None."""
+    key = f"{name}.bias"
+    return job.model.read(key).to(job.runner.device, torch.float32) if key in job.model.names else None
+
+
