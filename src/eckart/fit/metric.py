@@ -47,7 +47,9 @@ class Metric:
         for name in self.__slots__:
             value = getattr(self, name)
             if value is not None and not torch.isfinite(value).all():
-                raise EckartError(f"the metric's {name} holds NaN or Inf; the calibration run overflowed or lost its data")
+                raise EckartError(
+                    f"the metric's {name} holds NaN or Inf; the calibration run overflowed or lost its data"
+                )
 
     @property
     def seen(self) -> Tensor | None:

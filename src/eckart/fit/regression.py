@@ -78,7 +78,7 @@ class Regression:
         return self.irreducible + self.eigen.tails()
 
     def factors(self, rank: int) -> LowRank:
-        """Return the optimal factors of a rank (or of the numerical rank, if that is smaller), balanced, in the dtype of the target."""
+        """Return the optimal factors of a rank (or of the numerical rank, if smaller), balanced, in the target's dtype."""
         k = min(rank, self.rank)
         vectors = self.eigen.vectors[:, :k].to(self.target.dtype)
         root, inverse = self.roots or (None, None)
@@ -122,7 +122,9 @@ class Regression:
         return Fit(map_, None if offset is None else offset.to(dtype), error, relative)
 
 
-def regress(weight: Tensor, metric: Metric | None = None, *, rank: int | None = None, accuracy: float = 0.0) -> Regression:
+def regress(
+    weight: Tensor, metric: Metric | None = None, *, rank: int | None = None, accuracy: float = 0.0
+) -> Regression:
     """Solve the reduced-rank regression of a layer.
 
     Args:
@@ -142,7 +144,9 @@ def regress(weight: Tensor, metric: Metric | None = None, *, rank: int | None = 
     if weight.ndim != 2 or 0 in weight.shape:
         raise EckartError(f"a fit needs a non-empty matrix, got a tensor of shape {tuple(weight.shape)}")
     if not weight.is_floating_point() or not torch.isfinite(weight).all():
-        raise EckartError(f"the weight {tuple(weight.shape)} of dtype {weight.dtype} must be floating without NaN or Inf")
+        raise EckartError(
+            f"the weight {tuple(weight.shape)} of dtype {weight.dtype} must be floating without NaN or Inf"
+        )
     metric.check(weight)
     w = weight.detach().double()
     side = "outputs" if w.shape[0] <= w.shape[1] else "inputs"
@@ -171,7 +175,8 @@ def _target(w: Tensor, metric: Metric) -> Tensor:
     largest = float(values[-1]) if values.numel() else 0.0
     seen = values > 1e-10 * largest if largest > 0 else torch.zeros_like(values, dtype=torch.bool)
     basis = vectors[:, seen]
-    return w + (w @ ((cross - shifted) @ basis) / values[seen]) @ basis.mT
+    target: Tensor = w + (w @ ((cross - shifted) @ basis) / values[seen]) @ basis.mT
+    return target
 
 
 def _gram(target: Tensor, inner: Tensor | None, roots: tuple[Tensor, Tensor] | None, side: str) -> Tensor:
@@ -185,18 +190,19 @@ def _fast_eigen(
     weight: Tensor, inner: Tensor | None, roots: tuple[Tensor, Tensor] | None, side: str, rank: int, accuracy: float
 ) -> TopEigen:
     """Find the leading eigenpairs of K by multiplying with its factors only; K itself is never formed."""
-    parts = {"a": weight if side == "outputs" else weight.mT, "inner": inner, "root": roots[0] if roots else None}
+    a = weight if side == "outputs" else weight.mT
+    parts = {"a": a, "inner": inner, "root": roots[0] if roots else None}
     copies: dict[torch.dtype, dict[str, Tensor | None]] = {}
 
     def operator(block: Tensor) -> Tensor:
         if block.dtype not in copies:
             copies[block.dtype] = {k: None if t is None else t.to(block.dtype) for k, t in parts.items()}
         p = copies[block.dtype]
-        a = cast(Tensor, p["a"])
-        return _times(a @ _times(a.mT @ _times(block, p["root"]), p["inner"]), p["root"])
+        cast_a = cast(Tensor, p["a"])
+        return _times(cast_a @ _times(cast_a.mT @ _times(block, p["root"]), p["inner"]), p["root"])
 
     # The excess of a squared error is twice that of its root.
-    return top_eigen(operator, rank, size=parts["a"].shape[0], accuracy=2 * accuracy, device=weight.device)
+    return top_eigen(operator, rank, size=a.shape[0], accuracy=2 * accuracy, device=weight.device)
 
 
 def _times(matrix: Tensor, moment: Tensor | None) -> Tensor:

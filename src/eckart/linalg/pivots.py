@@ -69,7 +69,8 @@ def pivot_rows(matrix: Tensor, growth: float = 1.05, max_swaps: int = 1000) -> P
 
 def _elimination_order(matrix: Tensor) -> Tensor:
     """Return the row permutation of LU with partial pivoting, (m,) int64."""
-    _, swaps = torch.linalg.lu_factor(matrix)
+    # Without the check for singularity: the solve that follows says it in terms of the pivots.
+    _, swaps, _ = torch.linalg.lu_factor_ex(matrix)
     order = torch.arange(matrix.shape[0]).tolist()
     for i, j in enumerate(swaps.tolist()):
         order[i], order[j - 1] = order[j - 1], order[i]

@@ -101,7 +101,7 @@ def _check(matrix: Tensor, rank: int | None, tolerance: float | None, accuracy: 
         raise EckartError("give either a rank or a tolerance to truncated_svd, not both")
     if rank is not None and rank < 0:
         raise EckartError(f"rank must not be negative, got {rank}")
-    if tolerance is not None and not 0 <= tolerance:
+    if tolerance is not None and not tolerance >= 0:
         raise EckartError(f"tolerance must not be negative, got {tolerance}")
     if accuracy < 0:
         raise EckartError(f"accuracy must not be negative, got {accuracy}")

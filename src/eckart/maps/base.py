@@ -10,6 +10,7 @@ Legend: W the matrix a map stands for (m, n) = (out, in); x (..., n) inputs, y (
 """
 
 import dataclasses
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -54,10 +55,17 @@ class LinearMap(ABC):
         return self(torch.eye(self.shape[1], dtype=reference.dtype, device=reference.device)).mT.contiguous()
 
     def flops(self, tokens: int = 1) -> int:
-        """Return the multiplications and additions for that many input vectors: two per stored number by default."""
-        children = list(_children(self))
+        """Return the multiplications and additions for that many input vectors: two per stored number by default.
+
+        What is counted is what `__call__` does, whatever fewer operations would do: n for a sum of n terms, 2 m n k for
+        a product of matrices.
+        """
         own = sum(t.numel() for t in _own_tensors(self).values() if t.is_floating_point())
-        return 2 * tokens * own + sum(child.flops(tokens) for _, child in children)
+        return 2 * tokens * own + sum(child.flops(tokens) for _, child in _children(self))
+
+    def dense_flops(self) -> int:
+        """Return the multiplications and additions of `dense`: those of applying the map to the identity by default."""
+        return self.flops(self.shape[1])
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name, in field order; those of inner maps are prefixed, as in "0.up"."""
@@ -126,8 +134,8 @@ class LinearMap(ABC):
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
             return NotImplemented
-        mine, theirs = self.tensors(), cast(LinearMap, other).tensors()
-        return self.spec() == cast(LinearMap, other).spec() and all(
+        mine, theirs = self.tensors(), other.tensors()
+        return self.spec() == other.spec() and all(
             t.dtype == theirs[name].dtype and torch.equal(t, theirs[name]) for name, t in mine.items()
         )
 
@@ -152,22 +160,25 @@ class LinearMap(ABC):
 
 
 def _own_tensors(map_: LinearMap) -> dict[str, Tensor]:
-    named = ((f.name, getattr(map_, f.name)) for f in dataclasses.fields(cast(Any, map_)))
-    return {name: value for name, value in named if isinstance(value, Tensor)}
+    return {name: value for name, value in _parts(map_) if isinstance(value, Tensor)}
 
 
 def _children(map_: LinearMap) -> Iterator[tuple[str, LinearMap]]:
-    """Yield inner maps with their names: the field name for a map, the indices alone for a tuple of maps."""
+    return ((name, value) for name, value in _parts(map_) if isinstance(value, LinearMap))
+
+
+def _parts(map_: LinearMap) -> Iterator[tuple[str, Any]]:
+    """Yield tensors and inner maps with their names: the field name, or the indices alone inside a tuple."""
     for field in dataclasses.fields(cast(Any, map_)):
-        yield from _children_of(field.name, getattr(map_, field.name), top=True)
+        yield from _parts_of(field.name, getattr(map_, field.name), top=True)
 
 
-def _children_of(name: str, value: Any, top: bool) -> Iterator[tuple[str, LinearMap]]:
-    if isinstance(value, LinearMap):
-        yield name, value
-    elif isinstance(value, tuple):
+def _parts_of(name: str, value: Any, top: bool) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, tuple):
         for i, item in enumerate(value):
-            yield from _children_of(str(i) if top else f"{name}.{i}", item, top=False)
+            yield from _parts_of(str(i) if top else f"{name}.{i}", item, top=False)
+    else:
+        yield name, value
 
 
 def _distinct(map_: LinearMap) -> list[Tensor]:
@@ -178,7 +189,9 @@ def _field_spec(value: Any) -> Any:
     if isinstance(value, LinearMap):
         return value.spec()
     if isinstance(value, tuple):
-        return [_field_spec(item) for item in value]
+        items = [_field_spec(item) for item in value]
+        # Marked, since a bare list of whole numbers is the shape of a tensor.
+        return items if _is_dynamic(value) else {"tuple": items}
     if isinstance(value, Tensor):
         shape = list(value.shape)
         return shape if value.is_floating_point() else {"shape": shape, "dtype": str(value.dtype)[6:]}
@@ -187,8 +200,13 @@ def _field_spec(value: Any) -> Any:
 
 @dataclass_transform(frozen_default=True)
 def linear_map(cls: _Class) -> _Class:
-    """Make a class a linear map: a frozen, slotted dataclass registered as a pytree (tensors are the leaves)."""
+    """Make a class a linear map: a frozen, slotted dataclass registered as a pytree (tensors are the leaves).
+
+    Its `__call__` refuses inputs whose last axis is not `in` with an `EckartError`: some operators of torch would
+    broadcast or ignore what is too much.
+    """
     made = dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False)(cls)
+    cast(Any, made).__call__ = _checked(made.__call__)
     names = [f.name for f in dataclasses.fields(cast(Any, made))]
 
     def flatten(map_: Any) -> tuple[list[Any], tuple[Any, ...]]:
@@ -206,6 +224,18 @@ def linear_map(cls: _Class) -> _Class:
 
     pytree.register_pytree_node(made, flatten, unflatten, serialized_type_name=f"eckart.{made.__qualname__}")
     return cast(_Class, made)
+
+
+def _checked(call: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """Return a `__call__` that checks the last axis of its input first."""
+
+    @functools.wraps(call)
+    def checked(self: LinearMap, x: Tensor) -> Tensor:
+        if x.ndim == 0 or x.shape[-1] != self.shape[1]:
+            raise EckartError(f"{self!r}: got an input of shape {tuple(x.shape)}, needed (..., {self.shape[1]})")
+        return call(self, x)
+
+    return checked
 
 
 def _is_dynamic(value: Any) -> bool:
@@ -260,6 +290,12 @@ class Sum(LinearMap):
             out = out + term.dense()
         return out
 
+    def flops(self, tokens: int = 1) -> int:
+        return sum(m.flops(tokens) for m in self.maps) + (len(self.maps) - 1) * tokens * self.shape[0]
+
+    def dense_flops(self) -> int:
+        return sum(m.dense_flops() for m in self.maps) + (len(self.maps) - 1) * math.prod(self.shape)
+
 
 @linear_map
 class Product(LinearMap):
@@ -274,7 +310,8 @@ class Product(LinearMap):
     def __post_init__(self) -> None:
         require(len(self.maps) > 0, "Product", "no maps", "at least one")
         for left, right in zip(self.maps, self.maps[1:], strict=False):
-            require(left.shape[1] == right.shape[0], "Product", f"shapes {left.shape} @ {right.shape}", "equal inner sizes")
+            came = f"shapes {left.shape} @ {right.shape}"
+            require(left.shape[1] == right.shape[0], "Product", came, "equal inner sizes")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -322,6 +359,9 @@ class Scaled(LinearMap):
     def flops(self, tokens: int = 1) -> int:
         return self.map.flops(tokens) + tokens * self.shape[0]
 
+    def dense_flops(self) -> int:
+        return self.map.dense_flops() + math.prod(self.shape)
+
 
 @linear_map
 class Blocks(LinearMap):
@@ -360,6 +400,13 @@ class Blocks(LinearMap):
 
     def dense(self) -> Tensor:
         return torch.cat([torch.cat([m.dense() for m in row], dim=1) for row in self.grid], dim=0)
+
+    def flops(self, tokens: int = 1) -> int:
+        blocks = sum(m.flops(tokens) for row in self.grid for m in row)
+        return blocks + (len(self.grid[0]) - 1) * tokens * self.shape[0]
+
+    def dense_flops(self) -> int:
+        return sum(m.dense_flops() for row in self.grid for m in row)
 
 
 # Finds or makes the tensor of a name, shape and dtype (None: any floating dtype).
@@ -423,6 +470,8 @@ def _field_value(
     """Turn one entry of a spec into a field: a map, a tensor, a tuple of maps (named by index), or a plain value."""
     if isinstance(value, Mapping) and "op" in value:
         return _build(value, families, lookup, f"{prefix}{name}.")
+    if isinstance(value, Mapping) and set(value) == {"tuple"}:
+        return tuple(_field_value(name, item, families, lookup, prefix, top=False) for item in value["tuple"])
     if isinstance(value, Mapping):
         dtype = getattr(torch, str(value.get("dtype")), None)
         fits = isinstance(dtype, torch.dtype) and _is_shape(value.get("shape"))

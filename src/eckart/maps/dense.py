@@ -34,6 +34,9 @@ class Dense(LinearMap):
     def dense(self) -> Tensor:
         return self.weight.clone()
 
+    def dense_flops(self) -> int:
+        return 0
+
 
 @linear_map
 class Diagonal(LinearMap):
@@ -64,3 +67,6 @@ class Diagonal(LinearMap):
 
     def flops(self, tokens: int = 1) -> int:
         return tokens * self.scale.shape[0]
+
+    def dense_flops(self) -> int:
+        return 0

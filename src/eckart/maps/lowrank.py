@@ -43,6 +43,9 @@ class LowRank(LinearMap):
     def dense(self) -> Tensor:
         return self.up @ self.down
 
+    def dense_flops(self) -> int:
+        return 2 * self.up.numel() * self.shape[1]
+
 
 def lowrank_numbers(shape: tuple[int, int], rank: int) -> int:
     """Return the numbers a `LowRank` of that shape and rank stores: k (m + n)."""

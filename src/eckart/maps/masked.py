@@ -1,5 +1,7 @@
 """A map multiplied entry by entry with a fixed mask."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -40,5 +42,7 @@ class Masked(LinearMap):
         return self.map.dense() * self.mask
 
     def flops(self, tokens: int = 1) -> int:
-        m, n = self.shape
-        return self.map.flops(n) + m * n + 2 * tokens * m * n
+        return self.dense_flops() + 2 * tokens * math.prod(self.shape)
+
+    def dense_flops(self) -> int:
+        return self.map.dense_flops() + math.prod(self.shape)

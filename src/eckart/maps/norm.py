@@ -41,5 +41,29 @@ def squared_row_norms(map_: LinearMap) -> Tensor:
             cross = (first(down).mT * up).sum(1)  # first applied to the rows of down: (k, m)
             return squared_row_norms(first) + 2 * cross + squared_row_norms(LowRank(up, down))
         case _:
-            warnings.warn(f"row norms of {type(map_).__name__} {map_.shape} need the dense matrix", CostWarning, stacklevel=2)
+            what = f"row norms of {type(map_).__name__} {map_.shape}"
+            warnings.warn(f"{what} need the dense matrix", CostWarning, stacklevel=2)
             return map_.dense().square().sum(1)
+
+
+def squared_row_norms_flops(map_: LinearMap) -> int:
+    """Return the multiplications and additions of `squared_row_norms`, rule by rule."""
+    m, n = map_.shape
+    match map_:
+        case Dense():
+            return 2 * m * n
+        case Diagonal():
+            return m
+        case Permutation():
+            return 0
+        case LowRank() | Pivoted():
+            k = map_.rank
+            return 2 * k * k * n + 2 * m * k * k + 2 * m * k
+        case Scaled(inner, _):
+            return squared_row_norms_flops(inner) + m
+        case Sum((first, LowRank() as second)):
+            k = second.rank
+            cross = first.flops(k) + 2 * m * k
+            return squared_row_norms_flops(first) + cross + squared_row_norms_flops(second) + 3 * m
+        case _:
+            return map_.dense_flops() + 2 * m * n

@@ -1,10 +1,12 @@
 """Magnitude times direction: a map whose rows have prescribed lengths."""
 
+import math
+
 from torch import Tensor
 
 from eckart.maps.base import LinearMap, Product, linear_map, require_shape
 from eckart.maps.dense import Diagonal
-from eckart.maps.norm import row_norms
+from eckart.maps.norm import squared_row_norms, squared_row_norms_flops
 
 
 @linear_map
@@ -39,9 +41,17 @@ class RowNormalized(LinearMap):
         return self.direction.dense() * self.row_scale()[:, None]
 
     def flops(self, tokens: int = 1) -> int:
-        return self.direction.flops(tokens) + tokens * self.shape[0] + self.direction.flops(self.shape[1])
+        return self.direction.flops(tokens) + tokens * self.shape[0] + self._row_scale_flops()
+
+    def dense_flops(self) -> int:
+        return self.direction.dense_flops() + math.prod(self.shape) + self._row_scale_flops()
 
     def row_scale(self) -> Tensor:
         """Return magnitude / |row| for every row, (m,)."""
-        norms = row_norms(self.direction)
-        return self.magnitude * (norms > 0) / norms.where(norms > 0, 1.0)
+        squares = squared_row_norms(self.direction)
+        # Zero rows are taken out before the root: its gradient at zero is infinite, and a zero start would become NaN.
+        norms = squares.where(squares > 0, 1.0).sqrt()
+        return (self.magnitude / norms).where(squares > 0, 0.0).to(self.magnitude.dtype)
+
+    def _row_scale_flops(self) -> int:
+        return squared_row_norms_flops(self.direction) + self.shape[0]

@@ -7,6 +7,7 @@ Source: Zhao et al. 2025, "Pivoting Factorization" (PIFA). Its pivots come from 
 factor and have near-maximal volume, so no entry of C exceeds 1.05.
 """
 
+import math
 from typing import cast
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from eckart.errors import EckartError
 from eckart.linalg import pivot_rows
 from eckart.maps.base import LinearMap, linear_map, require, require_shape
-from eckart.maps.lowrank import LowRank
+from eckart.maps.lowrank import LowRank, lowrank_numbers
 from eckart.maps.permutation import inverse_order
 
 # From this many input vectors on, spelling out the identity rows of the second factor (m k numbers, written once per
@@ -43,6 +44,8 @@ class Pivoted(LinearMap):
 
     def __post_init__(self) -> None:
         require(self.axis in ("rows", "columns"), "Pivoted", f"axis {self.axis!r}", "'rows' or 'columns'")
+        came = f"basis {tuple(self.basis.shape)} and order {tuple(self.order.shape)}"
+        require(self.basis.ndim == 2 and self.order.ndim == 1, "Pivoted", came, "a matrix and a vector")
         tall, k = self.order.shape[0], self.rank
         other = (tall - k, k) if self.axis == "rows" else (k, tall - k)
         require(self.order.dtype == torch.int32, "Pivoted order", f"dtype {self.order.dtype}", "int32")
@@ -78,6 +81,16 @@ class Pivoted(LinearMap):
 
     def dense(self) -> Tensor:
         return self.lowrank().dense()
+
+    def flops(self, tokens: int = 1) -> int:
+        k = self.rank
+        if tokens >= EXPAND_TOKENS:
+            return 2 * tokens * lowrank_numbers(self.shape, k)
+        joined = tokens * k if self.axis == "columns" else 0
+        return 2 * tokens * pivoted_numbers(self.shape, k) + joined
+
+    def dense_flops(self) -> int:
+        return 2 * self.rank * math.prod(self.shape)
 
     def lowrank(self) -> LowRank:
         """Return the same map as two factors, k (m + n) numbers."""

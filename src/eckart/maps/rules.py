@@ -1,8 +1,10 @@
 """Rewrites that make a map cheaper and change nothing else: a table of rules, each with its equation.
 
-`A + B` never simplifies by itself; `simplify` is called. A rule that would store more numbers is not applied.
+`A + B` never simplifies by itself; `simplify` is called. A rule that would cost more anywhere is not applied: it may
+not store more numbers or bytes (two maps that share a tensor store it once), nor take more operations.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -19,7 +21,7 @@ def _scaled(map_: LinearMap) -> LinearMap | None:
     match map_:
         case Scaled(inner, 1.0):  # 1 A -> A
             return inner
-        case Scaled(Scaled(inner, a), b):  # b (a A) -> (a b) A
+        case Scaled(Scaled(inner, a), b) if math.isfinite(a * b):  # b (a A) -> (a b) A
             return Scaled(inner, a * b)
         case Scaled(Dense(w), a):  # a W -> (a W)
             return Dense(a * w)
@@ -51,7 +53,7 @@ def _pair_sum(a: LinearMap, b: LinearMap) -> LinearMap | None:
             return LowRank(torch.cat((u, s), 1), torch.cat((v, t), 0))
         case Dense(w), LowRank() | Diagonal():  # W + B -> (W + B)
             return Dense(w + b.dense())
-        case (LowRank() | Diagonal()), Dense(w):  # A + W -> (A + W)
+        case ((LowRank() | Diagonal()), Dense(w)):  # A + W -> (A + W)
             return Dense(a.dense() + w)
     return None
 
@@ -97,9 +99,9 @@ def _neighbours(pair: Callable[[LinearMap, LinearMap], LinearMap | None], of: ty
 def _factored_scale(map_: LinearMap) -> LinearMap | None:
     match map_:
         case Product(maps) if any(isinstance(m, Scaled) for m in maps):  # A (a B) -> a (A B)
-            scale = 1.0
-            for m in maps:
-                scale *= m.scale if isinstance(m, Scaled) else 1.0
+            scale = math.prod(m.scale for m in maps if isinstance(m, Scaled))
+            if not math.isfinite(scale):
+                return None
             return Scaled(Product(tuple(m.map if isinstance(m, Scaled) else m for m in maps)), scale)
     return None
 
@@ -113,14 +115,25 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+# Operations are compared for these numbers of input vectors, one in each regime of the maps that switch between two.
+TOKENS = (1, 4, 1024)
+
+
 def simplify(map_: LinearMap) -> LinearMap:
-    """Apply the rules, inside out, until none applies; the value is unchanged and no more numbers are stored."""
-    map_ = _inside(map_)
+    """Apply the rules, inside out, until none applies; the value is unchanged and no cost is raised."""
+    inner = _inside(map_)
+    if _no_dearer(inner, map_):  # dearer if parts that shared a tensor no longer do
+        map_ = inner
     for rule in RULES:
         changed = rule(map_)
-        if changed is not None and changed.numbers <= map_.numbers:
+        if changed is not None and _no_dearer(changed, map_):
             return simplify(changed)
     return map_
+
+
+def _no_dearer(new: LinearMap, old: LinearMap) -> bool:
+    stored = new.numbers <= old.numbers and new.nbytes <= old.nbytes
+    return stored and all(new.flops(tokens) <= old.flops(tokens) for tokens in TOKENS)
 
 
 def _inside(map_: LinearMap) -> LinearMap:

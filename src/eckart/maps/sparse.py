@@ -1,5 +1,7 @@
 """Maps with few non-zero entries: unstructured (compressed rows) and N of every M along a row."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -52,6 +54,14 @@ class Sparse(LinearMap):
         m, n = self.shape
         flat = self.rows().long() * n + self.columns.long()
         return self.values.new_zeros(m * n).index_add(0, flat, self.values).view(m, n)
+
+    def flops(self, tokens: int = 1) -> int:
+        if tokens > GATHER_TOKENS:
+            return 2 * tokens * math.prod(self.shape) + self.dense_flops()
+        return 2 * tokens * self.values.numel()
+
+    def dense_flops(self) -> int:
+        return self.values.numel()
 
     def rows(self) -> Tensor:
         """Return the row of each non-zero, (nonzeros,) int32."""
@@ -112,7 +122,16 @@ class NM(LinearMap):
 
     def dense(self) -> Tensor:
         out = self.values.new_zeros(*self.values.shape[:2], self.period)
-        return out.scatter_add(2, self.places.long(), self.values).flatten(1)
+        filled: Tensor = out.scatter_add(2, self.places.long(), self.values)
+        return filled.flatten(1)
+
+    def flops(self, tokens: int = 1) -> int:
+        if tokens > GATHER_TOKENS:
+            return 2 * tokens * math.prod(self.shape) + self.dense_flops()
+        return 2 * tokens * self.values.numel()
+
+    def dense_flops(self) -> int:
+        return self.values.numel()
 
     def columns(self) -> Tensor:
         """Return the column of each value, (m, groups * N) int64."""

@@ -1,0 +1,68 @@
+"""One small map of each family with stated numbers: what the golden files of the tests were written from.
+
+`write_missing` adds files for families that have none yet; existing files are never rewritten, since old checkpoints
+must stay readable for good.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+
+from eckart.maps import (
+    NM,
+    Blocks,
+    Dense,
+    Diagonal,
+    LinearMap,
+    LowRank,
+    Masked,
+    Permutation,
+    Pivoted,
+    Product,
+    RowNormalized,
+    Scaled,
+    Sparse,
+    Sum,
+)
+from eckart.testing.laws import saved
+
+
+def _grid(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return -1.5, -1.125, -0.75, ...: exact in every dtype, no two alike in a row."""
+    return (torch.arange(math.prod(shape), dtype=torch.float64) * 0.375 - 1.5).reshape(shape).to(dtype)
+
+
+def golden_maps() -> dict[str, LinearMap]:
+    """Return the maps by family."""
+    order = torch.tensor([2, 0, 3, 1], dtype=torch.int32)
+    dense, lowrank = Dense(_grid(3, 2)), LowRank(_grid(3, 1), _grid(1, 2) + 2)
+    mask = torch.tensor([[True, False], [False, True], [True, True]])
+    places = torch.tensor([[[0, 3], [1, 2]], [[1, 3], [0, 1]]], dtype=torch.uint8)
+    columns, starts = torch.tensor([1, 0, 3], dtype=torch.int32), torch.tensor([0, 1, 1, 3], dtype=torch.int32)
+    return {
+        "Dense": Dense(_grid(2, 3, dtype=torch.bfloat16)),
+        "Diagonal": Diagonal(_grid(3)),
+        "Permutation": Permutation(order),
+        "LowRank": lowrank,
+        "Pivoted": Pivoted(_grid(2, 3), _grid(2, 2), order, "rows"),
+        "Sparse": Sparse(_grid(3), columns, starts, 4),
+        "NM": NM(_grid(2, 2, 2, dtype=torch.float16), places, 4),
+        "Sum": Sum((dense, lowrank)),
+        "Product": Product((dense, Diagonal(_grid(2)))),
+        "Scaled": Scaled(dense, 0.1),
+        "Blocks": Blocks(((dense, lowrank), (dense, Dense(_grid(3, 2) + 1)))),
+        "RowNormalized": RowNormalized(_grid(3) + 4, Sum((dense, lowrank))),
+        "Masked": Masked(dense, mask),
+    }
+
+
+def write_missing(folder: Path) -> list[str]:
+    """Write the golden files of families that have none, and return their names."""
+    folder.mkdir(exist_ok=True)
+    missing = [family for family in golden_maps() if not (folder / f"{family}.json").exists()]
+    for family in missing:
+        text, data = saved(golden_maps()[family])
+        (folder / f"{family}.json").write_text(text)
+        (folder / f"{family}.safetensors").write_bytes(data)
+    return missing
