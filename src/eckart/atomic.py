@@ -31,7 +31,8 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise EckartError(f"cannot write {path}: {error.strerror or error}; free some space or choose another place") from error
+        reason = error.strerror or error
+        raise EckartError(f"cannot write {path}: {reason}; free some space or choose another place") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -24,7 +24,12 @@ def probe_option(layer: Candidates, removed: float = PROBE_REMOVED) -> Option | 
 
 
 def calibrated(
-    layers: Sequence[Candidates], measured: Mapping[str, float], *, depth: Mapping[str, int] | None = None, gamma: float = 0.0, alpha: float = 1.0
+    layers: Sequence[Candidates],
+    measured: Mapping[str, float],
+    *,
+    depth: Mapping[str, int] | None = None,
+    gamma: float = 0.0,
+    alpha: float = 1.0,
 ) -> list[Candidates]:
     """Return the candidates with losses scaled to the divergences measured at the probe option.
 

@@ -107,4 +107,6 @@ def require_reachable(layers: Sequence[Candidates], budget: int) -> None:
     """Raise an `EckartError` if even the cheapest options together exceed the budget."""
     least = smallest_numbers(layers)
     if least > budget:
-        raise EckartError(f"the layers' cheapest options take {least:,} numbers together, but the budget leaves them {budget:,}")
+        raise EckartError(
+            f"the layers' cheapest options take {least:,} numbers together, but the budget leaves them {budget:,}"
+        )

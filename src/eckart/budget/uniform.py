@@ -51,7 +51,7 @@ def uniform_rank(layers: Sequence[Candidates], budget: int) -> dict[str, Option]
 
 
 def _within_rank(layer: Candidates, rank: int) -> int:
-    """Return the index of the largest option up to a rank; the dense one if that rank is not offered because of its size."""
+    """Return the index of the largest option up to a rank; the dense one if that rank is too large to be offered."""
     last = len(layer.options) - 1
     if last == 0 or rank > layer.options[last - 1].rank:
         return last
@@ -59,9 +59,10 @@ def _within_rank(layer: Candidates, rank: int) -> int:
 
 
 def _within(layers: Sequence[Candidates], share: float) -> list[int]:
-    """Return the index of the largest option of every layer within a share of its dense numbers (the cheapest at least)."""
+    """Return the index of every layer's largest option within a share of its dense numbers (the cheapest at least)."""
     return [
-        max((i for i, o in enumerate(c.options) if o.numbers <= share * c.dense.numbers + 1e-9), default=0) for c in layers
+        max((i for i, o in enumerate(c.options) if o.numbers <= share * c.dense.numbers + 1e-9), default=0)
+        for c in layers
     ]
 
 

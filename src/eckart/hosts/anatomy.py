@@ -1,4 +1,4 @@
-"""What a transformer is made of, found by structure and never by model class: blocks, embedding, head, linear layers."""
+"""What a transformer is made of, found by structure, not by model class: blocks, embedding, head, linear layers."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -88,7 +88,9 @@ def _named(model: nn.Module, getter: str) -> str | None:
     """Return the name of the module that a getter of transformers returns, if there is one."""
     get = getattr(model, getter, None)
     found = get() if get is not None else None
-    return next((name for name, module in model.named_modules() if module is found), None) if found is not None else None
+    if found is None:
+        return None
+    return next((name for name, module in model.named_modules() if module is found), None)
 
 
 def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:

@@ -8,7 +8,7 @@ Legend: b sequences, t tokens per sequence, d the width of the hidden states.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,14 +30,15 @@ class Call:
     kwargs: dict[str, Any]
 
 
-class _Stop(Exception):  # noqa: N818 - control flow, not an error
+class _Stop(Exception):
     pass
 
 
 class _Output(Tensor):
-    """A block's output that is also its own first item: some models take what a block returns, others take its `[0]`."""
+    """A block's output that is its own first item: some models take what a block returns, others its `[0]`."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed from it is an ordinary tensor
+    # What is computed from it is an ordinary tensor.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __getitem__(self, index: Any) -> Tensor:
         plain = self.as_subclass(Tensor)
@@ -47,7 +48,9 @@ class _Output(Tensor):
 class _Recorder(nn.Module):
     """Stands in for a block: records its call and passes `hidden`, or its own input, on."""
 
-    def __init__(self, original: nn.Module, calls: list[tuple[Tensor, Call]], last: bool, hidden: Tensor | None) -> None:
+    def __init__(
+        self, original: nn.Module, calls: list[tuple[Tensor, Call]], last: bool, hidden: Tensor | None
+    ) -> None:
         super().__init__()
         self._calls, self._last, self._hidden = calls, last, hidden
         self._original = (original,)
@@ -121,13 +124,13 @@ class Blockwise:
         """
         calls: list[tuple[Tensor, Call]] = []
         swaps = {} if embedding is None else {self._embedding_name(): embedding}
-        with self._recording(calls, None), self.swapped(swaps):
-            try:
-                self.model(input_ids=ids.to(self.device), use_cache=False)
-            except _Stop:
-                pass
+        with self._recording(calls, None), self.swapped(swaps), suppress(_Stop):
+            self.model(input_ids=ids.to(self.device), use_cache=False)
         if len(calls) != len(self.parts.blocks):
-            raise EckartError(f"{type(self.model).__name__} ran {len(calls)} of its {len(self.parts.blocks)} blocks in order")
+            count = len(self.parts.blocks)
+            raise EckartError(
+                f"{type(self.model).__name__} ran {len(calls)} of its {count} blocks; it cannot be streamed"
+            )
         return calls[0][0], [call for _, call in calls]
 
     def run(self, block: nn.Module, hidden: Tensor, call: Call) -> Tensor:

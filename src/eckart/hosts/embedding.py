@@ -59,7 +59,17 @@ class EmbeddingHost(nn.Module):
         return torch.cat((rows, self.rest(rows)), dim=-1).index_select(-1, cast(Tensor, self.order))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return hidden @ E^T: (..., d) -> (..., V)."""
+        """Return hidden @ E^T: (..., d) -> (..., V), on the table's device.
+
+        Raises:
+            EckartError: if the table is offloaded.
+        """
+        device = self.table.weight.device
+        if device.type == "meta" and hidden.device.type != "meta":
+            raise EckartError(
+                "a tied head needs its embedding in memory, but that is offloaded; exclude it from offloading"
+            )
+        hidden = hidden.to(device)  # a device map may put the last block elsewhere
         if self.order is None:
             return F.linear(F.linear(hidden, self.rest.weight.mT), self.table.weight)
         k = self.table.embedding_dim
@@ -93,4 +103,3 @@ class TiedHead(nn.Module):
         """Return logits: (..., d) -> (..., V)."""
         logits = self._embedding[0].logits(hidden)
         return logits if self.bias is None else logits + self.bias
-

@@ -8,7 +8,7 @@ parallelism, `torch.compile`, safetensors, adapters merged on top and quantized 
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,8 @@ class _Decoding(Host):
 
     For small layers on CPU the operator calls of a factored layer cost more than the numbers it saves, so a single
     token without gradients goes through a dense weight, made at the first such token. It is forgotten with every longer
-    input (each prompt), every change of mode, and whenever a factor is replaced or written to in place.
+    input (each prompt), every change of mode, dtype or device, and whenever a factor is replaced or written to in place
+    (a write through `.data` leaves no trace; it is noticed with the next prompt).
     """
 
     def __init__(self, shape: tuple[int, int], map_type: type[LinearMap], numbers: int) -> None:
@@ -78,26 +79,38 @@ class _Decoding(Host):
         if torch.is_grad_enabled() or x.device.type != "cpu" or (x.ndim > 1 and x.shape[-2] > 1):
             self._decoding = None
             return self.structured(x)
-        weight = self._decoding_weight()
-        return self.structured(x) if weight is None else F.linear(x, weight, self.offset)
+        self._refresh_decoding()
+        return self.structured(x) if self._decoding is None else F.linear(x, self._decoding[1], self.offset)
 
     @abstractmethod
     def structured(self, x: Tensor) -> Tensor:
         """Apply through the factors."""
 
-    def train(self, mode: bool = True) -> "_Decoding":
+    def train(self, mode: bool = True) -> Self:
         """Set the mode; the temporary dense weight is forgotten."""
         self._decoding = None
-        return cast(_Decoding, super().train(mode))
+        return super().train(mode)
 
-    def _decoding_weight(self) -> Tensor | None:
-        leaves = [child for child in self.children() if isinstance(child, nn.Linear)]
-        if any(type(leaf) is not nn.Linear or leaf.weight.is_inference() for leaf in self.children()):
-            return None  # wrapped (an adapter, a quantizer): only the leaf itself knows what it computes
-        state = tuple((id(leaf.weight), leaf.weight._version, leaf.weight.data_ptr()) for leaf in leaves)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # What every move and cast of a module goes through; it may leave identity and version of a parameter alone.
+        self._decoding = None
+        return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
+
+    def _refresh_decoding(self) -> None:
+        """Make the temporary dense weight if it is missing or stale; forget it where the factors must be called."""
+        held = [buffer for buffer in self._buffers.values() if buffer is not None]
+        for leaf in self._modules.values():
+            if leaf is None or not _is_plain(leaf):
+                self._decoding = None
+                return
+            held.append(cast(Tensor, leaf._parameters["weight"]))
+        if held[-1].is_inference():  # does not count its versions
+            self._decoding = None
+            return
+        state = tuple([(id(tensor), tensor._version, tensor.data_ptr()) for tensor in held])
         if self._decoding is None or self._decoding[0] != state:
-            self._decoding = state, self.held_map().dense().detach()
-        return self._decoding[1]
+            with torch.autocast("cpu", enabled=False):  # the weight may outlive the region it is made in
+                self._decoding = state, self.held_map().dense().detach()
 
 
 class LowRankHost(_Decoding):
@@ -136,7 +149,7 @@ class PivotedHost(_Decoding):
         return Pivoted(self.basis.weight, self.coefficients.weight, self.order, self.axis)
 
     def structured(self, x: Tensor) -> Tensor:
-        if type(self.basis) is nn.Linear and type(self.coefficients) is nn.Linear:
+        if _is_plain(self.basis) and _is_plain(self.coefficients):
             y = self.held_map()(x)
         elif self.axis == "rows":
             pivots = self.basis(x)
@@ -219,9 +232,7 @@ class BlocksHost(Host):
         """Apply to the last axis."""
         rows = [list(row.children()) for row in self.children()]
         pieces = x.split([cast(Host, block).in_features for block in rows[0]], dim=-1)
-        y = torch.cat(
-            [torch.stack([b(p) for b, p in zip(row, pieces, strict=True)]).sum(0) for row in rows], dim=-1
-        )
+        y = torch.cat([torch.stack([b(p) for b, p in zip(row, pieces, strict=True)]).sum(0) for row in rows], dim=-1)
         return y if self.bias is None else y + self.bias
 
 
@@ -244,7 +255,8 @@ class MapHost(Host):
             elif isinstance(value, Tensor):
                 self.register_buffer(name, value)
             else:
-                require(not isinstance(value, tuple), f"host of {self._type.__name__}", f"a tuple {name!r}", "a Sum or a Product")
+                operation = f"host of {self._type.__name__}"
+                require(not isinstance(value, tuple), operation, f"a tuple {name!r}", "a Sum or a Product")
                 self._static[name] = value
         self.bias = _parameter(bias)
 
@@ -318,11 +330,23 @@ def is_linear(module: nn.Module) -> bool:
 
 def leaf(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     """Return an `nn.Linear` around existing tensors, without initializing anything."""
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    made = nn.Linear(1, 1, bias=bias is not None, device="meta")
+    made.out_features, made.in_features = weight.shape
     made.weight = cast(nn.Parameter, _parameter(weight))
     if bias is not None:
         made.bias = cast(nn.Parameter, _parameter(bias))
     return made
+
+
+def _is_plain(leaf: nn.Module) -> bool:
+    """Tell whether a leaf computes x W^T with its weight and nothing else happens: not wrapped by an adapter or a
+    quantizer, no hook that loads, gathers or records, no stand-in of a functional transform for its weight.
+    """
+    return (
+        type(leaf) is nn.Linear
+        and type(leaf._parameters["weight"]) is nn.Parameter
+        and not (leaf._forward_hooks or leaf._forward_pre_hooks or "forward" in leaf.__dict__)
+    )
 
 
 def _parameter(tensor: Tensor | None) -> nn.Parameter | None:

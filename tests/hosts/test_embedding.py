@@ -1,0 +1,122 @@
+"""A factored embedding looks up what its dense table holds, and a tied head multiplies by that same table."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from torch import nn
+
+from eckart.errors import EckartError
+from eckart.hosts import EmbeddingHost, TiedHead
+from eckart.maps import Dense, LowRank, Pivoted, pivot
+
+VOCABULARY, WIDTH, RANK = 23, 10, 4
+
+
+def maps() -> dict[str, LowRank | Pivoted]:
+    torch.manual_seed(2)
+    map_ = LowRank(torch.randn(VOCABULARY, RANK), torch.randn(RANK, WIDTH))
+    return {"lowrank": map_, "pivoted": pivot(map_, "columns")}
+
+
+@pytest.fixture(params=list(maps()))
+def map_(request):
+    return maps()[request.param]
+
+
+def test_round_trip_shares_the_table(map_):
+    module = EmbeddingHost(map_)
+    assert module.held_map() == map_
+    rows = map_.up if isinstance(map_, LowRank) else map_.basis
+    assert module.table.weight.data_ptr() == rows.data_ptr()
+    torch.testing.assert_close(module.dense(), map_.dense())
+    assert (module.num_embeddings, module.embedding_dim) == (VOCABULARY, WIDTH)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 5), (2, 0)])
+def test_lookup(map_, shape):
+    ids = torch.randint(0, VOCABULARY, shape)
+    torch.testing.assert_close(EmbeddingHost(map_)(ids), map_.dense()[ids], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [None, torch.arange(VOCABULARY).float()])
+def test_tied_head(map_, bias):
+    embedding = EmbeddingHost(map_)
+    head = TiedHead(embedding, bias)
+    hidden = torch.randn(2, 3, WIDTH)
+    torch.testing.assert_close(head(hidden), nn.functional.linear(hidden, map_.dense(), bias), atol=1e-5, rtol=1e-5)
+    assert (head.in_features, head.out_features) == (WIDTH, VOCABULARY)
+
+
+def test_tied_head_follows_its_embedding(map_):
+    embedding = EmbeddingHost(map_)
+    head, hidden = TiedHead(embedding), torch.randn(2, WIDTH)
+    assert not list(head.parameters())
+    head(hidden)
+    with torch.no_grad():
+        embedding.table.weight.mul_(3)
+        embedding.rest.weight.add_(1)
+        if embedding.order is not None:
+            embedding.order.copy_(embedding.order.flip(0))
+    torch.testing.assert_close(head(hidden), hidden @ embedding.dense().mT, atol=1e-5, rtol=1e-5)
+    if embedding.order is not None:
+        embedding.order = embedding.order.roll(1)
+    torch.testing.assert_close(head(hidden), hidden @ embedding.dense().mT, atol=1e-5, rtol=1e-5)
+
+
+def test_one_owner_in_a_model_and_in_its_copy(map_):
+    embedding = EmbeddingHost(map_)
+    model = nn.ModuleDict({"embedding": embedding, "head": TiedHead(embedding)})
+    names = {"embedding.table.weight", "embedding.rest.weight"} | (
+        {"embedding.order"} if isinstance(map_, Pivoted) else set()
+    )
+    assert set(model.state_dict()) == names
+    twin = copy.deepcopy(model)
+    assert twin["head"]._embedding[0] is twin["embedding"]
+    twin.double()
+    assert twin["head"](torch.randn(1, WIDTH, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_gradients_of_both_uses_add_up(map_):
+    embedding = EmbeddingHost(map_)
+    head, ids, hidden = TiedHead(embedding), torch.tensor([1, 5, 1]), torch.randn(3, WIDTH)
+    (embedding(ids).sum() + head(hidden).square().sum()).backward()
+    table = map_.dense().requires_grad_()
+    (table[ids].sum() + (hidden @ table.mT).square().sum()).backward()
+    down = embedding.held_map().lowrank() if isinstance(map_, Pivoted) else embedding.held_map()
+    expected = table.grad @ down.down.detach().mT
+    torch.testing.assert_close(embedding.table.weight.grad, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_compiled_without_breaks(map_):
+    torch.compiler.reset()
+    embedding = EmbeddingHost(map_)
+    model = nn.Sequential(embedding, TiedHead(embedding))
+    ids = torch.randint(0, VOCABULARY, (2, 3))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(ids), model(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_offloaded(map_):
+    embedding = EmbeddingHost(map_)
+    ids, hidden = torch.tensor([[1, 2]]), torch.randn(1, 2, WIDTH)
+    cpu_offload(embedding, torch.device("cpu"))
+    with torch.no_grad():
+        torch.testing.assert_close(embedding(ids), map_.dense()[ids], atol=1e-5, rtol=1e-5)
+        with pytest.raises(EckartError, match="tied head needs its embedding in memory"):
+            TiedHead(embedding)(hidden)
+
+
+def test_rank_zero():
+    embedding = EmbeddingHost(LowRank(torch.zeros(VOCABULARY, 0), torch.zeros(0, WIDTH)))
+    assert embedding(torch.tensor([1, 2])).tolist() == [[0.0] * WIDTH] * 2
+    assert TiedHead(embedding)(torch.randn(2, WIDTH)).tolist() == [[0.0] * VOCABULARY] * 2
+
+
+@pytest.mark.parametrize(
+    "bad", [Dense(torch.randn(6, 4)), pivot(LowRank(torch.randn(6, 2), torch.randn(2, 4)), "rows")]
+)
+def test_other_maps_are_refused(bad):
+    with pytest.raises(EckartError, match="an embedding needs a low-rank or column-pivoted map, got"):
+        EmbeddingHost(bad)
