@@ -1,0 +1,1 @@
+"""The command line: one command per verb. Nothing here imports torch before a command runs."""

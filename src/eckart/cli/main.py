@@ -1,0 +1,229 @@
+"""The commands. What is imported inside them would make `eckart --help` take seconds."""
+
+import difflib
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from eckart.cli.guard import INTERRUPTED, guarded, print_json
+from eckart.errors import EckartError
+
+app = typer.Typer(
+    help="Compress neural networks with structured linear maps.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+EveryLayer = Annotated[bool, typer.Option("--every-layer", help="One row per layer, however many there are.")]
+CONTINUES = "interrupted; running the same command again continues where this one stopped"
+STARTS_AGAIN = "interrupted; nothing was written, running the same command again starts from the beginning"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"eckart {version('eckart')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Compress neural networks with structured linear maps."""
+
+
+@app.command()
+@guarded(CONTINUES)
+def compress(
+    model: Annotated[Path, typer.Argument(help="Folder of a Hugging Face decoder or encoder.")],
+    keep: Annotated[float, typer.Option(help="Share of the whole model's parameters that remains, in (0, 1].")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write; must not hold anything yet.")] = None,
+    method: Annotated[str, typer.Option(help="Name of a method; `eckart methods` lists them.")] = "eckart",
+    calibration: Annotated[Path | None, typer.Option(help="Text the method learns the layers' inputs from.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration samples.  [default: 128 windows or 4096 lines]")
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per sample.  [default: 256]")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting of the method.")
+    ] = None,
+    only_plan: Annotated[bool, typer.Option("--plan", help="Only print what every layer would become.")] = False,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no statistics for later runs.")] = False,
+    every_layer: EveryLayer = False,
+    as_json: Json = False,
+) -> None:
+    """Make a model smaller: dense weights become structured maps under a budget, measured before and after."""
+    if out is None and not only_plan:
+        raise typer.BadParameter("give a folder to write, or --plan to write nothing", param_hint="--out")
+    _require_model(model)
+    if not 0.0 < keep <= 1.0:
+        raise EckartError(f"keep is the share of parameters that remains and must lie in (0, 1], got {keep:g}")
+    if calibration is not None and not calibration.is_file():
+        raise EckartError(f"there is no text file {calibration}")
+    if out is not None and not only_plan and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise EckartError(f"the output {out} already exists; give a new or an empty folder")
+
+    from eckart.cli.progress import Bars
+    from eckart.cli.settings import parse_settings
+    from eckart.methods.compress import compress as run_compress
+    from eckart.methods.compress import plan as run_plan
+    from eckart.report.console import print_all
+    from eckart.report.tables import outcome_table, plan_table
+
+    arguments: dict[str, Any] = {
+        "method": method, "keep": keep, "calibration": calibration, "samples": samples, "length": length, "seed": seed,
+        "settings": parse_settings(method, settings or []), "cache": not no_cache,
+    }  # fmt: skip
+    values: dict[str, Any]
+    with Bars() as progress:
+        if only_plan or out is None:
+            planned = run_plan(model, **arguments, progress=progress)
+            values, table = planned.as_dict(), plan_table(planned, every_layer)
+        else:
+            outcome = run_compress(model, out, **arguments, progress=progress)
+            values, table = outcome.as_dict(), outcome_table(outcome, every_layer)
+    print_json(values) if as_json else print_all(table)
+
+
+@app.command("eval")
+@guarded(STARTS_AGAIN)
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Model folder, dense or compressed.")],
+    text: Annotated[Path | None, typer.Option(help="Text to score with a decoder, plain or gzip, or .jsonl.")] = None,
+    pairs: Annotated[
+        Path | None, typer.Option(help="Tab-separated sentence1, sentence2, score, for a sentence encoder.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens read at once.  [default: the context, 2048 at most]")
+    ] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens a window advances.  [default: half the length]")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first documents or pairs.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model: loss and perplexity on text, or rank correlation on scored sentence pairs."""
+    if (text is None) == (pairs is None):
+        raise typer.BadParameter("give one of --text (decoders) and --pairs (sentence encoders)", param_hint="--text")
+    _require_model(model)
+    given = text or pairs
+    if given is not None and not given.is_file():
+        raise EckartError(f"there is no file {given}")
+
+    from eckart.cli.progress import Bars
+    from eckart.methods.evaluate import evaluate as run
+    from eckart.report.console import print_all
+    from eckart.report.tables import evaluation_table
+
+    with Bars() as progress:
+        found = run(model, text=text, pairs=pairs, length=length, stride=stride, limit=limit, progress=progress)
+    print_json(found.as_dict()) if as_json else print_all(evaluation_table(found))
+
+
+@app.command()
+@guarded(STARTS_AGAIN)
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method, in full.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the compression methods, or print one method's formula, source and settings."""
+    from eckart.methods.compress.table import METHODS
+    from eckart.report.console import print_all
+    from eckart.report.tables import method_page, method_values, methods_table
+
+    if as_json:
+        print_json([method_values(each) for each in METHODS] if name is None else method_values(name))
+    else:
+        print_all(methods_table() if name is None else method_page(name))
+
+
+@app.command()
+@guarded(STARTS_AGAIN)
+def show(
+    folder: Annotated[Path, typer.Argument(help="Model folder.")],
+    every_layer: EveryLayer = False,
+    as_json: Json = False,
+) -> None:
+    """Print what a compressed folder holds, from its headers alone."""
+    _require_model(folder)
+
+    from eckart.files.inspect import show as run
+    from eckart.report.console import print_all
+    from eckart.report.tables import contents_table
+
+    contents = run(folder)
+    print_json(contents.as_dict()) if as_json else print_all(contents_table(contents, every_layer))
+
+
+@app.command()
+@guarded(STARTS_AGAIN)
+def densify(
+    folder: Annotated[Path, typer.Argument(help="Compressed folder.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not hold anything yet.")],
+) -> None:
+    """Write a compressed folder as an ordinary dense one, which loads without eckart."""
+    _require_model(folder)
+
+    from eckart.cli.progress import Bars
+    from eckart.files.inspect import densify as run
+
+    with Bars() as progress:
+        run(folder, out, progress)
+    typer.echo(f"written to {out}")
+
+
+@app.command()
+@guarded("interrupted")
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the compressed models.  [default: a temporary one]")
+    ] = None,
+    keep: Annotated[float, typer.Option(help="Share of the parameters that remains, in (0, 1].")] = 0.6,
+) -> None:
+    """Compress a small story model that comes with eckart, in a minute, and compare."""
+    if not 0.0 < keep <= 1.0:
+        raise EckartError(f"keep is the share of parameters that remains and must lie in (0, 1], got {keep:g}")
+
+    from eckart.cli.demo import PROMPT, demonstrate
+    from eckart.cli.progress import Bars
+    from eckart.report.console import print_all
+    from eckart.report.tables import comparison_table
+
+    with Bars() as progress:
+        samples = demonstrate(out, keep, progress)
+    print_all(comparison_table([(s.name, s.parameters, s.nbytes, s.evaluation) for s in samples]))
+    typer.echo(f"\ncontinuations of {PROMPT!r}:")
+    for sample in samples:
+        typer.echo(f"\n{sample.name}: {sample.continuation}")
+    typer.echo(f"\nthe compressed models are in {samples[-1].folder.parent}")
+
+
+def _require_model(folder: Path) -> None:
+    """Find a wrong MODEL before anything heavy is imported."""
+    if not folder.is_dir():
+        near = difflib.get_close_matches(folder.name, _siblings(folder), n=1)
+        hint = (
+            f"did you mean {folder.with_name(near[0])}?" if near else "give a folder with config.json and safetensors"
+        )
+        raise EckartError(f"there is no model folder {folder}; {hint}")
+    if not (folder / "config.json").is_file():
+        raise EckartError(f"{folder} has no config.json; give the path of a Hugging Face model folder")
+
+
+def _siblings(folder: Path) -> list[str]:
+    return [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+
+
+def run() -> None:
+    """The console entry point."""
+    try:
+        app(prog_name="eckart")
+    except KeyboardInterrupt:  # before a command began
+        sys.exit(INTERRUPTED)
