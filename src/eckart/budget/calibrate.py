@@ -9,6 +9,7 @@ Source: LEMS 2026 (code of lems-svd/lems). Its depth factor 1 + gamma * norm(sum
 there by ten Optuna trials; here gamma is a setting, 0 (no factor) by default.
 """
 
+import statistics
 from collections.abc import Mapping, Sequence
 
 from eckart.budget.candidates import Candidates, Option
@@ -33,6 +34,8 @@ def calibrated(
 ) -> list[Candidates]:
     """Return the candidates with losses scaled to the divergences measured at the probe option.
 
+    A layer that has no probe option, no measurement or no loss there is scaled by the median factor of the others.
+
     Args:
         layers: candidates whose losses are energies or predicted increases.
         measured: divergence of the model with only that layer at its probe option, by layer.
@@ -40,16 +43,15 @@ def calibrated(
         gamma: weight of the depth factor.
         alpha: its decay.
     """
-    factors = _depth_factors(depth or {}, gamma, alpha)
-    out = []
+    depths = _depth_factors(depth or {}, gamma, alpha)
+    scales = {}
     for layer in layers:
-        option = probe_option(layer)
-        value = measured.get(layer.name)
-        if option is None or value is None or option.loss <= 0:
-            out.append(layer)
-            continue
-        out.append(layer.scaled(max(value, 0.0) / option.loss * factors.get(layer.name, 1.0)))
-    return out
+        option, value = probe_option(layer), measured.get(layer.name)
+        if option is not None and value is not None and option.loss > 0:
+            scales[layer.name] = max(value, 0.0) / option.loss
+    # A layer without a measurement must not stay on another scale than the rest.
+    usual = statistics.median(scales.values()) if scales else 1.0
+    return [layer.scaled(scales.get(layer.name, usual) * depths.get(layer.name, 1.0)) for layer in layers]
 
 
 def _depth_factors(depth: Mapping[str, int], gamma: float, alpha: float) -> dict[str, float]:
