@@ -1,6 +1,7 @@
 """What is particular to one map: constructors from a matrix, choices, errors; the laws are in test_laws.py."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -308,7 +309,7 @@ class Chain(LinearMap):
     def __post_init__(self) -> None:
         shapes = [tuple(f.shape) for f in self.factors]
         matrices = len(shapes) > 0 and all(len(s) == 2 for s in shapes)
-        if not matrices or any(a[1] != b[0] for a, b in zip(shapes, shapes[1:], strict=False)):
+        if not matrices or any(a[1] != b[0] for a, b in pairwise(shapes)):
             raise EckartError(f"Chain: got {shapes}, needed matrices that fit together")
 
     @property

@@ -78,7 +78,7 @@ class Regression:
         return self.irreducible + self.eigen.tails()
 
     def factors(self, rank: int) -> LowRank:
-        """Return the optimal factors of a rank (or of the numerical rank, if smaller), balanced, in the target's dtype."""
+        """Return the optimal factors of a rank (or the numerical rank, if smaller), balanced, in the target's dtype."""
         k = min(rank, self.rank)
         vectors = self.eigen.vectors[:, :k].to(self.target.dtype)
         root, inverse = self.roots or (None, None)

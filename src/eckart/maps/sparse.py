@@ -109,7 +109,7 @@ class NM(LinearMap):
         if x.numel() // max(self.shape[1], 1) > GATHER_TOKENS:
             return F.linear(x, self.dense())
         columns = self.columns()
-        picked = x.index_select(-1, columns.flatten()).unflatten(-1, columns.shape)  # (..., m, groups * N)
+        picked = x.index_select(-1, columns.flatten()).view(*x.shape[:-1], *columns.shape)  # (..., m, groups * N)
         return (picked * self.values.flatten(1)).sum(-1)
 
     @property
