@@ -88,7 +88,7 @@ def metric(
     without data towards the original weight.
 
     Args:
-        second: E[x x^T], (n, n) or (n,).
+        second: E[x x^T], (n, n), or (n,) without `shifted`.
         mean: E[x]; if given, everything is centred and the fit has a bias.
         shifted: E[x^ x^^T].
         cross: E[x x^^T].
@@ -98,7 +98,11 @@ def metric(
         output_shrinkage: a in [0, 1] for the output moment.
         anchor: how much of the target is the original output W x; the rest is W x^, what the layer would give on the
             input it sees. 1 is AA-SVD's anchored objective, 0 ignores the shift, 0.25 is PIFA's mixture.
+
+    Raises:
+        EckartError: for moments of different sizes, one without the other it needs, NaN, or shrinkage beyond [0, 1].
     """
+    _check_sizes({"second": second, "shifted": shifted, "cross": cross, "mean": mean, "shifted_mean": shifted_mean})
     g, hat, both = (None if t is None else t.double() for t in (second, shifted, cross))
     mx, mh = (None if t is None else t.double() for t in (mean, shifted_mean))
     if mx is not None and g is not None:
@@ -119,8 +123,22 @@ def metric(
     return Metric(g, hat, both, weighted, mx, mh)
 
 
+def _check_sizes(parts: dict[str, Tensor | None]) -> None:
+    """Raise an `EckartError` unless all moments of the inputs are of one size."""
+    given = {name: tuple(t.shape) for name, t in parts.items() if t is not None}
+    n = next((shape[0] for shape in given.values() if shape), 0)
+    for name, shape in given.items():
+        wanted: list[tuple[int, ...]] = [(n,)] if "mean" in name else [(n, n)]
+        if name == "second" and parts["shifted"] is None:
+            wanted.append((n,))
+        if shape not in wanted:
+            raise EckartError(f"metric: {name} has shape {shape} among moments {given}; it must be {wanted[0]}")
+
+
 def _with_isotropic(moment: Tensor, amount: float, level: float) -> Tensor:
     """Return the moment after a share `amount` of the samples is replaced by isotropic noise of variance `level`."""
+    if not 0.0 <= amount <= 1.0:
+        raise EckartError(f"shrinkage must lie in [0, 1], got {amount}")
     out = (1 - amount) * moment
     out.diagonal().add_(amount * level)
     return out

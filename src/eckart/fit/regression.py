@@ -78,7 +78,14 @@ class Regression:
         return self.irreducible + self.eigen.tails()
 
     def factors(self, rank: int) -> LowRank:
-        """Return the optimal factors of a rank (or the numerical rank, if smaller), balanced, in the target's dtype."""
+        """Return the optimal factors of a rank (or the numerical rank, if smaller), balanced, in the target's dtype.
+
+        Raises:
+            EckartError: for a negative rank, or one beyond those the regression was solved for.
+        """
+        computed = self.eigen.values.shape[0]
+        if rank < 0 or (rank > computed and computed < min(self.weight.shape)):
+            raise EckartError(f"a map of rank {rank} was asked of a regression solved for ranks 0 to {computed}")
         k = min(rank, self.rank)
         vectors = self.eigen.vectors[:, :k].to(self.target.dtype)
         root, inverse = self.roots or (None, None)
