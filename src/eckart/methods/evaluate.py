@@ -382,7 +382,7 @@ def _spearman(a: Tensor, b: Tensor) -> float:
     for name, values in (("similarities", a), ("scores", b)):
         if not torch.isfinite(values).all() or bool((values == values[0]).all()):
             raise EckartError(
-                f"the {name} of the {values.numel()} pairs are all equal or not finite, so they have no ranks"
+                f"the {name} of the {values.numel()} pairs are equal or not finite, so they have no ranks"
             )
     return float(spearmanr(a.numpy(), b.numpy()).statistic)
 

@@ -17,6 +17,8 @@ from eckart.report.units import count, duration, loss, share, size
 
 # Above this many layers, those whose names differ only in numbers share a row.
 MOST_ROWS = 24
+# What a folder says of its making that its table shows otherwise, or not at all.
+UNSAID = ("parameters_before", "parameters_after", "bytes_before", "bytes_after", "model_hash")
 
 Layers = Sequence[LayerPlan] | Sequence[LayerContents]
 
@@ -90,7 +92,7 @@ def _flat(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, Mapping):
             out += _flat(value)
-        elif value is not None and key not in ("parameters_before", "parameters_after", "bytes_before", "bytes_after"):
+        elif value is not None and key not in UNSAID:
             out.append((key, value))
     return out
 
