@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import load, require_shared, save
 from sklearn.neighbors import KNeighborsClassifier
 from transformers import AutoModel, AutoTokenizer
 
 import eckart
 from eckart.files.folder import quiet
 from eckart.stats import sentence_embedding
+from harness import load, require_shared, save
 
 KEEP = (0.9, 0.8, 0.7, 0.6, 0.5)
 # Row label: method and what differs from its page's defaults. "healed" rows train; the others do not.
@@ -132,7 +132,13 @@ def row_of(model: str, subject: Subject, variant: str, keep: float, scratch: Pat
         out = Path(folder) / "compressed"
         try:
             outcome = eckart.compress(
-                subject.folder, out, method=method, keep=keep, calibration=subject.calibration, samples=samples, settings=settings
+                subject.folder,
+                out,
+                method=method,
+                keep=keep,
+                calibration=subject.calibration,
+                samples=samples,
+                settings=settings,
             )
         except eckart.EckartError as error:
             return {**row, "error": str(error)}
@@ -153,7 +159,9 @@ def row_of(model: str, subject: Subject, variant: str, keep: float, scratch: Pat
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+")
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=[v for v in VARIANTS if v not in LEARNED])
+    parser.add_argument(
+        "--variants", nargs="+", choices=list(VARIANTS), default=[v for v in VARIANTS if v not in LEARNED]
+    )
     parser.add_argument("--keep", nargs="+", type=float, default=list(KEEP))
     parser.add_argument("--again", action="store_true", help="measure rows anew that are there already")
     given = parser.parse_args()

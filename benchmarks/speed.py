@@ -1,0 +1,107 @@
+"""Speed of compressed layers and models against dense ones on this machine, in one run.
+
+    python benchmarks/speed.py [--runs 7]
+
+Layers: one token and 256 tokens through a dense `nn.Linear`, a hand-written pair of `nn.Linear`, and eckart's hosts at
+equal numbers. Models: tokens per second of `generate` at batch 1, dense and compressed, and of reading a long text.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import eckart
+from eckart.files.folder import quiet
+from eckart.maps import LowRank, storage
+from harness import medians, require_shared, save
+
+SHAPES = ((192, 192), (512, 192), (1024, 1024), (4096, 1024), (4096, 4096), (11008, 4096))
+KEEP = (0.8, 0.6, 0.4)
+NEW_TOKENS = 64
+
+
+def layer_rows(runs: int) -> list[dict[str, Any]]:
+    """Time single layers."""
+    rows = []
+    for m, n in SHAPES:
+        for keep in KEEP:
+            dense = nn.Linear(n, m, bias=False).requires_grad_(False)
+            ranks = {name: storage(name).largest_rank((m, n), keep * m * n) for name in ("lowrank", "pivoted")}
+            hosts = {
+                name: eckart.host(storage(name).build(LowRank(torch.randn(m, k), torch.randn(k, n)))).requires_grad_(
+                    False
+                )
+                for name, k in ranks.items()
+            }
+            pair = nn.Sequential(
+                nn.Linear(n, ranks["lowrank"], bias=False), nn.Linear(ranks["lowrank"], m, bias=False)
+            ).requires_grad_(False)
+            for tokens in (1, 256):
+                x = torch.randn(1, tokens, n)
+                modules = {"dense": dense, "two nn.Linear": pair, **hosts}
+                repeat = max(1, int(2e8 / (m * n * tokens)))
+
+                def run(module: nn.Module, x: torch.Tensor = x, repeat: int = repeat) -> None:
+                    with torch.no_grad():
+                        for _ in range(repeat):
+                            module(x)
+
+                times = medians({name: lambda f=f: run(f) for name, f in modules.items()}, runs=runs)
+                micro = {name: seconds / repeat * 1e6 for name, seconds in times.items()}
+                ratio = {name: value / micro["dense"] for name, value in micro.items()}
+                rows.append(
+                    {"shape": f"{m}x{n}", "keep": keep, "tokens": tokens, "microseconds": micro, "ratio": ratio}
+                )
+                print(rows[-1], flush=True)
+    return rows
+
+
+def model_rows(runs: int) -> list[dict[str, Any]]:
+    """Time whole models."""
+    shared, rows = require_shared(), []
+    with tempfile.TemporaryDirectory() as scratch, quiet():
+        for name in ("stories3m", "babyllama105"):
+            folder = shared / "models" / name
+            models = {"dense": AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)}
+            for method, keep in (("svd-llm", 0.6), ("eckart", 0.8), ("eckart", 0.6)):
+                out = Path(scratch) / f"{name}-{method}-{keep}"
+                text = shared / "data/tinystories/train.txt.gz"
+                eckart.compress(folder, out, method=method, keep=keep, calibration=text)
+                models[f"{method} {keep}"] = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+            start = torch.tensor([[1, *range(5, 12)]])
+            reading = torch.randint(3, 100, (1, 256), generator=torch.Generator().manual_seed(0))
+
+            def generate(model: nn.Module, start: torch.Tensor = start) -> None:
+                model.generate(
+                    start, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
+                )
+
+            def read(model: nn.Module, reading: torch.Tensor = reading) -> None:
+                with torch.no_grad():
+                    model(reading, use_cache=False)
+
+            for task, function in (("generate", generate), ("read", read)):
+                times = medians({key: lambda m=m, f=function: f(m) for key, m in models.items()}, runs=runs, warm_up=2)
+                per_token = NEW_TOKENS if task == "generate" else reading.shape[1]
+                rate = {key: per_token / seconds for key, seconds in times.items()}
+                ratio = {key: times["dense"] / seconds for key, seconds in times.items()}
+                rows.append({"model": name, "task": task, "tokens per second": rate, "speed-up": ratio})
+                print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=9)
+    given = parser.parse_args()
+    models = model_rows(given.runs)
+    save("speed", [*models, *layer_rows(given.runs)])
+
+
+if __name__ == "__main__":
+    main()
