@@ -11,7 +11,7 @@ import gzip
 import importlib.util
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,6 @@ class Subject:
     # Budgets at which every method may compress the embeddings, since the rest of the model is smaller than that.
     embeddings_from: float = 0.0
     heal_samples: int | None = None
-    lengths: dict[str, int] = field(default_factory=dict)
 
 
 def loss_on(text: Path, limit: int | None = None) -> Callable[[Path], float]:
@@ -86,8 +85,13 @@ def trec_accuracy(data: Path) -> Callable[[Path], float]:
     return measure
 
 
+def _read(path: Path) -> str:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return file.read()
+
+
 def _tsv(path: Path) -> list[dict[str, str]]:
-    rows = [line.split("\t") for line in gzip.open(path, "rt", encoding="utf-8").read().split("\n") if line]
+    rows = [line.split("\t") for line in _read(path).split("\n") if line]
     return [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
 
 
@@ -95,7 +99,7 @@ def subjects(shared: Path, scratch: Path) -> dict[str, Subject]:
     """Return the models of the table."""
     data = shared / "data"
     stories, held = data / "tinystories/train.txt.gz", data / "tinystories/valid.txt.gz"
-    plays = gzip.open(next((data / "tinyshakespeare").glob("*.gz")), "rt").read()
+    plays = _read(data / "tinyshakespeare/input.txt.gz")
     shakespeare = scratch / "shakespeare.txt"
     shakespeare.write_text(plays[int(0.9 * len(plays)) :][:40_000])
     lines = scratch / "stsb-train.txt"
