@@ -5,7 +5,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ def replacing(path: Path) -> Iterator[Path]:
         reason = error.strerror or error
         raise EckartError(f"cannot write {path}: {reason}; free some space or choose another place") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it may never have come to be
+            temporary.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
