@@ -59,7 +59,8 @@ class TensorFile:
             EckartError: if the file is damaged.
         """
         with self._damage(self.files[name]):
-            return self._handle(name).get_tensor(name)
+            tensor: Tensor = self._handle(name).get_tensor(name)
+        return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor without reading it."""
@@ -75,7 +76,7 @@ class TensorFile:
     def _handle(self, name: str) -> Any:
         file = self.files[name]
         if file not in self._open:
-            self._open[file] = safe_open(self.folder / file, "pt").__enter__()
+            self._open[file] = _opened(self.folder / file)
         return self._open[file]
 
     @contextlib.contextmanager
@@ -83,7 +84,14 @@ class TensorFile:
         try:
             yield
         except (SafetensorError, OSError) as error:
-            raise EckartError(f"{self.folder / file} is damaged or incomplete ({error}); download or copy it again") from error
+            raise EckartError(
+                f"{self.folder / file} is damaged or incomplete ({error}); download or copy it again"
+            ) from error
+
+
+def _opened(path: Path) -> Any:
+    handle: Any = safe_open(path, "pt")
+    return handle.__enter__()
 
 
 def tensor_file(folder: Path) -> TensorFile:
@@ -102,15 +110,16 @@ def tensor_file(folder: Path) -> TensorFile:
     elif (folder / SINGLE).is_file():
         files = {}
     elif any(folder.glob("*.bin")):
-        raise EckartError(f"{folder} holds pickled weights only, which eckart does not read; convert them to safetensors first")
+        raise EckartError(
+            f"{folder} holds pickled weights only, which eckart does not read; convert them to safetensors first"
+        )
     else:
         raise EckartError(f"{folder} has no {SINGLE} and no {INDEX}; is it a model folder?")
     opened = TensorFile(folder, files)
     if not files:
         with opened._damage(SINGLE):
-            handle = safe_open(folder / SINGLE, "pt").__enter__()
-            opened._open[SINGLE] = handle
-            files.update(dict.fromkeys(handle.keys(), SINGLE))
+            opened._open[SINGLE] = _opened(folder / SINGLE)
+            files.update(dict.fromkeys(opened._open[SINGLE].keys(), SINGLE))
     for name in {file: name for name, file in files.items()}.values():
         opened.shape(name)
     return opened
@@ -187,7 +196,9 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
         EckartError: if the folder or the file is missing or damaged.
     """
     if not folder.exists():
-        raise EckartError(f"there is no model folder {folder}; give the path of a folder with config.json and safetensors")
+        raise EckartError(
+            f"there is no model folder {folder}; give the path of a folder with config.json and safetensors"
+        )
     if not (folder / "config.json").is_file():
         raise EckartError(f"{folder} has no config.json; give the path of a Hugging Face model folder")
     return _read_json(folder / "config.json")
@@ -226,7 +237,9 @@ def _config_and_class(folder: Path, raw: dict[str, Any]) -> tuple[Any, Any]:
     architectures = raw.get("architectures") or []
     cls = getattr(transformers, architectures[0], None) if architectures else AutoModel
     if cls is None:
-        raise EckartError(f"{folder} needs the class {architectures[0]}, which this version of transformers does not have")
+        raise EckartError(
+            f"{folder} needs the class {architectures[0]}, which this version of transformers does not have"
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise EckartError(f"{architectures[0]} is an encoder-decoder; only decoders and encoders are supported")
     return config, cls
@@ -258,12 +271,14 @@ def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _load_whole(cls: Any, folder: Path, unresolved: list[str]) -> dict[str, Tensor]:
-    """Load all weights by transformers' own conversion, for checkpoints whose tensors are named or shaped differently."""
+    """Load all weights by transformers' own conversion, for checkpoints with other names or shapes."""
     with quiet():
         model, info = cls.from_pretrained(folder, dtype="auto", local_files_only=True, output_loading_info=True)
     missing = sorted(info["missing_keys"])
     if missing:
-        raise EckartError(f"{folder} lacks the weights {', '.join(missing[:3])} of {cls.__name__} ({len(missing)} in all)")
+        raise EckartError(
+            f"{folder} lacks the weights {', '.join(missing[:3])} of {cls.__name__} ({len(missing)} in all)"
+        )
     warnings.warn(
         f"{folder} names its tensors differently from {cls.__name__} (for instance {unresolved[0]}); "
         "the whole model is held in memory instead of one block",

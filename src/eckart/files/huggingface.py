@@ -72,7 +72,9 @@ class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
         **rest: Any,
     ) -> None:
         if format > FORMAT:
-            raise EckartError(f"this folder has format {format}, but this version of eckart reads {FORMAT}; update eckart")
+            raise EckartError(
+                f"this folder has format {format}, but this version of eckart reads {FORMAT}; update eckart"
+            )
         self.quant_method = QUANT_METHOD
         self.format = format
         self.layers = dict(layers or {})
@@ -106,16 +108,18 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse to compress while loading: that takes a calibration run."""
         if not self.pre_quantized:
-            raise EckartError("a dense model cannot be compressed by passing a quantization_config; use eckart.compress")
+            raise EckartError(
+                "a dense model cannot be compressed by passing a quantization_config; use eckart.compress"
+            )
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         layers = localized(model, self.quantization_config.layers)
         check_files(kwargs.get("checkpoint_files"), self.quantization_config.layers)
         insert_blank_hosts(model, layers)
-        ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+        ignored: set[str] = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
         if self.quantization_config.sentinel:
             ignored.add(rf"(^|\.){re.escape(self.quantization_config.sentinel.removeprefix(_prefix(model)))}$")
-        model._keys_to_ignore_on_load_unexpected = ignored
+        model._keys_to_ignore_on_load_unexpected = ignored  # type: ignore[assignment]
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -185,7 +189,7 @@ def blank_map(name: str, entry: Mapping[str, Any], dtype: torch.dtype) -> Linear
 
 
 def insert_blank_hosts(model: nn.Module, layers: Mapping[str, Any]) -> None:
-    """Replace the named modules by hosts on the meta device, after checking every spec against the module it replaces."""
+    """Replace the named modules by hosts on the meta device; every spec is checked against the module it replaces."""
     dtype = getattr(model, "dtype", torch.float32)
     made: dict[str, nn.Module] = {}
     for name, entry in sorted(layers.items(), key=lambda item: item[1]["kind"] == TIED_HEAD):
@@ -193,13 +197,16 @@ def insert_blank_hosts(model: nn.Module, layers: Mapping[str, Any]) -> None:
         if entry["kind"] == TIED_HEAD:
             embedding = made.get(entry["embedding"])
             if not isinstance(embedding, EmbeddingHost):
-                raise EckartError(f"the head {name!r} is tied to {entry['embedding']!r}, which is not a compressed embedding")
+                raise EckartError(
+                    f"the head {name!r} is tied to {entry['embedding']!r}, which is not a compressed embedding"
+                )
             made[name] = TiedHead(embedding, _blank_bias(old))
             continue
         map_ = blank_map(name, entry, dtype)
         shape = _module_shape(old)
         if map_.shape != shape:
-            raise EckartError(f"layer {name!r} is {shape[0]} x {shape[1]} in this model, but its spec is {map_.shape[0]} x {map_.shape[1]}")
+            has, says = (f"{rows} x {columns}" for rows, columns in (shape, map_.shape))
+            raise EckartError(f"layer {name!r} is {has} in this model, but its spec is {says}")
         if entry["kind"] == EMBEDDING:
             made[name] = EmbeddingHost(map_, entry.get("padding_idx"))
         else:
@@ -276,7 +283,7 @@ def densify_hosts(model: nn.Module, layers: Mapping[str, Any]) -> nn.Module:
             dense = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=bias is not None, device="meta")  # type: ignore[arg-type]
             dense.weight = embedding.weight  # type: ignore[assignment]
             if bias is not None:
-                dense.bias = bias  # type: ignore[assignment]
+                dense.bias = bias
             replace(model, name, dense)
             model.config.tie_word_embeddings = True  # type: ignore[union-attr]
     return model

@@ -35,7 +35,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[0][:160]
-        raise EckartError(f"{folder} has no usable tokenizer ({reason}); copy tokenizer.json beside the weights") from error
+        raise EckartError(
+            f"{folder} has no usable tokenizer ({reason}); copy tokenizer.json beside the weights"
+        ) from error
 
 
 def read_documents(path: Path) -> list[str]:
@@ -122,7 +124,8 @@ def windows(
     if full < (samples or 1):
         hint = f"use --samples {full} or a longer text" if full else "give a longer text or a smaller --length"
         raise EckartError(
-            f"the calibration text has {len(ids)} tokens, but {samples or 1} samples of {length} need {(samples or 1) * length}; {hint}"
+            f"the calibration text has {len(ids)} tokens, but {samples or 1} samples of {length} need "
+            f"{(samples or 1) * length}; {hint}"
         )
     count = samples or _share(full, WINDOWS, held_out)
     cut = torch.tensor(ids[: full * length], dtype=torch.int64).view(-1, length)
@@ -156,12 +159,17 @@ def sentences(
     """
     lines = [line.strip() for document in documents for line in document.splitlines() if line.strip()]
     if len(lines) < (samples or 1):
-        raise EckartError(f"the calibration text has {len(lines)} lines, but {samples} samples are asked for; use --samples {len(lines)}")
+        raise EckartError(
+            f"the calibration text has {len(lines)} lines, but {samples} samples are asked for; "
+            f"use --samples {len(lines)}"
+        )
     count = samples or _share(len(lines), LINES, held_out)
     encoded = [encode_document(tokenizer, line)[:length] for line in lines[: count + held_out]]
     left = encoded[count:]
     return Samples(
-        _by_length(encoded[:count], tokens_per_batch), _by_length(left or encoded[:held_out], tokens_per_batch), bool(left)
+        _by_length(encoded[:count], tokens_per_batch),
+        _by_length(left or encoded[:held_out], tokens_per_batch),
+        bool(left),
     )
 
 

@@ -57,7 +57,13 @@ class LayerRecord:
 
     @staticmethod
     def of(
-        name: str, map_: LinearMap, bias: Tensor | None, loss: float, *, kind: str = LINEAR, padding_idx: int | None = None
+        name: str,
+        map_: LinearMap,
+        bias: Tensor | None,
+        loss: float,
+        *,
+        kind: str = LINEAR,
+        padding_idx: int | None = None,
     ) -> "LayerRecord":
         """Describe a fitted layer.
 
@@ -99,7 +105,9 @@ class Partial:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise EckartError(f"cannot write beside {self.folder.parent}: {error.strerror}; choose another --out") from error
+            raise EckartError(
+                f"cannot write beside {self.folder.parent}: {error.strerror}; choose another --out"
+            ) from error
         write_json(self.folder / "job.json", job)
 
     def path(self, part: str) -> Path:

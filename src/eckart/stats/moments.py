@@ -74,7 +74,9 @@ class MomentSum:
             raise EckartError(f"no inputs reached {name}: the calibration texts never use it")
         second = self._second / self.count
         if not torch.isfinite(second).all():
-            raise EckartError(f"the inputs of {name} hold NaN or Inf; check the weights before it and the calibration texts")
+            raise EckartError(
+                f"the inputs of {name} hold NaN or Inf; check the weights before it and the calibration texts"
+            )
         return Moments(self.count, self._sum / self.count, self._abs / self.count, second)
 
 

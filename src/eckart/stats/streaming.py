@@ -49,7 +49,8 @@ def enter(runner: Blockwise, samples: Sequence[Tensor], embedding: nn.Module | N
         samples: batches of ids (b, t).
         embedding: a replacement of the token embedding.
     """
-    hidden, calls = [], []
+    hidden: list[Tensor] = []
+    calls: list[list[Call]] = []
     with torch.no_grad(), runner.resident_ends(head=False, embedding=embedding is None):
         for ids in samples:
             first, recorded = runner.enter(ids, embedding)
@@ -131,7 +132,12 @@ def input_groups(runner: Blockwise, block: nn.Module, name: str, index: int, str
 
 
 def collect_inputs(
-    runner: Blockwise, samples: Sequence[Tensor], store: Store, *, boundaries: Store | None = None, progress: Progress = silent
+    runner: Blockwise,
+    samples: Sequence[Tensor],
+    store: Store,
+    *,
+    boundaries: Store | None = None,
+    progress: Progress = silent,
 ) -> None:
     """Run all blocks forward and store the input moments of every group of layers.
 
@@ -205,11 +211,11 @@ def _run_with_moments(
 
 
 def _fan_in(module: nn.Module) -> int:
-    return module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0]  # type: ignore[union-attr,index,return-value]
+    return module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0]  # type: ignore[index,return-value]
 
 
 def _fan_out(module: nn.Module) -> int:
-    return module.out_features if isinstance(module, nn.Linear) else module.weight.shape[1]  # type: ignore[union-attr,index,return-value]
+    return module.out_features if isinstance(module, nn.Linear) else module.weight.shape[1]  # type: ignore[index,return-value]
 
 
 def save_hidden(store: Store, index: int, hidden: list[Tensor], kind: str = "boundary") -> None:
@@ -292,7 +298,7 @@ def _batched(x: Tensor) -> Tensor:
 
 
 class _Ends:
-    """What surrounds the blocks: the objective's gradient at the last hidden state, and the moments of head and embedding."""
+    """What surrounds the blocks: the objective's gradient at the last hidden state, moments of head and embedding."""
 
     # Rows of logits held at once, in numbers: with gradients and probabilities about four times as many floats.
     LOGITS = 1 << 24
@@ -319,8 +325,11 @@ class _Ends:
                 progress("objective", i, len(hidden))
                 step = max(1, self.LOGITS // (ids.shape[1] * vocabulary))
                 pieces = zip(ids.split(step), states.split(step), strict=True)
+                seeds = (seed + 7919 * i + 104729 * j for j in range(ids.shape[0]))  # a piece has a sequence at least
                 out.append(
-                    torch.cat([self._gradient(a, b, objective, seed + 7919 * i + 104729 * j) for j, (a, b) in enumerate(pieces)])
+                    torch.cat(
+                        [self._gradient(a, b, objective, own) for (a, b), own in zip(pieces, seeds, strict=False)]
+                    )
                 )
         return out
 
@@ -337,7 +346,7 @@ class _Ends:
         return torch.autograd.grad(value, states)[0].detach()
 
     def into_embedding(self, samples: Sequence[Tensor], gradients: list[Tensor]) -> None:
-        """Carry the gradients at the first block's input back to the token embedding's output and add up their moment."""
+        """Carry the gradients at the first block's input back to the embedding's output and add up their moment."""
         name = self.runner.parts.embedding
         if name is None:
             return

@@ -5,8 +5,8 @@
 Structure: low rank with bias. Metric: centred input covariance (the covariance of the output is W Cov(x) W^T).
 Budget: uniform. Solver: eigen-decomposition of the output covariance. Trained: nothing.
 
-Source: Yu and Wu 2023, "Compressing transformers: features are low-rank, but weights are not!", section 3.2, as used for
-click-through-rate models by yuhao318/Atomic_Feature_Mimicking.
+Source: Yu and Wu 2023, "Compressing transformers: features are low-rank, but weights are not!", section 3.2, as used
+for click-through-rate models by yuhao318/Atomic_Feature_Mimicking.
 """
 
 from eckart.fit import Metric

@@ -65,8 +65,8 @@ def _budget(job: Job, table: Sequence[Candidates]) -> int:
     if budget < least:
         hint = "" if job.recipe.embeddings else ", or let embeddings be compressed as well with --set embeddings=true"
         raise EckartError(
-            f"keep {job.request.keep:g} of {total:,} parameters cannot be met: {fixed:,} lie outside the layers compressed, "
-            f"and those take {least:,} at rank 1; ask for more than {(fixed + least) / total:.3f}{hint}"
+            f"keep {job.request.keep:g} of {total:,} parameters cannot be met: {fixed:,} lie outside the layers "
+            f"compressed, and those take {least:,} at rank 1; ask for more than {(fixed + least) / total:.3f}{hint}"
         )
     return budget
 
@@ -107,7 +107,9 @@ def _calibrated(
         lambda: probe(job, known, layers, options, observed=False, progress=lambda i: progress("probe", i, count)),
     )
     depth = {layer.name: layer.block for layer in layers if 0 <= layer.block < count}
-    return calibrated(table, {name: value for (name, _), value in measured.items()}, depth=depth, gamma=job.recipe.gamma)
+    return calibrated(
+        table, {name: value for (name, _), value in measured.items()}, depth=depth, gamma=job.recipe.gamma
+    )
 
 
 def plan_of(job: Job, layers: Sequence[Layer], chosen: dict[str, Option], table: Sequence[Candidates]) -> Plan:

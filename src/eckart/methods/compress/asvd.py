@@ -6,8 +6,8 @@ Structure: low rank. Metric: inputs by their mean magnitude, a diagonal stand-in
 layer truncated alone to 0.4, 0.5, ..., 0.9 of its numbers, the loss measured each time, one threshold for all.
 Solver: SVD. Trained: nothing.
 
-Source: Yuan et al. 2023, "ASVD: Activation-aware Singular Value Decomposition", eq. 5-8 and section 3.3; alpha = 0.5 and
-the levels as in the authors' code (hahnyuan/ASVD4LLM).
+Source: Yuan et al. 2023, "ASVD: Activation-aware Singular Value Decomposition", eq. 5-8 and section 3.3; alpha = 0.5
+and the levels as in the authors' code (hahnyuan/ASVD4LLM).
 """
 
 from eckart.errors import EckartError

@@ -1,6 +1,6 @@
 """eckart: everything the closed form can use, stored without redundancy, with ranks that minimise the predicted loss.
 
-    min over rank W' <= k (and c) of  E | T ( W z - W' x^ - c ) |^2,    z = anchor x + (1 - anchor) x^,  T^T T = E[g g^T]
+    min over rank W' <= k (and c) of  E | T ( W z - W' x^ - c ) |^2,   z = anchor x + (1 - anchor) x^,  T^T T = E[g g^T]
     in nats: the loss grows by about half of that error, so ranks of all layers come from one knapsack
 
 - Complete regression: shifted inputs and output-gradient metric together. A fitted bias is a third gain at equal rank,
@@ -32,7 +32,11 @@ def eckart(
         output_shrinkage: share of the isotropic moment in the output-gradient moment.
         bias: whether compressed layers get a fitted bias (m numbers, counted).
     """
-    for name, value in (("anchor", anchor), ("input_shrinkage", input_shrinkage), ("output_shrinkage", output_shrinkage)):
+    for name, value in (
+        ("anchor", anchor),
+        ("input_shrinkage", input_shrinkage),
+        ("output_shrinkage", output_shrinkage),
+    ):
         check_share(name, value)
 
     def metric(data: LayerData) -> Metric:

@@ -1,4 +1,4 @@
-"""A compression run, prepared: the request checked, the model opened, the calibration samples cut, the budget counted."""
+"""A compression run, prepared: the request checked, the model opened, the calibration samples cut."""
 
 import importlib.metadata
 import os
@@ -141,7 +141,9 @@ def _samples(request: Request, model: OpenModel, documents: list[str], causal: b
         raise EckartError(f"length {request.length} exceeds the model's context of {context} tokens; give at most that")
     length = min(request.length or 256, context)
     if causal:
-        return windows(tokenizer, documents, samples=request.samples, length=length, batch=max(1, TOKENS_PER_BATCH // length))
+        return windows(
+            tokenizer, documents, samples=request.samples, length=length, batch=max(1, TOKENS_PER_BATCH // length)
+        )
     return sentences(tokenizer, documents, samples=request.samples, length=length, tokens_per_batch=TOKENS_PER_BATCH)
 
 
@@ -172,4 +174,3 @@ def trim_cache(kept: Store) -> None:
         total += store.nbytes
         if total > CACHE_LIMIT and store.folder != kept.folder:
             store.clear()
-

@@ -3,8 +3,8 @@
     A = E[x x^T],  B = E[g g^T], g the loss gradient at the output, each shrunk towards its mean diagonal
     W' = L_B^(-T) trunc_k( L_B^T W L_A ) L_A^(-1)
 
-Structure: low rank. Metric: input and output-gradient second moments. Budget: uniform (`allocation=calibrated` is LEMS).
-Solver: eigen-decomposition. Trained: nothing. One backward pass, observed labels.
+Structure: low rank. Metric: input and output-gradient second moments. Budget: uniform (`allocation=calibrated` is
+LEMS). Solver: eigen-decomposition. Trained: nothing. One backward pass, observed labels.
 
 Source: "Generalized Fisher-Weighted SVD" 2025; the shrinkage of 0.1 and 0.3, without which it collapses on large
 models, from the code of LEMS 2026 (lems-svd/lems). Its token-norm clipping is not part of this page.

@@ -5,7 +5,8 @@ Embeddings and heads are layers too. A table E (V, d) is fitted under
     E sum_v f_v dE_v M dE_v^T,   f_v how often token v occurs (or is predicted), M the metric of its coordinates
 
 with M the second moment B of the gradient at the embedding's output for a lookup, G of the head's input for an output
-projection. A tied table serves both: f the mean of the two frequencies, M = B + G, one Kronecker metric, one closed form.
+projection. A tied table serves both: f the mean of the two frequencies, M = B + G, one Kronecker metric, one closed
+form.
 """
 
 from collections.abc import Callable, Iterator
@@ -90,7 +91,9 @@ class Known:
         if layer.block != self._block:
             self._block = layer.block
             self._inputs = inputs_of(self.store, layer.block) if recipe.uses_inputs else None
-            self._gradients = gradients_of(self.store, self.job.objective, layer.block) if recipe.uses_gradients else None
+            self._gradients = (
+                gradients_of(self.store, self.job.objective, layer.block) if recipe.uses_gradients else None
+            )
         for known in (self._inputs, self._gradients):
             if known is not None and layer.name not in known:
                 return None
@@ -164,7 +167,9 @@ def weights(job: Job, layers: list[Layer]) -> Iterator[tuple[Layer, Tensor]]:
         yield layer, stored if tuple(stored.shape) == layer.shape else stored.mT.contiguous()
 
 
-def surveyed(job: Job, layers: list[Layer], known: Known, *, errors: bool, progress: Callable[[int], None]) -> list[Candidates]:
+def surveyed(
+    job: Job, layers: list[Layer], known: Known, *, errors: bool, progress: Callable[[int], None]
+) -> list[Candidates]:
     """Return the candidates of all layers.
 
     Args:

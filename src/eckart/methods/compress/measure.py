@@ -28,7 +28,7 @@ def outputs(
         head: modules to put in place of the model's by name, such as a compressed head.
     """
     swaps = dict(head or {})
-    vocabulary = int(getattr(runner.model.config, "vocab_size", 1))  # type: ignore[union-attr]
+    vocabulary = int(getattr(runner.model.config, "vocab_size", 1))
     with contextlib.ExitStack() as stack:
         stack.enter_context(runner.resident_ends(head=runner.parts.head not in swaps, embedding=False))
         stack.enter_context(runner.swapped(swaps))
@@ -58,7 +58,8 @@ def divergence(
     head: Mapping[str, nn.Module] | None = None,
 ) -> float:
     """Return how far the outputs moved: the mean divergence of predicted tokens from the original's, in nats per token,
-    or, for an encoder without a head, the mean squared distance between sentence embeddings."""
+    or, for an encoder without a head, the mean squared distance between sentence embeddings.
+    """
     total, count = 0.0, 0
     pairs = zip(outputs(runner, samples, original), outputs(runner, samples, hidden, head), strict=True)
     for (ids, before), (_, after) in pairs:

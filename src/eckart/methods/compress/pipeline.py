@@ -48,7 +48,8 @@ def compress(
         method: one of `eckart.METHODS`.
         keep: share of the whole model's parameters that remains, in (0, 1].
         calibration: text file; methods that use no data do without.
-        samples: calibration samples; by default 128 windows for decoders, 4,096 lines for encoders, or what the text has.
+        samples: calibration samples; by default 128 windows for decoders, 4,096 lines for encoders, or what the text
+            has.
         length: tokens per sample, 256 by default.
         seed: seed of everything random.
         settings: settings of the method by name, typed.
@@ -216,7 +217,8 @@ def _measured(measured: Measured | None) -> dict[str, Any] | None:
 
 def _card(outcome: Outcome) -> str:
     return model_card(
-        str(outcome.settings["model"]), outcome.settings, _made_by(outcome), [asdict(row) for row in outcome.plan.layers]
+        str(outcome.settings["model"]),
+        outcome.settings,
+        _made_by(outcome),
+        [asdict(row) for row in outcome.plan.layers],
     )
-
-

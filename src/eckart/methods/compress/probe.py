@@ -1,4 +1,4 @@
-"""Measuring what compressing one layer alone does to the model, for allocators that want to know rather than predict."""
+"""Measuring what compressing one layer alone does to the model, for allocators that would rather know."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from eckart.budget import Candidates, Option
 from eckart.fit import regress
 from eckart.hosts import host, offset_of, replace
-from eckart.methods.compress.job import Job
 from eckart.methods.compress.fitting import fit_layer, running, running_embedding, tied_head
+from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import HEAD, LINEAR, Known, Layer, weights
 from eckart.methods.compress.measure import divergence, next_token_loss
 from eckart.stats import Stream, advance, content_key, enter
@@ -40,6 +40,7 @@ def probe(
     stream = enter(job.runner, samples)
     last = _finished(job, stream)
     base = next_token_loss(job.runner, samples, last) if observed else 0.0
+
     def measured(hidden: Sequence[Tensor], head: Mapping[str, nn.Module] | None = None) -> float:
         if observed:
             return next_token_loss(job.runner, samples, hidden, head) - base
@@ -48,7 +49,9 @@ def probe(
     out = _ends(job, known, layers, options, samples, last, measured)
     for index, name in enumerate(job.parts.blocks):
         progress(index)
-        inside = [layer for layer in layers if layer.kind == LINEAR and layer.block == index and options.get(layer.name)]
+        inside = [
+            layer for layer in layers if layer.kind == LINEAR and layer.block == index and options.get(layer.name)
+        ]
         with job.runner.resident(name) as block:
             variants = _variants(job, known, inside, options, block, name, stream)
             advance(job.runner, block, index, stream)

@@ -51,7 +51,8 @@ class Recipe:
         metric: builds the metric of a layer from its data.
         allocation: "uniform" (one share of numbers), "uniform-rank" (one share of ranks), "threshold" (one threshold on
             `score`), "sensitivity" (one threshold on the loss measured with one layer compressed, at several levels),
-            "calibrated" (knapsack on errors scaled by one such measurement per layer) or "knapsack" (on predicted loss).
+            "calibrated" (knapsack on errors scaled by one such measurement per layer) or "knapsack" (on predicted
+            loss).
         storage: "lowrank", k (m + n) numbers, or "pivoted", k (m + n - k).
         embeddings: whether token embedding and output head may be compressed as well.
         round_to: ranks are multiples of this.

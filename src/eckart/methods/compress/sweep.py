@@ -71,7 +71,13 @@ class Sweep:
     """
 
     def __init__(
-        self, job: Job, known: Known, layers: Sequence[Layer], chosen: dict[str, Option], partial: Partial, progress: Progress
+        self,
+        job: Job,
+        known: Known,
+        layers: Sequence[Layer],
+        chosen: dict[str, Option],
+        partial: Partial,
+        progress: Progress,
     ) -> None:
         self.job, self.known, self.chosen, self.partial, self.progress = job, known, chosen, partial, progress
         self.layers = [layer for layer in layers if not is_dense(chosen[layer.name])]
@@ -99,7 +105,14 @@ class Sweep:
             fit = fit_layer(self.job, self.known, layer, weight, self.chosen[layer.name])
             module = running_embedding(self.job, fit)
             if not self.partial.has(EMBEDDING):
-                record = LayerRecord.of(layer.name, fit.map, fit.bias, loss_of(self.known, fit), kind=EMBEDDING, padding_idx=module.padding_idx)
+                record = LayerRecord.of(
+                    layer.name,
+                    fit.map,
+                    fit.bias,
+                    loss_of(self.known, fit),
+                    kind=EMBEDDING,
+                    padding_idx=module.padding_idx,
+                )
                 self.partial.save(EMBEDDING, self._stored(layer.name, module), [record])
             return {layer.name: module}
         return {}
@@ -111,7 +124,7 @@ class Sweep:
         return {key: t.to(dtype) if t.is_floating_point() else t for key, t in state.items()}
 
     def _enter(self, embedding: nn.Module | None, done: int) -> dict[str, Pair]:
-        """Return the streams at the first unfinished block: of the calibration samples if needed, and of the held-out."""
+        """Return the streams at the first unfinished block: of the held-out samples, of the calibration if needed."""
         samples = self.job.samples
         if samples is None:
             return {}
@@ -282,5 +295,3 @@ def offset_of_head(job: Job, name: str) -> Tensor | None:
     """Return the bias of a head, float32, or None."""
     key = f"{name}.bias"
     return job.model.read(key).to(job.runner.device, torch.float32) if key in job.model.names else None
-
-

@@ -61,7 +61,9 @@ def settings_of(method: str) -> dict[str, Setting]:
     """
     page = page_of(method)
     hints = get_type_hints(page)
-    own = {p.name: Setting(p.name, hints[p.name], p.default, False) for p in inspect.signature(page).parameters.values()}
+    own = {
+        p.name: Setting(p.name, hints[p.name], p.default, False) for p in inspect.signature(page).parameters.values()
+    }
     recipe, types = page(), get_type_hints(Recipe)
     common = {name: Setting(name, types[name], getattr(recipe, name), True) for name in COMMON}
     return {**own, **common}
