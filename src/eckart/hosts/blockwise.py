@@ -86,12 +86,19 @@ class Blockwise:
             if buffer.device.type != "meta":
                 model.get_submodule(owner)._buffers[name] = buffer.to(device)
 
+    def _fill(self, module: nn.Module, name: str) -> None:
+        """Load a module's own parameters and put them where blocks are run."""
+        self._load(module, name)
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter.device != self.device:
+                module._parameters[key] = nn.Parameter(parameter.detach().to(self.device), requires_grad=False)
+
     @contextmanager
     def resident(self, name: str) -> Iterator[nn.Module]:
         """Load the weights of a module of the skeleton, and put them back on the meta device afterwards."""
         module = self.model.get_submodule(name)
         for inner, child in module.named_modules():
-            self._load(child, f"{name}.{inner}" if inner else name)
+            self._fill(child, f"{name}.{inner}" if inner else name)
         try:
             yield module
         finally:
@@ -106,7 +113,7 @@ class Blockwise:
         skipped |= {self.parts.embedding} if self.parts.embedding and not embedding else set()
         names = _outside(self.model, {name for name in skipped if name})
         for name in names:
-            self._load(self.model.get_submodule(name), name)
+            self._fill(self.model.get_submodule(name), name)
         try:
             yield
         finally:

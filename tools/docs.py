@@ -1,0 +1,135 @@
+"""Writes the generated pages: docs/methods.md from the methods' own docstrings, docs/benchmarks.md from measured results.
+
+python tools/docs.py            writes both
+python tools/docs.py --check    fails if a page differs from what would be written
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from eckart.methods.compress.table import METHODS, settings_of, source_of, summary_of
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results"
+
+
+def type_name(annotation: Any) -> str:
+    """Return a type as readers of the documentation know it."""
+    options = get_args(annotation)
+    return ", ".join(map(str, options)) if options else getattr(annotation, "__name__", str(annotation))
+
+
+def methods() -> list[dict[str, Any]]:
+    """Return what docs/methods.md says of every method."""
+    out = []
+    for name in METHODS:
+        settings = [
+            {"name": s.name, "type": type_name(s.type), "default": s.default, "common": s.common}
+            for s in settings_of(name).values()
+        ]
+        out.append({"name": name, "summary": summary_of(name), "page": source_of(name), "settings": settings})
+    return out
+
+
+def results(name: str) -> dict[str, Any]:
+    """Return measured results, or none."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else {"machine": {}, "rows": []}
+
+
+def tables(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Arrange the rows of the compression benchmark: one table per model and measure, a line per variant."""
+    known = {"model", "variant", "keep", "settings", "kept", "bytes", "seconds", "predicted", "unit", "samples", "error"}
+    out = []
+    for model in dict.fromkeys(r["model"] for r in rows):
+        mine = [r for r in rows if r["model"] == model]
+        keeps = sorted({r["keep"] for r in mine if r["variant"] != "dense"}, reverse=True)
+        for measure in dict.fromkeys(key for r in mine for key in r if key not in known):
+            at = {(r["variant"], r["keep"]): r for r in mine}
+            lines = [
+                (variant, [at.get((variant, keep), {}).get(measure) for keep in keeps])
+                for variant in dict.fromkeys(r["variant"] for r in mine)
+                if variant != "dense"
+            ]
+            dense = at["dense", 1.0][measure]
+            larger = measure in ("STS-B", "TREC")
+            best = [_best([v[i] for n, v in lines if "healed" not in n], larger) for i in range(len(keeps))]
+            lines.sort(key=lambda line: ("healed" in line[0], _order(line[1], larger)))
+            out.append(
+                {"model": model, "measure": measure, "dense": dense, "keeps": keeps, "lines": lines, "best": best}
+            )
+    return out
+
+
+def _best(values: list[float | None], larger: bool) -> float | None:
+    held = [v for v in values if v is not None]
+    return (max(held) if larger else min(held)) if held else None
+
+
+def _order(values: list[float | None], larger: bool) -> float:
+    total = sum(v for v in values if v is not None)
+    return -total if larger else total
+
+
+def headline(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return how much of the loss that svd-llm adds eckart does not, by model and budget."""
+    at = {(r["model"], r["variant"], r["keep"]): r for r in rows}
+    out = []
+    for (model, variant, keep), row in at.items():
+        rival = at.get((model, "svd-llm", keep))
+        dense = at.get((model, "dense", 1.0))
+        if variant == "eckart" and rival and dense:
+            measure = "loss A" if "loss A" in row else "STS-B"
+            damage = abs(rival[measure] - dense[measure])
+            left = abs(row[measure] - dense[measure])
+            out.append({"model": model, "keep": keep, "measure": measure, "dense": dense[measure]}
+                       | {"svd-llm": rival[measure], "eckart": row[measure], "less": 1 - left / damage})  # fmt: skip
+    return out
+
+
+def pages() -> dict[Path, str]:
+    """Return the generated pages by path."""
+    environment = Environment(
+        loader=FileSystemLoader(ROOT / "tools/templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # noqa: S701 - Markdown from our own figures
+    )
+    compression = results("compression")
+    values = {
+        "methods": methods(),
+        "compression": compression,
+        "tables": tables(compression["rows"]),
+        "headline": headline(compression["rows"]),
+        "solver": results("solver"),
+        "speed": results("speed"),
+        "memory": results("memory"),
+    }
+    return {
+        ROOT / f"docs/{name}.md": environment.get_template(f"{name}.md.jinja").render(values)
+        for name in ("methods", "benchmarks")
+    }
+
+
+def main() -> None:
+    """Write the pages, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = [path for path, text in pages().items() if not path.is_file() or path.read_text() != text]
+    if check and stale:
+        sys.exit(f"{', '.join(p.name for p in stale)} should be written anew: python tools/docs.py")
+    for path in stale:
+        path.write_text(pages()[path])
+        print(f"wrote {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
