@@ -26,6 +26,7 @@ from eckart.errors import EckartError
 from eckart.files.text import encode_document, load_tokenizer, read_documents
 from eckart.hosts import host, map_of, replace
 from eckart.maps import LowRank
+from eckart.methods import evaluate as module
 from eckart.methods.evaluate import document_nats, embeddings, evaluate, load, read_pairs, windows_of
 
 DEMO = Path(str(files("eckart"))) / "demo"
@@ -265,6 +266,16 @@ def table(folder: Path, rows: str) -> Path:
     return write(folder, "sentence1\tsentence2\tscore\n" + rows)
 
 
+def test_long_sentences_are_cut_before_the_separator(encoder, pairs, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(
+        module, "embeddings", lambda model, ids, **rest: seen.extend(ids) or embeddings(model, ids, **rest)
+    )
+    evaluate(encoder, pairs=pairs, length=6)
+    assert max(map(len, seen)) == 6
+    assert all(ids[0] == 2 and ids[-1] == 3 and len(ids) <= 6 for ids in seen)
+
+
 def write(folder: Path, content: str | bytes) -> Path:
     path = folder / "given.tsv"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -300,8 +311,6 @@ def test_errors_say_what_is_wrong(call, message, decoder, encoder, text, pairs, 
 
 
 def test_a_text_with_nothing_to_score_is_refused(decoder) -> None:
-    from eckart.methods import evaluate as module
-
     with pytest.raises(EckartError, match="the first of a document is not scored"):
         module._evaluate_decoder(load(decoder), _Starts(), ["a", "b"], None, None, 100, module.silent)
 
