@@ -79,7 +79,7 @@ def test_what_is_not_finite_is_named(bad):
 
 
 def test_a_layer_no_input_reached_is_named():
-    with pytest.raises(EckartError, match="no inputs reached experts.7"):
+    with pytest.raises(EckartError, match=r"no inputs reached experts\.7"):
         MomentSum(4).result("experts.7")
 
 
