@@ -26,9 +26,11 @@ class Store:
 
     Attributes:
         folder: where the files are.
+        device: where `load` puts tensors.
     """
 
     folder: Path
+    device: torch.device = torch.device("cpu")
 
     def path(self, kind: str, index: int) -> Path:
         """Return where the tensors of a kind and index are."""
@@ -46,7 +48,7 @@ class Store:
     def load(self, kind: str, index: int) -> dict[str, dict[str, Tensor]]:
         """Load what `save` wrote."""
         out: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in load_file(self.path(kind, index)).items():
+        for key, tensor in load_file(self.path(kind, index), device=str(self.device)).items():
             part, _, name = key.partition("|")
             out.setdefault(part, {})[name] = tensor
         return out

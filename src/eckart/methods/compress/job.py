@@ -162,7 +162,7 @@ def statistics_store(job: Job, folder: Path | None) -> Store:
         job: the job.
         folder: a folder of the run's own, or None for the shared cache.
     """
-    return Store((folder or cache_folder()) / f"statistics-{job.statistics_key}")
+    return Store((folder or cache_folder()) / f"statistics-{job.statistics_key}", job.runner.device)
 
 
 def trim_cache(kept: Store) -> None:

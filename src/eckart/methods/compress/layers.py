@@ -126,7 +126,7 @@ class Known:
         return build_metric(second, outputs=_smoothed(frequencies), input_shrinkage=recipe.embedding_shrinkage)
 
     def _frequencies(self, vocabulary: int) -> Tensor:
-        counts = token_counts(self.job.calibration, vocabulary)
+        counts = token_counts(self.job.calibration, vocabulary).to(self.job.runner.device)
         return _smoothed(counts / counts.sum())
 
     def metric(self, layer: Layer, weight: Tensor, cross: CrossSum | None = None) -> Metric | None:
