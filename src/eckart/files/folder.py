@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
@@ -211,15 +212,14 @@ def open_model(folder: Path) -> OpenModel:
         EckartError: if the folder is missing, damaged, already compressed, of an unknown kind, or needs remote code.
     """
     raw = check_model_folder(folder)
-    if "quantization_config" in raw:
-        method = raw["quantization_config"].get("quant_method")
+    quantized = raw.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         hint = "densify it first (eckart densify)" if method == "eckart" else "start from the full-precision model"
         raise EckartError(f"{folder} is already compressed (quant_method {method!r}); {hint}")
     tensors = tensor_file(folder)
     config, cls = _config_and_class(folder, raw)
-    with quiet(), init_empty_weights(include_buffers=False):
-        model = cls.from_config(config) if cls is AutoModel else cls(config)
-    model = model.float().eval()
+    model = _skeleton(cls, config, folder).float().eval()
     model.tie_weights()
     names, unresolved = _resolve(model, tensors)
     held = _load_whole(cls, folder, unresolved) if unresolved else None
@@ -227,13 +227,28 @@ def open_model(folder: Path) -> OpenModel:
     return OpenModel(folder, config, model, names or {name: name for name in held or {}}, tensors, parameters, held)
 
 
+def _reason(error: Exception) -> str:
+    """Return the message of another library's error on one line of bounded length."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _skeleton(cls: Any, config: Any, folder: Path) -> PreTrainedModel:
+    """Build a model without weights, its parameters on the meta device."""
+    try:
+        with quiet(), init_empty_weights(include_buffers=False):
+            made: PreTrainedModel = cls.from_config(config) if cls is AutoModel else cls(config)
+    # a config with impossible sizes fails somewhere in the model's own code
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
+        raise EckartError(f"no model can be made from {folder / 'config.json'}: {_reason(error)}") from error
+    return made
+
+
 def _config_and_class(folder: Path, raw: dict[str, Any]) -> tuple[Any, Any]:
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise EckartError(f"transformers does not understand {folder / 'config.json'}: {reason}") from error
+    except (ValueError, KeyError, OSError, TypeError, StrictDataclassError) as error:
+        raise EckartError(f"transformers does not understand {folder / 'config.json'}: {_reason(error)}") from error
     architectures = raw.get("architectures") or []
     cls = getattr(transformers, architectures[0], None) if architectures else AutoModel
     if cls is None:
@@ -272,8 +287,14 @@ def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def _load_whole(cls: Any, folder: Path, unresolved: list[str]) -> dict[str, Tensor]:
     """Load all weights by transformers' own conversion, for checkpoints with other names or shapes."""
-    with quiet():
-        model, info = cls.from_pretrained(folder, dtype="auto", local_files_only=True, output_loading_info=True)
+    try:
+        with quiet():
+            model, info = cls.from_pretrained(folder, dtype="auto", local_files_only=True, output_loading_info=True)
+    except (ValueError, KeyError, OSError, RuntimeError, TypeError) as error:
+        raise EckartError(
+            f"the weights in {folder} do not fit its config.json, for instance {unresolved[0]} ({_reason(error)}); "
+            "download or copy both again"
+        ) from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise EckartError(

@@ -6,6 +6,7 @@ file holds one document per line under "text". Every document is encoded alone, 
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ def read_documents(path: Path) -> list[str]:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         text = raw.decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise EckartError(f"{path} is not UTF-8 text, plain or gzip ({error})") from error
     if path.name.removesuffix(".gz").endswith(".jsonl"):
         pieces = list(_jsonl(path, text))
@@ -67,9 +68,12 @@ def _jsonl(path: Path, text: str) -> Iterator[str]:
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             try:
-                yield str(json.loads(line)["text"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise EckartError(f'{path} line {number} is not a JSON object with a "text" field') from error
+                document = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError):
+                document = None
+            if not isinstance(document, str):
+                raise EckartError(f'{path} line {number} is not a JSON object with a "text" field')
+            yield document
 
 
 @dataclass(frozen=True, slots=True)
