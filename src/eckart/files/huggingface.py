@@ -47,7 +47,7 @@ from eckart.maps import FAMILIES, LinearMap, LowRank, blank
 
 QUANT_METHOD = "eckart"
 FORMAT = 1
-LINEAR, EMBEDDING, TIED_HEAD = "linear", "embedding", "tied-head"
+KINDS = LINEAR, EMBEDDING, TIED_HEAD = "linear", "embedding", "tied-head"
 
 
 class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -77,12 +77,31 @@ class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
             )
         self.quant_method = QUANT_METHOD
         self.format = format
-        self.layers = dict(layers or {})
+        self.layers = check_entries(layers or {})
         self.sentinel = sentinel or sentinel_name(self.layers)
         self.tied = tied
         self.made_by = dict(made_by or {})
         rest.pop("quant_method", None)
         self.__dict__.update(rest)
+
+
+def check_entries(layers: Any) -> dict[str, Any]:
+    """Return the entries of a config as they are.
+
+    Raises:
+        EckartError: if they are not entries of a kind this version knows.
+    """
+    if not isinstance(layers, Mapping):
+        raise EckartError(f"layers must be entries by module name, got a {type(layers).__name__}")
+    for name, entry in layers.items():
+        kind = entry.get("kind") if isinstance(entry, Mapping) else None
+        needed = {LINEAR: ("map", "bias"), EMBEDDING: ("map",), TIED_HEAD: ("embedding",)}.get(str(kind))
+        if needed is None:
+            raise EckartError(f"layer {name!r} is of kind {kind!r}; this version of eckart reads {', '.join(KINDS)}")
+        lacking = [key for key in needed if key not in entry]
+        if lacking:
+            raise EckartError(f"the spec of layer {name!r} is invalid: it has no {lacking[0]!r}")
+    return dict(layers)
 
 
 def sentinel_name(layers: Mapping[str, Any]) -> str | None:

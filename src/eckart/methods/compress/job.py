@@ -88,7 +88,8 @@ class Job:
     @property
     def statistics_key(self) -> str:
         """A name for the statistics, which methods share."""
-        return content_key((self.model_hash, str(self.request.seed)), self.calibration)
+        batches = () if self.samples is None else self.samples.batches
+        return content_key((self.model_hash, str(self.request.seed)), batches)
 
     @property
     def calibration(self) -> list[Tensor]:
