@@ -245,9 +245,11 @@ def test_stored_forms_are_the_same_matrix(name: str, m: int, n: int):
 
 def test_the_bias_is_fitted_to_the_rounded_map():
     data = samples(6, 6, False, False, True)
-    found = regress(data.weight, data.metric()).fit(3, dtype=torch.bfloat16)
-    residual = data.x @ data.weight.mT - found.map.to(torch.float64)(data.x) - found.bias.double()
-    assert float(residual.mean(0).abs().max()) < 0.01 * float(data.weight.abs().max())
+    data.x = data.s = data.x + 100
+    found = regress(data.weight, data.metric()).fit(6, dtype=torch.bfloat16)
+    lost = (data.x @ data.weight.mT - found.map.to(torch.float64)(data.x)).mean(0)  # by rounding the numbers alone
+    assert float(lost.abs().max()) > 0.1
+    assert torch.allclose(found.bias.double(), lost, rtol=torch.finfo(torch.bfloat16).eps)
 
 
 def test_a_layer_keeps_its_bias():
@@ -286,6 +288,22 @@ def test_any_rank_and_dtype(m: int, n: int, rank: int, seed: int, dtype: torch.d
     assert solution.fit(min(m, n), dtype=dtype).map.dtype == dtype
 
 
+def test_a_deficient_weight_gives_no_more_than_its_rank():
+    solution = regress(normal(6, 2, seed=0) @ normal(2, 5, seed=1))
+    assert solution.rank == 2
+    assert solution.fit(4).map.rank == 2
+    assert solution.fit(4).error == pytest.approx(0.0, abs=1e-10 * solution.total)
+
+
+def test_output_shrinkage():
+    w, g = normal(3, 4, seed=0), normal(9, 3, seed=1)
+    moment = g.mT @ g
+    mixed = 0.75 * moment + 0.25 * float(moment.diagonal().mean()) * torch.eye(3, dtype=torch.float64)
+    found, wanted = regress(w, metric(outputs=moment, output_shrinkage=0.25)), regress(w, Metric(outputs=mixed))
+    assert torch.allclose(found.errors(), wanted.errors())
+    assert not torch.allclose(found.errors(), regress(w, Metric(outputs=moment)).errors())
+
+
 def test_a_zero_weight_gives_the_zero_map():
     for stored in STORAGES:
         found = regress(torch.zeros(3, 4)).fit(2, stored=stored)
@@ -316,11 +334,10 @@ def test_directions_without_data_keep_the_weight():
 
 @pytest.mark.parametrize(("m", "n"), [(1200, 1500), (1500, 1200)])
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_randomized_path_keeps_its_promise(m: int, n: int, weighted: bool, dtype: torch.dtype):
+@pytest.mark.parametrize(("dtype", "accuracy"), [(torch.float32, 1e-2), (torch.bfloat16, 1e-2), (torch.float32, 1e-4)])
+def test_the_randomized_path_keeps_its_promise(m: int, n: int, weighted: bool, dtype: torch.dtype, accuracy: float):
     """The root of the error, measured on the returned factors, exceeds the optimum by at most the share asked for."""
-    accuracy, rank = 1e-2, 60
-    generator = torch.Generator().manual_seed(0)
+    rank, generator = 60, torch.Generator().manual_seed(0)
     weight = torch.randn(m, n, generator=generator) * (torch.arange(1, n + 1) ** -0.5)
     weight = (torch.randn(m, m, generator=generator) * torch.arange(1, m + 1) ** -0.4 @ weight).to(dtype)
     given = Metric()

@@ -95,6 +95,16 @@ def test_krylov_reaches_its_accuracy(basis: Tensor, kind: str, accuracy: float, 
     assert torch.allclose(found.values, values[:k], rtol=0.05)
 
 
+def test_krylov_works_in_float64_where_float32_hides_the_tail(basis: Tensor):
+    values = spectrum("steep", basis.shape[0])
+    matrix, k, accuracy = (basis * values) @ basis.mT, 250, 1e-3
+    found = top_eigen(matrix, k, accuracy=accuracy)
+    left_behind = float(values.sum()) - float((found.vectors.double().mT @ matrix @ found.vectors.double()).trace())
+    assert left_behind <= (1 + accuracy) * float(values[k:].sum())
+    assert found.method == "krylov-float64"
+    assert top_eigen(matrix, 40, accuracy=accuracy).method == "krylov-float32"
+
+
 def test_krylov_is_not_used_where_dense_is_cheaper(basis: Tensor):
     matrix = (basis * spectrum("power", basis.shape[0])) @ basis.mT
     assert top_eigen(matrix[:1023, :1023], 10, accuracy=1e-2).method == "dense"

@@ -31,6 +31,20 @@ def test_swaps_are_needed_and_made():
     assert float(pivot_rows(tall).coefficients.abs().max()) <= 1.05 * (1 + 1e-9)
 
 
+def test_many_swaps_end_at_bounded_coefficients():
+    """Every swap builds on the update of the one before."""
+    matrix = torch.randn(300, 60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert float(pivot_rows(matrix, max_swaps=0).coefficients.abs().max()) > 1.2
+    found = pivot_rows(matrix)
+    assert float(found.coefficients.abs().max()) <= 1.05 * (1 + 1e-6)
+    assert torch.allclose(found.coefficients @ matrix[found.rows], matrix[found.rest], rtol=1e-8, atol=1e-6)
+
+
+def test_the_first_rows_may_be_dependent():
+    matrix = torch.cat((torch.zeros(3, 2), torch.ones(1, 2), torch.eye(2)))
+    assert set(pivot_rows(matrix).rows.tolist()) < {3, 4, 5}
+
+
 def test_float32_is_computed_in_float64():
     matrix = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
     assert pivot_rows(matrix).coefficients.dtype == torch.float64

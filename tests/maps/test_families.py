@@ -251,7 +251,7 @@ def test_facts_of_the_families():
 
 def test_rank_bounds_of_the_composites():
     a, b = LowRank(normal(5, 1), normal(1, 4)), LowRank(normal(5, 2), normal(2, 4))
-    assert [rank_bound(m) for m in (a, b, a + b, a + b + b, a @ b.T, 0 * b)] == [1, 2, 3, 4, 1, 0]
+    assert [rank_bound(m) for m in (a, b, a + b, a + b + b, a @ b.T, b @ a.T, 0 * b)] == [1, 2, 3, 4, 1, 1, 0]
     assert rank_bound(Blocks(((a, b),))) == 3
     assert rank_bound(RowNormalized(normal(5), b)) == 2
     assert rank_bound(Dense(normal(5, 4))) == 4
