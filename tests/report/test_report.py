@@ -156,6 +156,7 @@ def test_every_method_is_listed_with_its_settings() -> None:
 
 def test_markup_in_texts_is_left_alone() -> None:
     assert "E[x x^T]" in piped(method_page("svd-llm"))
+    assert "[bold]a" in piped(comparison_table([("[bold]a", 1, 4, Evaluation(tokens=1, seconds=1.0))]))
 
 
 def test_evaluations_show_what_applies() -> None:
