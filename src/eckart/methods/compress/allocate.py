@@ -36,6 +36,9 @@ def allocate(
     errors = predict or allocation in ("threshold", "knapsack", "calibrated")
     table = surveyed(job, layers, known, errors=errors, progress=lambda i: progress("plan", i, len(layers)))
     budget = _budget(job, table)
+    if budget >= sum(layer.dense.numbers for layer in table):  # nothing is gained by dropping even what seems useless
+        progress("plan", len(layers), len(layers))
+        return {layer.name: layer.dense for layer in table}, table
     if allocation == "sensitivity":
         table = _sensitivities(job, layers, known, table, progress)
     elif allocation == "calibrated":

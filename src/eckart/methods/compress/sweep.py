@@ -157,7 +157,8 @@ class Sweep:
                     replace(compressed, inner, running(fit))
                     records.append(LayerRecord.of(layer.name, fit.map, fit.bias, loss_of(self.known, fit)))
             targets = self._advance_originals(block, index, pairs)
-        if job.recipe.heal and "calibration" in pairs:
+        # before the first compressed layer the error is zero, and healing would only decay the weights
+        if job.recipe.heal and any(layer.block <= index for layer in self.layers):
             self._heal(compressed, index, pairs["calibration"], targets)
         tensors = self._rounded(name, compressed, inside)
         for pair in pairs.values():

@@ -1,0 +1,62 @@
+"""The demonstration model and text, compressed quickly, with a cache that no other run shares."""
+
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+import eckart
+from eckart.methods.compress import Outcome
+
+DEMO = Path(str(files("eckart"))) / "demo"
+# Small enough that a run takes a second.
+QUICK = {"samples": 6, "length": 64}
+# Published defaults that would take long: epochs of healing, levels of probing on all samples.
+FEWER = {"aa-svd": {"heal": 1}}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty statistics cache."""
+    monkeypatch.setenv("ECKART_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    """The demonstration model."""
+    return DEMO / "stories260k"
+
+
+@pytest.fixture(scope="session")
+def text() -> Path:
+    """Its calibration text."""
+    return DEMO / "train.txt"
+
+
+@pytest.fixture(scope="session")
+def quick() -> Callable[..., dict]:
+    """Arguments of `compress` and `plan` for a quick run of a method on the demonstration text."""
+
+    def arguments(method: str, **settings) -> dict:
+        merged = {**FEWER.get(method, {}), **settings}
+        return {"method": method, "calibration": DEMO / "train.txt", "settings": merged, **QUICK}
+
+    return arguments
+
+
+@pytest.fixture(scope="session")
+def compressed(tmp_path_factory, quick, demo) -> Callable[[str], Outcome]:
+    """The demonstration model at 0.7 by a method, made once per session."""
+    made: dict[str, Outcome] = {}
+    parent, folder = tmp_path_factory.mktemp("compressed"), tmp_path_factory.mktemp("cache")
+
+    def by(method: str) -> Outcome:
+        if method not in made:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("ECKART_CACHE", str(folder))
+                made[method] = eckart.compress(demo, parent / method, keep=0.7, **quick(method))
+        return made[method]
+
+    return by
