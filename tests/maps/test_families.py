@@ -108,7 +108,7 @@ def test_pivot_refuses_a_deficient_factor():
 
 
 @pytest.mark.parametrize("name", STORAGES)
-@given(sizes, sizes, st.floats(-5, 200))
+@given(sizes, sizes, st.integers(-5, 200) | st.floats(-5, 200))
 def test_largest_rank_is_the_largest_that_fits(name: str, m: int, n: int, numbers: float):
     found = STORAGES[name].largest_rank((m, n), numbers)
     fitting = [k for k in range(min(m, n) + 1) if STORAGES[name].numbers((m, n), k) <= numbers]
@@ -238,6 +238,13 @@ def test_tensors_of_another_kind_are_refused():
         from_spec(order, {"order": torch.arange(3)}, FAMILIES)
     with pytest.raises(EckartError, match="a floating dtype"):
         from_spec({"op": "Diagonal", "scale": [3]}, {"scale": torch.arange(3)}, FAMILIES)
+
+
+def test_maps_of_another_dtype_or_kind_are_unequal():
+    assert Dense(torch.ones(2, 2)) == Dense(torch.ones(2, 2))
+    assert Dense(torch.ones(2, 2)) != Dense(torch.ones(2, 2, dtype=torch.float64))
+    assert Dense(torch.ones(2, 2)) != Diagonal(torch.ones(2))
+    assert Dense(torch.ones(2, 2)) != "a map"
 
 
 def test_facts_of_the_families():
