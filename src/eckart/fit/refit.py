@@ -27,4 +27,3 @@ def refit_up(weight: Tensor, factors: LowRank, second: Tensor) -> LowRank:
     # Written as a correction of the given factor, so that what the data do not determine stays as it is.
     residual = (w - up @ down) @ seen.mT
     return LowRank(up + residual @ inverse_root @ inverse_root, down)
-
