@@ -7,14 +7,16 @@ whatever is there is complete.
 import hashlib
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from eckart.atomic import write_tensors
+from eckart.errors import EckartError
 
 # Raised whenever a statistic changes its meaning, so that older caches are not read.
 FORMAT = 1
@@ -30,7 +32,7 @@ class Store:
     """
 
     folder: Path
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def path(self, kind: str, index: int) -> Path:
         """Return where the tensors of a kind and index are."""
@@ -46,9 +48,18 @@ class Store:
         write_tensors(self.path(kind, index), flat)
 
     def load(self, kind: str, index: int) -> dict[str, dict[str, Tensor]]:
-        """Load what `save` wrote."""
+        """Load what `save` wrote.
+
+        Raises:
+            EckartError: if the file was damaged since.
+        """
+        path = self.path(kind, index)
+        try:
+            flat = load_file(path, device=str(self.device))
+        except (SafetensorError, OSError) as error:
+            raise EckartError(f"{path} is damaged ({error}); delete its folder and run again") from error
         out: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in load_file(self.path(kind, index), device=str(self.device)).items():
+        for key, tensor in flat.items():
             part, _, name = key.partition("|")
             out.setdefault(part, {})[name] = tensor
         return out

@@ -113,12 +113,7 @@ def open_job(request: Request, progress: Progress) -> Job:
     Raises:
         EckartError: for anything wrong with it, cheapest checks first.
     """
-    if not 0.0 < request.keep <= 1.0:
-        raise EckartError(f"keep is the share of parameters that remains and must lie in (0, 1], got {request.keep}")
-    for name in ("samples", "length"):
-        value = getattr(request, name)
-        if value is not None and value < 1:
-            raise EckartError(f"{name} must be at least 1, got {value}")
+    _check_numbers(request)
     recipe = recipe_of(request.method, request.settings)
     check_model_folder(request.model)
     if recipe.needs_text and request.calibration is None:
@@ -133,6 +128,22 @@ def open_job(request: Request, progress: Progress) -> Job:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runner = Blockwise(model.model, parts, model.load, device)
     return Job(request, recipe, model, parts, runner, samples, goal, causal, model_hash)
+
+
+def _check_numbers(request: Request) -> None:
+    keep = request.keep
+    if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0.0 < keep <= 1.0:
+        raise EckartError(f"keep is the share of parameters that remains and must lie in (0, 1], got {keep!r}")
+    # a sample of one token has no next token to predict; seeds leave room for one per batch
+    for name, least, most in (("samples", 1, None), ("length", 2, None), ("seed", 0, 1 << 32)):
+        value = getattr(request, name)
+        if value is None and name != "seed":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise EckartError(f"{name} must be a whole number, got {value!r}")
+        if value < least or (most is not None and value >= most):
+            limit = f"at least {least}" if most is None else f"at least {least} and less than {most}"
+            raise EckartError(f"{name} must be {limit}, got {value}")
 
 
 def _samples(request: Request, model: OpenModel, documents: list[str], causal: bool) -> Samples:

@@ -65,8 +65,8 @@ def compress(
     layers = layers_of(job)
     check_layers(job, layers)
     partial = Partial(target.absolute().with_name(f".{target.absolute().name}.eckart-{job.key[:8]}"))
-    partial.begin({"out": str(target), "settings": _described(job)})
     try:
+        partial.begin({"out": str(target), "settings": _described(job)})
         store = statistics_store(job, None if cache else partial.folder)
         _collect(job, store, Store(partial.folder / "boundaries"), progress)
         known = Known(job, store)

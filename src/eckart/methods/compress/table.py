@@ -2,9 +2,10 @@
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from eckart.errors import EckartError
 from eckart.methods.compress.aa_svd import aa_svd
@@ -88,20 +89,36 @@ def recipe_of(method: str, settings: Mapping[str, Any] | None = None) -> Recipe:
         settings: typed values by setting name.
 
     Raises:
-        EckartError: for an unknown method or setting (with the nearest names), or a value out of range.
+        EckartError: for an unknown method or setting (with the nearest names), or a value of the wrong type or range.
     """
     known = settings_of(method)
     given = dict(settings or {})
-    for name in given:
+    for name, value in given.items():
         if name not in known:
             raise EckartError(f"{method} has no setting {name!r}; {_nearest(name, list(known))}")
+        _check_type(method, known[name], value)
     own = {name: value for name, value in given.items() if not known[name].common}
     common = {name: value for name, value in given.items() if known[name].common}
     return overridden(page_of(method)(**own), **common)
 
 
+def _check_type(method: str, setting: Setting, value: Any) -> None:
+    choices = get_args(setting.type)
+    if choices:
+        fits, expected = value in choices, f"one of {', '.join(map(str, choices))}"
+    elif setting.type is bool:
+        fits, expected = isinstance(value, bool), "true or false"
+    elif setting.type is int:
+        fits, expected = isinstance(value, int) and not isinstance(value, bool), "a whole number"
+    else:
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        expected = "a finite number"
+    if not fits:
+        raise EckartError(f"the setting {setting.name} of {method} must be {expected}, got {value!r}")
+
+
 def _nearest(name: str, options: list[str]) -> str:
-    near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}? There are {', '.join(options)}" if near else f"there are {', '.join(options)}"
 
 
