@@ -81,7 +81,14 @@ def test_the_plan_adds_up() -> None:
     assert "eckart at keep 0.6: 60.0 % of 400,000 parameters remain, 240,000; 1.60 MB become 960 kB" in text
     assert "predicted increase of the loss: 0.3500 nats per token" in text
     assert "predicted increase" not in piped(plan_table(plan(unit="relative squared error")))
-    assert "loss of a layer: relative squared error" in piped(plan_table(plan(unit="relative squared error")))
+
+
+def test_relative_errors_are_averaged_where_losses_are_added() -> None:
+    down = "model.layers.*.mlp.down_proj"
+    text = piped(plan_table(plan(unit="relative squared error")))
+    assert [down, "11", "pivoted", "22-55", "66.0", "k", "60.0", "%", "264", "kB", "0.0100"] in rows(text)
+    assert "error: relative squared error, the mean of a row" in text
+    assert "loss: predicted, nats per token" in piped(outcome_table(outcome(None)))
 
 
 def test_pipes_get_neither_colour_nor_trailing_blanks() -> None:

@@ -1,5 +1,6 @@
 """Progress bars for what takes longer than two seconds, on stderr and only on a terminal."""
 
+import shutil
 import sys
 import time
 from types import TracebackType
@@ -24,8 +25,11 @@ class Bars:
             self.close()
             wait = max(0.0, PATIENCE - (time.monotonic() - self._started))
             self._stage = stage
-            # disable=None: only on a terminal
-            self._bar = tqdm(total=total, desc=stage, delay=wait, leave=False, disable=None, file=sys.stderr)
+            # Asked here, since tqdm shows nothing on terminals that do not know their size; disable=None: only on a terminal.
+            columns = shutil.get_terminal_size().columns
+            self._bar = tqdm(
+                total=total, desc=stage, delay=wait, ncols=columns, leave=False, disable=None, file=sys.stderr
+            )
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:

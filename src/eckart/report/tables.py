@@ -20,6 +20,9 @@ MOST_ROWS = 24
 # What a folder says of its making that its table shows otherwise, or not at all.
 UNSAID = ("parameters_before", "parameters_after", "bytes_before", "bytes_after", "model_hash")
 
+# The unit of errors that are shares of a layer's own output: unlike losses they do not add up.
+RELATIVE = "relative squared error"
+
 Layers = Sequence[LayerPlan] | Sequence[LayerContents]
 
 
@@ -34,11 +37,15 @@ def plan_table(plan: Plan, every_layer: bool = False) -> RenderableType:
         f"{plan.method} at keep {plan.keep:g}: {share(plan.kept)} of {plan.parameters_before:,} parameters remain, "
         f"{plan.parameters_after:,}; {size(plan.bytes_before)} become {size(plan.bytes_after)}"
     ]
-    if plan.unit.startswith("nats"):  # relative errors of layers do not add up to anything
+    if plan.unit != RELATIVE:
         lines.append(f"predicted increase of the loss: {loss(plan.loss)} {plan.unit}, the sum over the layers")
-    elif any(layer.loss for layer in plan.layers):
-        lines.append(f"loss of a layer: {plan.unit}, predicted")
-    return _stack(_layer_table(plan.layers, every_layer), Text("\n".join(lines)))
+    return _stack(_layer_table(plan.layers, every_layer, plan.unit), Text("\n".join([*lines, *_legend(plan)])))
+
+
+def _legend(plan: Plan) -> list[str]:
+    if not any(layer.loss for layer in plan.layers):
+        return []
+    return [f"error: {plan.unit}, the mean of a row"] if plan.unit == RELATIVE else [f"loss: predicted, {plan.unit}"]
 
 
 def outcome_table(outcome: Outcome, every_layer: bool = False) -> RenderableType:
@@ -50,13 +57,13 @@ def outcome_table(outcome: Outcome, every_layer: bool = False) -> RenderableType
     ]
     for label, before, after, ratio in rows:
         table.add_row(label, before, after, f"{100 * (ratio - 1):+.1f} %")
-    notes = []
+    notes = _legend(plan)
     if outcome.measured is not None:
         table.add_row(*_measured_row(outcome.measured))
         notes.append(_measured_on(outcome.measured))
     notes.append(f"{duration(outcome.seconds)}, {size(outcome.peak_memory)} of memory at most")
     notes.append(f"written to {outcome.out}")
-    return _stack(_layer_table(plan.layers, every_layer), table, Text("\n".join(notes)))
+    return _stack(_layer_table(plan.layers, every_layer, plan.unit), table, Text("\n".join(notes)))
 
 
 def _measured_row(measured: Measured) -> tuple[str, str, str, str]:
@@ -97,8 +104,8 @@ def _flat(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return out
 
 
-def _layer_table(layers: Layers, every_layer: bool) -> Table:
-    """Return a table of layers: name, structure, rank, numbers, share kept, bytes, and loss if predicted."""
+def _layer_table(layers: Layers, every_layer: bool, unit: str = "") -> Table:
+    """Return a table of layers: name, structure, rank, numbers, share kept, bytes, and loss or error if predicted."""
     predicted = any(getattr(layer, "loss", 0.0) for layer in layers)
     groups: dict[tuple[str, str], list[LayerPlan | LayerContents]] = {}
     grouped = len(layers) > MOST_ROWS and not every_layer
@@ -107,7 +114,7 @@ def _layer_table(layers: Layers, every_layer: bool) -> Table:
     patterns = list(dict.fromkeys(name for name, _ in groups))
     table = _table("layer", *(["layers"] if grouped else []), "structure", "rank", "numbers", "kept", "bytes")
     if predicted:
-        table.add_column("loss", justify="right", no_wrap=True)
+        table.add_column("error" if unit == RELATIVE else "loss", justify="right", no_wrap=True)
     for (name, structure), members in sorted(groups.items(), key=lambda item: patterns.index(item[0][0])):
         numbers, dense = (sum(getattr(m, key) for m in members) for key in ("numbers", "dense_numbers"))
         row: list[RenderableType] = [
@@ -119,7 +126,8 @@ def _layer_table(layers: Layers, every_layer: bool) -> Table:
         ]
         row += [share(numbers / dense), size(sum(m.nbytes for m in members))]
         if predicted:
-            row.append(loss(sum(getattr(m, "loss", 0.0) for m in members)))
+            total = sum(getattr(m, "loss", 0.0) for m in members)
+            row.append(loss(total / len(members) if unit == RELATIVE else total))
         table.add_row(*row)
     return table
 
