@@ -25,10 +25,17 @@ class Bars:
             self.close()
             wait = max(0.0, PATIENCE - (time.monotonic() - self._started))
             self._stage = stage
-            # Asked here, since tqdm shows nothing on terminals that do not know their size; disable=None: only on a terminal.
-            columns = shutil.get_terminal_size().columns
+            # tqdm itself shows nothing on terminals that do not know their size. disable=None: only on a terminal.
+            width, height = shutil.get_terminal_size()
             self._bar = tqdm(
-                total=total, desc=stage, delay=wait, ncols=columns, leave=False, disable=None, file=sys.stderr
+                total=total,
+                desc=stage,
+                delay=wait,
+                ncols=width,
+                nrows=height,
+                leave=False,
+                disable=None,
+                file=sys.stderr,
             )
         self._bar.update(done - self._bar.n)
 
