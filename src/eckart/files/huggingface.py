@@ -135,6 +135,7 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
         layers = localized(model, self.quantization_config.layers)
         check_files(kwargs.get("checkpoint_files"), self.quantization_config.layers)
         insert_blank_hosts(model, layers)
+        _pretend_weights(model, layers)
         ignored: set[str] = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
         if self.quantization_config.sentinel:
             ignored.add(rf"(^|\.){re.escape(self.quantization_config.sentinel.removeprefix(_prefix(model)))}$")
@@ -142,6 +143,9 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for module in model.modules():
+            if isinstance(module, Host):
+                module.__dict__.pop("weight", None)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -233,6 +237,20 @@ def insert_blank_hosts(model: nn.Module, layers: Mapping[str, Any]) -> None:
             made[name] = host(map_, bias)
     for name, module in made.items():
         replace(model, name, module)
+
+
+def _pretend_weights(model: nn.Module, layers: Mapping[str, Any]) -> None:
+    """Give hosts a weight, until everything is loaded, that transformers takes for initialized.
+
+    Before it loads, transformers lets a model initialize what the files lack, and some models reach for the weights of
+    their children by name (GPT-2 for those of its projections).
+    """
+    initialized = torch.empty(0)
+    initialized._is_hf_initialized = True  # type: ignore[attr-defined]
+    for name in layers:
+        module = model.get_submodule(name)
+        if isinstance(module, Host):
+            module.__dict__["weight"] = initialized
 
 
 def _blank_bias(module: nn.Module) -> Tensor | None:

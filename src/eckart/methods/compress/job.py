@@ -17,7 +17,8 @@ from eckart.files.text import Samples, load_tokenizer, read_documents, sentences
 from eckart.hosts import Anatomy, Blockwise, anatomy
 from eckart.methods.compress.recipe import Recipe
 from eckart.methods.compress.table import recipe_of
-from eckart.stats import Objective, Progress, Store, content_key, objective
+from eckart.progress import Progress
+from eckart.stats import Objective, Store, content_key, objective
 
 # Tokens run at once; more does not run faster on CPU, and on a GPU the blocks are small against this.
 TOKENS_PER_BATCH = 4096
@@ -123,7 +124,8 @@ def open_job(request: Request, progress: Progress) -> Job:
     parts = anatomy(model.model)
     causal = type(model.model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     samples = None if documents is None else _samples(request, model, documents, causal)
-    goal = objective(recipe.labels, parts.head is not None, causal)
+    labels = recipe.labels if recipe.uses_gradients else "sampled"
+    goal = objective(labels, parts.head is not None, causal)
     model_hash = check_finite(model, progress)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runner = Blockwise(model.model, parts, model.load, device)

@@ -1,0 +1,217 @@
+"""The table of methods: each page is a recipe, every setting is typed, and any answer can be replaced by another's."""
+
+import inspect
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import eckart
+from eckart.errors import EckartError
+from eckart.fit import regress
+from eckart.methods.compress.job import Request, open_job, statistics_store
+from eckart.methods.compress.layers import Known, layers_of, weights
+from eckart.methods.compress.recipe import COMMON, Recipe, normalized_spectrum, overridden
+from eckart.methods.compress.table import METHODS, recipe_of, settings_of, source_of, summary_of
+from eckart.progress import silent
+from eckart.stats import CrossSum, Store, collect_gradients, collect_inputs
+
+NAMES = list(METHODS)
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_every_page_says_what_it_is(method):
+    recipe, source = recipe_of(method), source_of(method)
+    assert isinstance(recipe, Recipe)
+    assert summary_of(method).endswith((".", "refines"))
+    for part in ("Structure:", "Budget:", "Trained"):
+        assert part in source, part
+    assert len(source.splitlines()) >= 5
+    for parameter in inspect.signature(METHODS[method]).parameters.values():
+        assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        assert parameter.default is not inspect.Parameter.empty
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_every_setting_has_a_default_that_is_allowed(method):
+    settings = settings_of(method)
+    assert set(COMMON) <= set(settings)
+    defaults = {name: s.default for name, s in settings.items()}
+    one_by_one = [recipe_of(method, {name: value}) for name, value in defaults.items()]
+    assert len(one_by_one) == len(settings)
+    recipe = recipe_of(method, defaults)
+    for name in COMMON:
+        assert getattr(recipe, name) == getattr(recipe_of(method), name)
+
+
+def test_published_defaults():
+    assert recipe_of("aa-svd").heal == 25
+    assert recipe_of("svd-llm").update
+    assert not recipe_of("svd-llm", {"update": False}).update
+    assert recipe_of("welore").allocation == "threshold"
+    assert recipe_of("asvd").allocation == "sensitivity"
+    assert recipe_of("lord").allocation == "uniform-rank"
+    assert settings_of("kfac")["input_shrinkage"].default == 0.1
+    assert settings_of("kfac")["output_shrinkage"].default == 0.3
+    assert settings_of("asvd")["alpha"].default == 0.5
+    assert {m for m in NAMES if not recipe_of(m).needs_text} == {"svd", "welore"}
+    assert {m for m in NAMES if recipe_of(m).uses_gradients} == {"fwsvd", "kfac", "eckart"}
+
+
+def test_only_common_answers_are_overridden():
+    assert overridden(recipe_of("svd"), storage="pivoted").storage == "pivoted"
+    with pytest.raises(EckartError, match="'metric' is not a setting common to all methods; those are allocation"):
+        overridden(recipe_of("svd"), metric=None)
+
+
+def known_of(demo, text, method: str, folder, **settings) -> Known:
+    """The statistics a method asks for, of a few samples."""
+    job = open_job(Request(demo, method, 0.7, text, 4, 48, 0, settings), silent)
+    store, boundaries = statistics_store(job, folder), Store(folder / "boundaries")
+    if job.recipe.needs_text:
+        collect_inputs(job.runner, job.calibration, store, boundaries=boundaries)
+    if job.recipe.uses_gradients:
+        collect_gradients(job.runner, job.calibration, job.objective, store, boundaries)
+    return Known(job, store)
+
+
+NAME = "model.layers.2.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def inputs(demo, text) -> torch.Tensor:
+    """What that layer is given in the whole model, (vectors, n) float64."""
+    job = open_job(Request(demo, "svd-llm", 0.7, text, 4, 48, 0, {}), silent)
+    model, seen = AutoModelForCausalLM.from_pretrained(demo).eval(), []
+    model.get_submodule(NAME).register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()))
+    with torch.no_grad():
+        for ids in job.calibration:
+            model(ids)
+    return torch.cat([x.reshape(-1, x.shape[-1]) for x in seen]).double()
+
+
+def truncated(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ v[:rank]
+
+
+def by_the_paper(method: str, w: torch.Tensor, x: torch.Tensor, known: Known, rank: int) -> torch.Tensor:
+    """The formula of each paper, written out."""
+    g = x.mT @ x / x.shape[0]
+    if method in ("svd", "welore"):
+        return truncated(w, rank)
+    if method == "asvd":
+        scale = x.abs().mean(0).sqrt()
+        return truncated(w * scale, rank) / scale
+    if method in ("svd-llm", "aa-svd"):
+        root = torch.linalg.cholesky(g)
+        return torch.linalg.solve_triangular(root, truncated(w @ root, rank), upper=False, left=False)
+    if method in ("afm", "lord"):
+        y = x @ w.mT
+        directions = torch.linalg.eigh((y - y.mean(0)).mT @ (y - y.mean(0))).eigenvectors[:, -rank:]
+        return directions @ directions.mT @ w
+    gradients = known.data(layer_of(known), w).gradients
+    if method == "fwsvd":
+        rows = gradients.row_fisher.sqrt()[:, None]
+        return truncated(rows * w, rank) / rows
+    input_share, output_share = {"kfac": (0.1, 0.3), "eckart": (0.01, 0.03)}[method]
+    a, b = shrunk(g, input_share), shrunk(gradients.second, output_share)
+    left, right = torch.linalg.cholesky(b), torch.linalg.cholesky(a)
+    inner = truncated(left.mT @ w @ right, rank)
+    return torch.linalg.solve(left.mT, torch.linalg.solve_triangular(right, inner, upper=False, left=False))
+
+
+def shrunk(moment: torch.Tensor, share: float) -> torch.Tensor:
+    return (1 - share) * moment + share * moment.diagonal().mean() * torch.eye(moment.shape[0]).double()
+
+
+def layer_of(known: Known):
+    return next(layer for layer in layers_of(known.job) if layer.name == NAME)
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_the_metric_of_every_method_gives_the_formula_of_its_paper(method, demo, text, inputs, tmp_path):
+    known = known_of(demo, text, method, tmp_path)
+    ((layer, weight),) = weights(known.job, [layer_of(known)])
+    got = regress(weight, known.metric(layer, weight)).fit(20, dtype=torch.float64).map.dense()
+    expected = by_the_paper(method, weight.double(), inputs, known, 20)
+    assert (got - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_the_anchored_metric_regresses_on_what_the_layer_sees(demo, text, inputs, tmp_path):
+    torch.manual_seed(0)
+    shifted = inputs + 0.3 * inputs.std() * torch.randn_like(inputs)
+    cross = CrossSum(inputs.shape[1])
+    cross.add(inputs, shifted)
+    known = known_of(demo, text, "aa-svd", tmp_path)
+    ((layer, weight),) = weights(known.job, [layer_of(known)])
+    full = min(weight.shape)
+    for anchor, target in ((1.0, inputs), (0.0, shifted)):
+        known.job = open_job(Request(demo, "aa-svd", 0.7, text, 4, 48, 0, {"anchor": anchor}), silent)
+        got = regress(weight, known.metric(layer, weight, cross)).fit(full, dtype=torch.float64).map.dense()
+        best = torch.linalg.lstsq(shifted, target @ weight.double().mT).solution.mT
+        assert (got - best).norm() < 1e-2 * best.norm(), anchor
+
+
+def test_spectra_are_normalized_as_in_welore():
+    weight = torch.randn(12, 9, dtype=torch.float64)
+    values = torch.linalg.svdvals(weight)
+    score = normalized_spectrum(weight, regress(weight, recipe_of("svd").metric(None)))
+    expected = torch.cat([(values - values[-1]) / (values[0] - values[-1]), torch.zeros(1)])
+    torch.testing.assert_close(score, expected.double(), atol=1e-7, rtol=0)
+
+
+OVERRIDES = [
+    {"storage": "pivoted"},
+    {"allocation": "knapsack"},
+    {"allocation": "calibrated"},
+    {"allocation": "calibrated", "gamma": 0.5},
+    {"allocation": "uniform-rank"},
+    {"embeddings": True},
+    {"embeddings": True, "storage": "pivoted", "allocation": "knapsack"},
+    {"round_to": 8},
+    {"heal": 1},
+]
+
+
+@pytest.mark.parametrize("settings", OVERRIDES, ids=lambda s: "-".join(f"{k}={v}" for k, v in s.items()))
+def test_any_answer_can_be_replaced(settings, demo, text, tmp_path):
+    arguments = {"calibration": text, "samples": 2, "length": 32, "keep": 0.7, "settings": settings}
+    outcome = eckart.compress(demo, tmp_path / "out", method="svd-llm", **arguments)
+    compressed = [layer for layer in outcome.plan.layers if layer.structure != "dense"]
+    assert 0.685 <= outcome.plan.kept <= 0.7
+    assert all(layer.numbers < layer.dense_numbers for layer in compressed)
+    assert {layer.structure for layer in compressed} == {settings.get("storage", "lowrank")}
+    if settings.get("embeddings"):
+        assert outcome.plan.layers[0].kind == "embedding"
+        assert outcome.plan.layers[0].structure != "dense"
+    if "round_to" in settings:
+        assert all(layer.rank % 8 == 0 for layer in compressed)
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(outcome.out).eval()
+        assert torch.isfinite(model(torch.arange(1, 20)[None]).logits).all()
+
+
+@pytest.mark.parametrize("method", ["kfac", "eckart", "fwsvd", "afm"])
+def test_embeddings_of_other_methods(method, demo, text, tmp_path):
+    settings = {"embeddings": True}
+    arguments = {"calibration": text, "samples": 2, "length": 32, "keep": 0.5, "settings": settings}
+    outcome = eckart.compress(demo, tmp_path / "out", method=method, **arguments)
+    assert outcome.plan.layers[0].structure != "dense"
+    assert 0.49 <= outcome.plan.kept <= 0.5
+
+
+def test_pivoted_storage_gives_more_rank_for_the_same_numbers(demo):
+    ranks = []
+    for name in ("lowrank", "pivoted"):
+        plan = eckart.plan(demo, method="svd", keep=0.7, settings={"storage": name})
+        ranks.append(sum(layer.rank for layer in plan.layers if layer.structure != "dense"))
+    assert ranks[1] > 1.2 * ranks[0]
+
+
+def test_healing_lowers_the_loss(demo, text, tmp_path):
+    arguments = {"calibration": text, "samples": 16, "length": 64, "keep": 0.7, "method": "svd"}
+    plain = eckart.compress(demo, tmp_path / "plain", **arguments)
+    healed = eckart.compress(demo, tmp_path / "healed", settings={"heal": 20, "heal_rate": 1e-3}, **arguments)
+    assert healed.measured.after < plain.measured.after - 0.1
+    assert healed.plan.parameters_after == plain.plan.parameters_after
