@@ -31,6 +31,11 @@ MODELS = {
     "gpt-neox": lambda: hf.GPTNeoXForCausalLM(
         hf.GPTNeoXConfig(**SMALL, intermediate_size=96, max_position_embeddings=128)
     ),
+    "gpt-j": lambda: hf.GPTJForCausalLM(  # its head has a bias of its own, tied or not
+        hf.GPTJConfig(
+            vocab_size=512, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=128, tie_word_embeddings=True
+        )
+    ),
     "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**GROUPED, pad_token_id=0)),
     "bert": lambda: hf.BertModel(hf.BertConfig(**WORDS)),
     "bert-mlm": lambda: hf.BertForMaskedLM(hf.BertConfig(**WORDS)),
@@ -140,13 +145,18 @@ def test_an_untied_head_is_compressed_as_well(folders, text, tmp_path):
     assert again == pytest.approx(outcome.measured.after, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert-mlm"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt-j", "bert-mlm"])
 def test_a_tied_head_follows_its_embedding(name, folders, sentences, text, tmp_path):
     calibration = sentences if name == "bert-mlm" else text
     arguments = ARGUMENTS | {"keep": 0.4, "calibration": calibration}
     outcome = eckart.compress(folders[name], tmp_path / "out", method="eckart", **arguments)
     model = load(tmp_path / "out")
     assert isinstance(model.get_output_embeddings(), TiedHead)
+    model.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again")
+    ids = torch.arange(1, 30)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
     request = Request(folders[name], "eckart", 0.4, calibration, ARGUMENTS["samples"], ARGUMENTS["length"], 0, {})
     batches = open_job(request, silent).samples.held_out
     again = measured_again(folders[name], tmp_path / "out", batches, outcome.measured.name)

@@ -111,7 +111,14 @@ FULL = [Case("eckart", largest_file=size) for size in (300, 20_000, 700_000)]
 
 
 # The other cases take a minute.
-USUAL = {"eckart-backward-3", "eckart-compress-4", "eckart-write-0", "eckart-file-19", "svd-llm-compress-1"}
+USUAL = {
+    "eckart-backward-3",
+    "eckart-compress-4",
+    "eckart-write-0",
+    "eckart-file-19",
+    "svd-llm-compress-1",
+    "aa-svd-compress-4",
+}
 
 
 def marked(cases: list[Case]) -> list:

@@ -146,6 +146,10 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
         for module in model.modules():
             if isinstance(module, Host):
                 module.__dict__.pop("weight", None)
+        for name, entry in localized(model, self.quantization_config.layers).items():
+            source = _tied_bias(model, name) if entry["kind"] == TIED_HEAD else None
+            if source is not None:
+                model.get_submodule(name).bias = model.get_parameter(source)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -223,7 +227,7 @@ def insert_blank_hosts(model: nn.Module, layers: Mapping[str, Any]) -> None:
                 raise EckartError(
                     f"the head {name!r} is tied to {entry['embedding']!r}, which is not a compressed embedding"
                 )
-            made[name] = TiedHead(embedding, _blank_bias(old))
+            made[name] = TiedHead(embedding, None if _tied_bias(model, name) else _blank_bias(old))
             continue
         map_ = blank_map(name, entry, dtype)
         shape = _module_shape(old)
@@ -251,6 +255,15 @@ def _pretend_weights(model: nn.Module, layers: Mapping[str, Any]) -> None:
         module = model.get_submodule(name)
         if isinstance(module, Host):
             module.__dict__["weight"] = initialized
+
+
+def _tied_bias(model: nn.Module, head: str) -> str | None:
+    """Return the name of the parameter that a head's bias is tied to (BERT's), if it is.
+
+    A folder whose embedding is compressed says that nothing is tied, so transformers does not do it.
+    """
+    tied = getattr(model, "_tied_weights_keys", None)
+    return tied.get(f"{head}.bias") if isinstance(tied, dict) else None
 
 
 def _blank_bias(module: nn.Module) -> Tensor | None:

@@ -201,10 +201,16 @@ def _sources(partial: Partial, model: OpenModel, blocks: Sequence[str], replaced
     """Return all tensors of the output by name: finished parts, and the original's outside the blocks."""
     out = _stored(partial)
     for name in model.outside(blocks):
-        if name.rpartition(".")[0] not in replaced:
+        if name not in replaced:
             nbytes = model.stored_dtype(name).itemsize * math.prod(model.shape(name))
             out[name] = _Source(nbytes, lambda name=name: model.read(name))  # type: ignore[misc]
     return out
+
+
+def _replaced(entries: Mapping[str, Any]) -> set[str]:
+    """Return the names of the original's parameters that compressed layers replace; a tied head keeps its bias."""
+    weights = {f"{name}.weight" for name in entries}
+    return weights | {f"{name}.bias" for name, entry in entries.items() if entry["kind"] != TIED_HEAD}
 
 
 def layer_entries(records: Sequence[LayerRecord], embedding: str | None, head: str | None) -> dict[str, Any]:
@@ -245,7 +251,7 @@ def write_folder(
     if folder.exists():
         shutil.rmtree(folder)  # left by a run stopped while writing
     folder.mkdir()
-    sources = _sources(partial, model, blocks, set(entries))
+    sources = _sources(partial, model, blocks, _replaced(entries))
     sentinel = sentinel_name(entries)
     if sentinel:
         sources[sentinel] = _Source(0, lambda: torch.empty(0))
