@@ -20,7 +20,7 @@ STEPS = (
     {"cli"}, {"__main__"},
 )  # fmt: skip
 LEVEL = {part: level for level, parts in enumerate(STEPS) for part in parts}
-BELOW_ALL = {"errors": 0, "atomic": 1}  # every part may import them
+BELOW_ALL = {"errors": 0, "progress": 0, "atomic": 1}  # every part may import them
 SIDEWAYS = {("linalg", "kernels")}  # fast paths are reached through the numerics
 TESTING_BELOW = LEVEL["methods"]
 

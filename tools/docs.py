@@ -1,4 +1,4 @@
-"""Writes the generated pages: docs/methods.md from the methods' own docstrings, docs/benchmarks.md from measured results.
+"""Writes the generated pages: docs/methods.md from the methods' docstrings, docs/benchmarks.md from measured results.
 
 python tools/docs.py            writes both
 python tools/docs.py --check    fails if a page differs from what would be written
@@ -16,6 +16,10 @@ from eckart.methods.compress.table import METHODS, settings_of, source_of, summa
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
+# What a row of the compression benchmark says beside what it measured.
+NOT_MEASURES = {
+    *("model", "variant", "keep", "settings", "kept", "bytes", "seconds", "predicted", "unit", "samples", "error"),
+}
 
 
 def type_name(annotation: Any) -> str:
@@ -44,12 +48,11 @@ def results(name: str) -> dict[str, Any]:
 
 def tables(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Arrange the rows of the compression benchmark: one table per model and measure, a line per variant."""
-    known = {"model", "variant", "keep", "settings", "kept", "bytes", "seconds", "predicted", "unit", "samples", "error"}
     out = []
     for model in dict.fromkeys(r["model"] for r in rows):
         mine = [r for r in rows if r["model"] == model]
         keeps = sorted({r["keep"] for r in mine if r["variant"] != "dense"}, reverse=True)
-        for measure in dict.fromkeys(key for r in mine for key in r if key not in known):
+        for measure in dict.fromkeys(key for r in mine for key in r if key not in NOT_MEASURES):
             at = {(r["variant"], r["keep"]): r for r in mine}
             lines = [
                 (variant, [at.get((variant, keep), {}).get(measure) for keep in keeps])
@@ -100,7 +103,7 @@ def pages() -> dict[Path, str]:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # noqa: S701 - Markdown from our own figures
+        autoescape=False,  # Markdown from our own figures
     )
     compression = results("compression")
     values = {

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from eckart.errors import EckartError
 from eckart.files.folder import INDEX, SINGLE, check_finite, check_model_folder, open_model, tensor_file
-from eckart.stats import silent
+from eckart.progress import silent
 
 DEMO = Path(str(files("eckart"))) / "demo" / "stories260k"
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}

@@ -303,3 +303,25 @@ def test_names_gain_or_lose_the_prefix_of_the_base_model(folders):
     body = load(DEMO, hf.AutoModel)
     assert list(localized(body, layers)) == ["layers.0.mlp.up_proj"]
     assert list(localized(load(DEMO), {"layers.0.mlp.up_proj": {"kind": "linear"}})) == ["model.layers.0.mlp.up_proj"]
+
+
+def test_dequantizing_gpt2_gives_its_own_transposed_layers_again(tmp_path):
+    torch.manual_seed(0)
+    config = hf.GPT2Config(
+        n_layer=2, n_embd=32, n_head=2, n_positions=64, vocab_size=60, bos_token_id=0, eos_token_id=0
+    )
+    hf.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    eckart.compress(tmp_path / "gpt2", tmp_path / "small", method="svd", keep=0.8)
+    model = load(tmp_path / "small")
+    before = logits(model)
+    model.dequantize().save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(logits(load(tmp_path / "again")), before, atol=1e-5, rtol=1e-5)
+
+
+def test_dequantizing_warns_of_biases_that_the_dense_class_has_no_place_for(tmp_path):
+    text = DEMO.parent / "train.txt"
+    eckart.compress(
+        DEMO, tmp_path / "small", method="afm", keep=0.7, calibration=text, samples=4, length=32, cache=False
+    )
+    with pytest.warns(eckart.errors.NumericalWarning, match="have gained a bias that the dense class may not load"):
+        load(tmp_path / "small").dequantize()

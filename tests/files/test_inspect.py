@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from eckart.errors import EckartError
-from eckart.files import inspect as inspection
+from eckart.files import shards
 from eckart.files.inspect import densify, show
 from eckart.hosts import EmbeddingHost, TiedHead, host, map_of, offset_of, replace
 from eckart.maps import LowRank, pivot
@@ -198,7 +198,7 @@ def test_dtypes_are_kept_tensor_by_tensor(tmp_path) -> None:
 
 
 def test_large_folders_are_written_in_shards(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(inspection, "SHARD_BYTES", 4000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 4000)
     folder = CASES["low-rank"](tmp_path / "small")
     seen = []
     densify(folder, tmp_path / "dense", lambda stage, done, total: seen.append((stage, done, total)))
@@ -302,7 +302,7 @@ def other_name(config) -> None:
         (lambda f: edit_config(f, lambda c: c.update(num_hidden_layers=1)), "has no layer 'model.layers.1"),
         (
             lambda f: edit_config(f, lambda c: c["quantization_config"]["layers"].update(x=3)),
-            "what kind of layer 'x' is",
+            "layer 'x' is",
         ),
         (lambda f: os.truncate(f / "model.safetensors", 3000), "damaged or incomplete"),
         (lambda f: (f / "config.json").unlink(), r"no config\.json"),

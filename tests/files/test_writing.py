@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 import eckart
 from eckart.errors import EckartError
-from eckart.files import writing
+from eckart.files import shards
 from eckart.files.folder import INDEX, SINGLE, open_model, tensor_file
 from eckart.files.writing import LayerRecord, Partial, check_output, layer_entries, publish, write_folder
 from eckart.maps import LowRank, pivot
-from eckart.stats import silent
+from eckart.progress import silent
 
 DEMO = Path(str(files("eckart"))) / "demo" / "stories260k"
 BLOCKS = [f"model.layers.{i}" for i in range(5)]
@@ -110,18 +110,18 @@ def test_a_folder_is_whole(partial, tmp_path):
 
 
 def test_shards_hold_every_tensor_once(partial, tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, "SHARD_BYTES", 200_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 200_000)
     steps = []
     folder = written(partial, open_model(DEMO), lambda *step: steps.append(step))
-    shards = sorted(path.name for path in folder.glob("*.safetensors"))
-    assert len(shards) > 4
-    assert all((folder / shard).stat().st_size < 220_000 for shard in shards)
-    names = [name for shard in shards for name in load_file(folder / shard)]
+    written_files = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(written_files) > 4
+    assert all((folder / file).stat().st_size < 220_000 for file in written_files)
+    names = [name for file in written_files for name in load_file(folder / file)]
     assert len(names) == len(set(names))
     index = json.loads((folder / INDEX).read_text())
     assert index["weight_map"].keys() == set(names)
     assert not (folder / SINGLE).exists()
-    assert steps == [("write", i, len(shards)) for i in range(len(shards) + 1)]
+    assert steps == [("write", i, len(names)) for i in range(len(names) + 1)]
     assert tensor_file(folder).read("model.norm.weight").shape == (64,)
     check(folder)
 

@@ -14,7 +14,7 @@ from eckart.files.text import encode_document, load_tokenizer
 from eckart.files.writing import check_output
 from eckart.methods.compress import compress
 from eckart.methods.evaluate import Evaluation, evaluate, load
-from eckart.stats import Progress
+from eckart.progress import Progress
 
 METHODS = ("svd-llm", "eckart")
 PROMPT = "Once upon a time, there was a little girl named Lily. She"

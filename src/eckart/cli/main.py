@@ -1,6 +1,7 @@
 """The commands. What is imported inside them would make `eckart --help` take seconds."""
 
 import difflib
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -223,6 +224,8 @@ def _siblings(folder: Path) -> list[str]:
 
 def run() -> None:
     """The console entry point."""
+    # Threads that wait by spinning make a busy machine ten times slower (benchmarks/threads.py); read as torch starts.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(prog_name="eckart")
     except KeyboardInterrupt:  # before a command began

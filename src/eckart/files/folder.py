@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from eckart.errors import EckartError
+from eckart.progress import Progress
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -308,7 +309,7 @@ def _load_whole(cls: Any, folder: Path, unresolved: list[str]) -> dict[str, Tens
     return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
-def check_finite(model: OpenModel, progress: Callable[[str, int, int], None]) -> str:
+def check_finite(model: OpenModel, progress: Progress) -> str:
     """Read every weight once; return a hash of config and weights.
 
     Raises:

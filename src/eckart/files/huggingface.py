@@ -25,13 +25,15 @@ weight of the wrong shape and stops.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -41,8 +43,8 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from eckart.errors import EckartError
-from eckart.hosts import EmbeddingHost, Host, TiedHead, host, map_of, offset_of, replace
+from eckart.errors import EckartError, NumericalWarning
+from eckart.hosts import EmbeddingHost, Host, TiedHead, host, is_conv1d, leaf, map_of, offset_of, replace
 from eckart.maps import FAMILIES, LinearMap, LowRank, blank
 
 QUANT_METHOD = "eckart"
@@ -134,6 +136,8 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         layers = localized(model, self.quantization_config.layers)
         check_files(kwargs.get("checkpoint_files"), self.quantization_config.layers)
+        self._conv1d = {name for name in layers if is_conv1d(model.get_submodule(name))}
+        self._without_bias = {name for name in layers if getattr(model.get_submodule(name), "bias", None) is None}
         insert_blank_hosts(model, layers)
         _pretend_weights(model, layers)
         ignored: set[str] = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
@@ -160,7 +164,16 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
         return state, {"eckart_format": str(FORMAT)}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        return densify_hosts(model, localized(model, self.quantization_config.layers))
+        layers = localized(model, self.quantization_config.layers)
+        gained = [name for name, entry in layers.items() if entry.get("bias") and name in self._without_bias]
+        if gained:
+            warnings.warn(
+                f"{len(gained)} layers, {gained[0]} for instance, have gained a bias that the dense class may not load "
+                "again; `eckart densify` writes a folder that it does",
+                NumericalWarning,
+                stacklevel=2,
+            )
+        return densify_hosts(model, layers, self._conv1d)
 
     def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
         """Point tensor-parallel rules at the factors: the wide side is sharded, the rank is replicated."""
@@ -310,19 +323,21 @@ def check_files(files: Iterable[str] | str | None, layers: Mapping[str, Any]) ->
             raise EckartError(f"tensor {name} in {folder} has shape {shapes[name]}, but its spec says {shape}")
 
 
-def densify_hosts(model: nn.Module, layers: Mapping[str, Any]) -> nn.Module:
-    """Replace hosts by the dense layers they stand for, in place; a tied head is tied again."""
+def densify_hosts(model: nn.Module, layers: Mapping[str, Any], conv1d: Collection[str] = ()) -> nn.Module:
+    """Replace hosts by the dense layers they stand for, in place; a tied head is tied again.
+
+    Args:
+        model: the model.
+        layers: the entries of its compressed layers.
+        conv1d: names of those that stand for the transposed `Conv1D` of transformers.
+    """
     for name in layers:
         module = model.get_submodule(name)
         if isinstance(module, EmbeddingHost):
             weight = module.dense().detach().contiguous()
             dense: nn.Module = nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=module.padding_idx)
         elif isinstance(module, Host):
-            offset = offset_of(module)
-            dense = nn.Linear(module.in_features, module.out_features, bias=offset is not None, device="meta")
-            dense.weight = nn.Parameter(module.dense().detach().contiguous())
-            if offset is not None:
-                dense.bias = nn.Parameter(offset.detach().clone())
+            dense = _dense_layer(module, name in conv1d)
         else:
             continue
         replace(model, name, dense)
@@ -337,6 +352,19 @@ def densify_hosts(model: nn.Module, layers: Mapping[str, Any]) -> nn.Module:
             replace(model, name, dense)
             model.config.tie_word_embeddings = True  # type: ignore[union-attr]
     return model
+
+
+def _dense_layer(module: Host, conv1d: bool) -> nn.Module:
+    """Return the dense layer that a host stands for."""
+    weight, offset = module.dense().detach().contiguous(), offset_of(module)
+    bias = None if offset is None else offset.detach().clone()
+    if not conv1d:
+        return leaf(weight, bias)
+    dense: nn.Module = Conv1D(1, 1)
+    dense.nf, dense.nx = weight.shape  # type: ignore[assignment]
+    dense.weight = nn.Parameter(weight.mT.contiguous())
+    dense.bias = nn.Parameter(torch.zeros_like(weight[:, 0]) if bias is None else bias)
+    return dense
 
 
 def register() -> None:

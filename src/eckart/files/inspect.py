@@ -2,7 +2,7 @@
 
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -12,22 +12,19 @@ from typing import Any, cast
 import torch
 import transformers
 from accelerate import init_empty_weights
-from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from eckart.atomic import copy_file, write_json, write_tensors
+from eckart.atomic import copy_file, write_json
 from eckart.errors import EckartError
-from eckart.files.folder import COMPANIONS, INDEX, TensorFile, check_model_folder, quiet, tensor_file
+from eckart.files.folder import COMPANIONS, TensorFile, check_model_folder, quiet, tensor_file
 from eckart.files.huggingface import EMBEDDING, LINEAR, QUANT_METHOD, TIED_HEAD, EckartConfig, blank_map, check_files
+from eckart.files.shards import Source, write_shards
 from eckart.files.writing import check_output
 from eckart.hosts import EmbeddingHost, host, is_conv1d, is_linear, map_of, offset_of
 from eckart.maps import rank_bound
+from eckart.progress import Progress, silent
 
-# Bytes per shard: what memory holds while the dense folder is written.
-SHARD_BYTES = 1 << 30
-# (stage, steps done, steps in all)
-Progress = Callable[[str, int, int], None]
 # Options of transformers' configurations by which a class gains the biases that a compressed layer may have.
 BIAS_OPTIONS = ("attention_bias", "mlp_bias", "use_bias", "bias")
 
@@ -109,7 +106,7 @@ def show(folder: str | Path) -> Contents:
     return Contents(folder, type(model).__name__, layers, parameters, dense, nbytes, config.made_by)
 
 
-def densify(folder: str | Path, out: str | Path, progress: Progress | None = None) -> Path:
+def densify(folder: str | Path, out: str | Path, progress: Progress = silent) -> Path:
     """Write a compressed folder as an ordinary one with dense weights, which loads without eckart.
 
     One shard of dense weights is held in memory at a time. Every tensor keeps its dtype: a float16 folder gets products
@@ -139,7 +136,7 @@ def densify(folder: str | Path, out: str | Path, progress: Progress | None = Non
     dense_raw.update(options)
     sources = _sources(config, tensors, _skeleton(folder, dense_raw, None), zeros)
     with _appearing(out) as temporary:
-        _write_shards(temporary, sources, progress)
+        write_shards(temporary, sources, lambda done: progress("densify", done, len(sources)))
         for name in COMPANIONS:
             if (folder / name).is_file():
                 copy_file(folder / name, temporary / name)
@@ -264,22 +261,14 @@ def _bias_options(
     return options, zeros
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A tensor of the dense folder: how large it is, and how to make it."""
-
-    nbytes: int
-    read: Callable[[], Tensor]
-
-
 def _sources(
     config: EckartConfig,
     tensors: TensorFile,
     model: nn.Module,
     zeros: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-) -> dict[str, _Source]:
+) -> dict[str, Source]:
     """Return the tensors of the dense folder by name: layers made dense, other tensors as they are, zero biases."""
-    out, used = dict[str, _Source](), {config.sentinel}
+    out, used = dict[str, Source](), {config.sentinel}
     for name, entry in config.layers.items():
         if entry["kind"] == TIED_HEAD:
             continue
@@ -288,14 +277,14 @@ def _sources(
         m, n = blank_map(name, entry, torch.float32).shape
         itemsize = tensors.dtype(keys[0]).itemsize
         transposed = is_conv1d(model.get_submodule(name))
-        out[f"{name}.weight"] = _Source(m * n * itemsize, partial(_weight, name, entry, tensors, transposed))
+        out[f"{name}.weight"] = Source(m * n * itemsize, partial(_weight, name, entry, tensors, transposed))
         if entry.get("bias"):
-            out[f"{name}.bias"] = _Source(m * itemsize, partial(_bias, name, entry, tensors))
+            out[f"{name}.bias"] = Source(m * itemsize, partial(_bias, name, entry, tensors))
     for name in tensors.files:
         if name not in used:
-            out[name] = _Source(_count(tensors, [name])[1], partial(tensors.read, name))
+            out[name] = Source(_count(tensors, [name])[1], partial(tensors.read, name))
     for name, (shape, dtype) in zeros.items():
-        out[name] = _Source(shape[0] * dtype.itemsize, partial(torch.zeros, shape, dtype=dtype))
+        out[name] = Source(shape[0] * dtype.itemsize, partial(torch.zeros, shape, dtype=dtype))
     return dict(sorted(out.items(), key=lambda item: _natural(item[0])))
 
 
@@ -316,28 +305,6 @@ def _weight(name: str, entry: Mapping[str, Any], tensors: TensorFile, transposed
 
 def _bias(name: str, entry: Mapping[str, Any], tensors: TensorFile) -> Tensor:
     return cast(Tensor, offset_of(_filled(name, entry, tensors))).detach()
-
-
-def _write_shards(folder: Path, sources: Mapping[str, _Source], progress: Progress | None) -> None:
-    split = split_state_dict_into_shards_factory(
-        dict(sources),
-        get_storage_size=lambda source: source.nbytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=SHARD_BYTES,
-    )
-    done = 0
-    for file, names in sorted(split.filename_to_tensors.items()):
-        held = {}
-        for name in names:
-            if progress is not None:
-                progress("densify", done, len(sources))
-            held[name] = sources[name].read()
-            done += 1
-        write_tensors(folder / file, held)
-    if split.is_sharded:
-        write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
-    if progress is not None:
-        progress("densify", done, done)
 
 
 @contextmanager

@@ -12,24 +12,23 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
 from torch import Tensor
 
 from eckart.atomic import copy_file, write_json, write_tensors, write_text
 from eckart.errors import EckartError
-from eckart.files.folder import COMPANIONS, INDEX, OpenModel
+from eckart.files.folder import COMPANIONS, OpenModel
 from eckart.files.huggingface import EMBEDDING, FORMAT, LINEAR, QUANT_METHOD, TIED_HEAD, sentinel_name
+from eckart.files.shards import Source, write_shards
 from eckart.maps import LinearMap, LowRank, Pivoted
+from eckart.progress import Progress
 
-# Bytes per shard: what memory holds while the output is written.
-SHARD_BYTES = 256 << 20
 STRUCTURES: dict[type[LinearMap], str] = {LowRank: "lowrank", Pivoted: "pivoted"}
 
 
@@ -171,15 +170,7 @@ def check_output(out: Path) -> None:
         raise EckartError(f"{parent} cannot be written to; give an --out elsewhere")
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A tensor of the output: how large it is, and how to read it."""
-
-    nbytes: int
-    read: Callable[[], Tensor]
-
-
-def _stored(partial: Partial) -> dict[str, _Source]:
+def _stored(partial: Partial) -> dict[str, Source]:
     """Return the tensors of the finished parts by name."""
     out = {}
     for part in partial.parts():
@@ -187,7 +178,7 @@ def _stored(partial: Partial) -> dict[str, _Source]:
         with safe_open(path, "pt") as handle:
             for name in handle.keys():  # noqa: SIM118
                 tensor = handle.get_tensor(name)
-                out[name] = _Source(tensor.nbytes, lambda path=path, name=name: _read(path, name))  # type: ignore[misc]
+                out[name] = Source(tensor.nbytes, lambda path=path, name=name: _read(path, name))  # type: ignore[misc]
     return out
 
 
@@ -197,13 +188,13 @@ def _read(path: Path, name: str) -> Tensor:
     return tensor
 
 
-def _sources(partial: Partial, model: OpenModel, blocks: Sequence[str], replaced: set[str]) -> dict[str, _Source]:
+def _sources(partial: Partial, model: OpenModel, blocks: Sequence[str], replaced: set[str]) -> dict[str, Source]:
     """Return all tensors of the output by name: finished parts, and the original's outside the blocks."""
     out = _stored(partial)
     for name in model.outside(blocks):
         if name not in replaced:
             nbytes = model.stored_dtype(name).itemsize * math.prod(model.shape(name))
-            out[name] = _Source(nbytes, lambda name=name: model.read(name))  # type: ignore[misc]
+            out[name] = Source(nbytes, lambda name=name: model.read(name))  # type: ignore[misc]
     return out
 
 
@@ -234,7 +225,7 @@ def write_folder(
     entries: Mapping[str, Any],
     made_by: Mapping[str, Any],
     texts: Mapping[str, str],
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> Path:
     """Write the output inside the partial folder and return its path; `publish` renames it.
 
@@ -254,8 +245,8 @@ def write_folder(
     sources = _sources(partial, model, blocks, _replaced(entries))
     sentinel = sentinel_name(entries)
     if sentinel:
-        sources[sentinel] = _Source(0, lambda: torch.empty(0))
-    _write_shards(folder, sources, progress)
+        sources[sentinel] = Source(0, lambda: torch.empty(0))
+    write_shards(folder, sources, lambda done: progress("write", done, len(sources)))
     config = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
     if entries:
         tied = any(entry["kind"] == TIED_HEAD for entry in entries.values())
@@ -276,23 +267,6 @@ def write_folder(
     for name, text in texts.items():
         write_text(folder / name, text)
     return folder
-
-
-def _write_shards(folder: Path, sources: dict[str, _Source], progress: Callable[[str, int, int], None]) -> None:
-    split = split_state_dict_into_shards_factory(
-        sources,
-        get_storage_size=lambda source: source.nbytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=SHARD_BYTES,
-    )
-    files = split.filename_to_tensors
-    for i, (file, names) in enumerate(sorted(files.items())):
-        progress("write", i, len(files))
-        write_tensors(folder / file, {name: sources[name].read() for name in names})
-    progress("write", len(files), len(files))
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(folder / INDEX, index)
 
 
 def publish(folder: Path, out: Path) -> None:

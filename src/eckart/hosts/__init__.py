@@ -13,5 +13,6 @@ from eckart.hosts.host import Host as Host
 from eckart.hosts.host import host as host
 from eckart.hosts.host import is_conv1d as is_conv1d
 from eckart.hosts.host import is_linear as is_linear
+from eckart.hosts.host import leaf as leaf
 from eckart.hosts.host import map_of as map_of
 from eckart.hosts.host import offset_of as offset_of

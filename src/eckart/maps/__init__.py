@@ -6,8 +6,6 @@ from eckart.maps.base import Product as Product
 from eckart.maps.base import Scaled as Scaled
 from eckart.maps.base import Spec as Spec
 from eckart.maps.base import Sum as Sum
-from eckart.maps.base import blank as blank
-from eckart.maps.base import from_spec as from_spec
 from eckart.maps.base import linear_map as linear_map
 from eckart.maps.base import require as require
 from eckart.maps.base import require_shape as require_shape
@@ -32,6 +30,8 @@ from eckart.maps.sparse import NM as NM
 from eckart.maps.sparse import Sparse as Sparse
 from eckart.maps.sparse import n_of_m as n_of_m
 from eckart.maps.sparse import sparse as sparse
+from eckart.maps.spec import blank as blank
+from eckart.maps.spec import from_spec as from_spec
 from eckart.maps.storage import STORAGES as STORAGES
 from eckart.maps.storage import Storage as Storage
 from eckart.maps.storage import storage as storage

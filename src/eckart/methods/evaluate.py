@@ -30,7 +30,7 @@ from eckart.errors import EckartError
 from eckart.files.folder import check_model_folder, quiet, tensor_file
 from eckart.files.huggingface import register
 from eckart.files.text import encode_document, load_tokenizer, read_documents
-from eckart.stats import Progress, silent
+from eckart.progress import Progress, silent
 
 # Longest window chosen without being asked: models with a context of 100,000 tokens would need hours and gigabytes.
 LONGEST_DEFAULT = 2048

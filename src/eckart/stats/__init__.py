@@ -10,7 +10,6 @@ from eckart.stats.objectives import objective as objective
 from eckart.stats.objectives import sentence_embedding as sentence_embedding
 from eckart.stats.store import Store as Store
 from eckart.stats.store import content_key as content_key
-from eckart.stats.streaming import Progress as Progress
 from eckart.stats.streaming import StopBlockError as StopBlockError
 from eckart.stats.streaming import Stream as Stream
 from eckart.stats.streaming import advance as advance
@@ -24,5 +23,4 @@ from eckart.stats.streaming import input_groups as input_groups
 from eckart.stats.streaming import inputs_of as inputs_of
 from eckart.stats.streaming import load_hidden as load_hidden
 from eckart.stats.streaming import save_hidden as save_hidden
-from eckart.stats.streaming import silent as silent
 from eckart.stats.streaming import token_counts as token_counts

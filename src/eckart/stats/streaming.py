@@ -16,16 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from eckart.hosts import Blockwise, Call, linear_layers
+from eckart.progress import Progress, silent
 from eckart.stats.moments import Gradients, GradientSum, Moments, MomentSum
 from eckart.stats.objectives import Objective
 from eckart.stats.store import Store
-
-# (stage, steps done, steps in all)
-Progress = Callable[[str, int, int], None]
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """Report progress to nobody."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import Known, Layer, surveyed, unit_of
 from eckart.methods.compress.outcome import LayerPlan, Plan
 from eckart.methods.compress.probe import levels, probe, remembered
-from eckart.stats import Progress
+from eckart.progress import Progress
 
 # ASVD truncates every layer to these shares of its numbers (the authors' code).
 SENSITIVITY_LEVELS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

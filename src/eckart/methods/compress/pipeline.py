@@ -12,15 +12,16 @@ from typing import Any
 
 from eckart.budget import Candidates
 from eckart.errors import EckartError
-from eckart.files.card import model_card
+from eckart.files.card import inherited, model_card
 from eckart.files.writing import LayerRecord, Partial, check_output, layer_entries, publish, write_folder
 from eckart.methods.compress.allocate import allocate, plan_from, plan_of
 from eckart.methods.compress.job import Job, Request, open_job, statistics_store, trim_cache
 from eckart.methods.compress.layers import Known, Layer, check_layers, layers_of
 from eckart.methods.compress.outcome import Measured, Outcome, Plan
 from eckart.methods.compress.sweep import Sweep
-from eckart.methods.compress.table import settings_of
-from eckart.stats import Progress, Store, collect_gradients, collect_inputs, silent
+from eckart.methods.compress.table import settings_of, summary_of
+from eckart.progress import Progress, silent
+from eckart.stats import Store, collect_gradients, collect_inputs
 
 
 def compress(
@@ -68,24 +69,10 @@ def compress(
     try:
         partial.begin({"out": str(target), "settings": _described(job)})
         store = statistics_store(job, None if cache else partial.folder)
-        _collect(job, store, Store(partial.folder / "boundaries"), progress)
-        known = Known(job, store)
-        chosen, table = allocate(job, layers, known, predict=False, progress=progress)
-        measured = Sweep(job, known, layers, chosen, partial, progress).run()
-        records = partial.records()
-        outcome = Outcome(
-            _as_stored(job, layers, table, records),
-            target,
-            measured,
-            time.perf_counter() - started,
-            _peak_memory(),
-            _described(job),
-        )
-        head = job.parts.head if job.parts.tied else None
-        entries = layer_entries(records, job.parts.embedding, head)
-        texts = {"README.md": _card(outcome), "eckart.json": _report(outcome)}
-        folder = write_folder(partial, job.model, job.parts.blocks, entries, _made_by(outcome), texts, progress)
-        publish(folder, target)
+        planned, measured = _compressed(job, layers, store, partial, progress)
+        seconds = time.perf_counter() - started
+        outcome = Outcome(planned, target, measured, seconds, _peak_memory(), _described(job))
+        _publish(job, partial, outcome, progress)
     except EckartError:
         if partial.blocks_done() == 0:
             partial.discard()
@@ -94,6 +81,26 @@ def compress(
     if cache:
         trim_cache(store)
     return outcome
+
+
+def _compressed(
+    job: Job, layers: list[Layer], store: Store, partial: Partial, progress: Progress
+) -> tuple[Plan, Measured | None]:
+    """Do all the work of a job up to its last finished part; return the plan as stored, and the loss."""
+    _collect(job, store, Store(partial.folder / "boundaries"), progress)
+    known = Known(job, store)
+    chosen, table = allocate(job, layers, known, predict=False, progress=progress)
+    measured = Sweep(job, known, layers, chosen, partial, progress).run()
+    return _as_stored(job, layers, table, partial.records()), measured
+
+
+def _publish(job: Job, partial: Partial, outcome: Outcome, progress: Progress) -> None:
+    """Write the finished parts as a model folder, and give it its name."""
+    head = job.parts.head if job.parts.tied else None
+    entries = layer_entries(partial.records(), job.parts.embedding, head)
+    texts = {"README.md": _card(job, outcome), "eckart.json": _report(outcome)}
+    folder = write_folder(partial, job.model, job.parts.blocks, entries, _made_by(outcome), texts, progress)
+    publish(folder, outcome.out)
 
 
 def plan(
@@ -215,10 +222,7 @@ def _measured(measured: Measured | None) -> dict[str, Any] | None:
     return None if measured is None else asdict(measured)
 
 
-def _card(outcome: Outcome) -> str:
-    return model_card(
-        str(outcome.settings["model"]),
-        outcome.settings,
-        _made_by(outcome),
-        [asdict(row) for row in outcome.plan.layers],
-    )
+def _card(job: Job, outcome: Outcome) -> str:
+    stated = {**_made_by(outcome), **inherited(job.model.folder), "method_summary": summary_of(job.request.method)}
+    name, rows = str(outcome.settings["model"]), [asdict(row) for row in outcome.plan.layers]
+    return model_card(name, outcome.settings, stated, rows)

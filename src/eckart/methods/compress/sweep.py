@@ -29,9 +29,9 @@ from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import EMBEDDING, HEAD, Known, Layer, weights
 from eckart.methods.compress.measure import divergence, next_token_loss
 from eckart.methods.compress.outcome import Measured
+from eckart.progress import Progress
 from eckart.stats import (
     CrossSum,
-    Progress,
     StopBlockError,
     Store,
     Stream,
