@@ -68,9 +68,14 @@ def spearman_on(pairs: Path) -> Callable[[Path], float]:
 def trec_accuracy(data: Path) -> Callable[[Path], float]:
     """Return a measure: accuracy of the nearest training question's class on TREC's test questions."""
 
+    @torch.no_grad()
     def embedded(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
-        with torch.no_grad():
-            return torch.cat([sentence_embedding(model(**tokenizer(t, return_tensors="pt"))) for t in texts])
+        ids = [tokenizer(text)["input_ids"] for text in texts]
+        out = torch.empty(len(ids), model.config.hidden_size)
+        for length in {len(one) for one in ids}:  # equal lengths together: no padding
+            at = [i for i, one in enumerate(ids) if len(one) == length]
+            out[at] = sentence_embedding(model(torch.tensor([ids[i] for i in at])))
+        return out
 
     def measure(folder: Path) -> float:
         with quiet():

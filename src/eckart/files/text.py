@@ -22,7 +22,7 @@ from eckart.files.folder import quiet
 SEPARATOR = "<|endoftext|>"
 # Calibration samples where no number is asked for: windows of running text, lines for sentence encoders.
 WINDOWS = 128
-LINES = 4096
+LINES = 2048
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
