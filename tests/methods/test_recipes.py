@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import eckart
@@ -215,3 +216,15 @@ def test_healing_lowers_the_loss(demo, text, tmp_path):
     healed = eckart.compress(demo, tmp_path / "healed", settings={"heal": 20, "heal_rate": 1e-3}, **arguments)
     assert healed.measured.after < plain.measured.after - 0.1
     assert healed.plan.parameters_after == plain.plan.parameters_after
+
+
+def test_the_update_of_svd_llm_fits_what_the_compressed_model_sees(demo, text, tmp_path):
+    arguments = {"calibration": text, "samples": 12, "length": 64, "keep": 0.6, "method": "svd-llm"}
+    loss = {}
+    for update in (False, True):
+        outcome = eckart.compress(demo, tmp_path / str(update), settings={"update": update}, **arguments)
+        loss[update] = outcome.measured.after
+    first = "model.layers.0.self_attn.q_proj.up.weight"  # sees what it always saw, where the update changes nothing
+    before, after = (load_file(tmp_path / str(u) / "model.safetensors") for u in (False, True))
+    torch.testing.assert_close(before[first], after[first], atol=1e-3, rtol=1e-3)
+    assert loss[True] < loss[False] - 0.05
