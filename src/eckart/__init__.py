@@ -39,11 +39,11 @@ if TYPE_CHECKING:
     from eckart.maps import linear_map as linear_map
     from eckart.maps import pivot as pivot
     from eckart.maps import simplify as simplify
-    from eckart.methods.compress import LayerPlan as LayerPlan
-    from eckart.methods.compress import Outcome as Outcome
-    from eckart.methods.compress import Plan as Plan
-    from eckart.methods.compress import compress as compress
-    from eckart.methods.compress import plan as plan
+    from eckart.methods.compress.outcome import LayerPlan as LayerPlan
+    from eckart.methods.compress.outcome import Outcome as Outcome
+    from eckart.methods.compress.outcome import Plan as Plan
+    from eckart.methods.compress.pipeline import compress as compress
+    from eckart.methods.compress.pipeline import plan as plan
     from eckart.methods.compress.table import METHODS as METHODS
     from eckart.methods.evaluate import Evaluation as Evaluation
     from eckart.methods.evaluate import evaluate as evaluate
@@ -54,7 +54,8 @@ if TYPE_CHECKING:
 PUBLIC: dict[str, str] = {
     name: module
     for module, names in {
-        "eckart.methods.compress": ("compress", "plan", "Plan", "LayerPlan", "Outcome"),
+        "eckart.methods.compress.pipeline": ("compress", "plan"),
+        "eckart.methods.compress.outcome": ("Plan", "LayerPlan", "Outcome"),
         "eckart.methods.compress.table": ("METHODS",),
         "eckart.methods.evaluate": ("evaluate", "Evaluation"),
         "eckart.files.inspect": ("densify", "show"),

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 import eckart
-from eckart.methods.compress import Outcome
+from eckart.methods.compress.outcome import Outcome
 
 DEMO = Path(str(files("eckart"))) / "demo"
 # Small enough that a run takes a second.
-QUICK = {"samples": 6, "length": 64}
-# Published defaults that would take long: epochs of healing, levels of probing on all samples.
+QUICK = {"samples": 4, "length": 48}
+# Published defaults that would take long: epochs of healing.
 FEWER = {"aa-svd": {"heal": 1}}
 
 

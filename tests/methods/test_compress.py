@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import eckart
 from eckart.methods.compress.job import Request, open_job
-from eckart.stats import silent
+from eckart.progress import silent
 
 IDS = torch.arange(1, 49).view(2, 24)
 METHODS = list(eckart.METHODS)

@@ -76,7 +76,7 @@ def test_the_output_moment_of_a_layer_is_its_fisher_matrix(index, inner, tiny, s
     model = tiny("smallest")
     runner, name = streamed(model), f"model.layers.{index}.{inner}"
     goal = objective("sampled", has_logits=True, causal=True)
-    collect_gradients_of(runner, goal, [IDS.expand(4000, 4).contiguous()], tmp_path)
+    collect_gradients_of(runner, goal, [IDS.expand(2500, 4).contiguous()], tmp_path)
     got = gradients_of(Store(tmp_path / "s"), goal, index)[name].second
     jacobian = layer_output_jacobian(model, model.get_submodule(name), lambda out: out.logits[0])  # (t, V, s, m)
     p = model(IDS).logits[0].softmax(-1).detach()
@@ -96,7 +96,7 @@ def test_the_output_moment_of_an_encoder_is_how_far_its_embedding_moves(tiny, st
     model = tiny("smallest-encoder")
     runner, name = streamed(model), "encoder.layer.0.output.dense"
     goal = objective("sampled", has_logits=False, causal=False)
-    collect_gradients_of(runner, goal, [IDS.expand(4000, 4).contiguous()], tmp_path)
+    collect_gradients_of(runner, goal, [IDS.expand(2500, 4).contiguous()], tmp_path)
     got = gradients_of(Store(tmp_path / "s"), goal, 0)[name].second
     jacobian = layer_output_jacobian(model, model.get_submodule(name), lambda out: sentence_embedding(out)[0])
     expected = torch.einsum("dsm,dsn->mn", jacobian, jacobian).double() / 4

@@ -75,8 +75,8 @@ def compress(
 
     from eckart.cli.progress import Bars
     from eckart.cli.settings import parse_settings
-    from eckart.methods.compress import compress as run_compress
-    from eckart.methods.compress import plan as run_plan
+    from eckart.methods.compress.pipeline import compress as run_compress
+    from eckart.methods.compress.pipeline import plan as run_plan
     from eckart.report.console import print_all
     from eckart.report.tables import outcome_table, plan_table
 
@@ -224,7 +224,7 @@ def _siblings(folder: Path) -> list[str]:
 
 def run() -> None:
     """The console entry point."""
-    # Threads that wait by spinning make a busy machine ten times slower (benchmarks/threads.py); read as torch starts.
+    # Threads that wait by spinning make a busy machine ten times slower (docs/LOG.md); read when torch starts.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(prog_name="eckart")
