@@ -1,7 +1,7 @@
 """Plans, outcomes, contents, methods and evaluations as tables."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -9,11 +9,13 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from eckart.files.inspect import Contents, LayerContents
 from eckart.methods.compress.outcome import LayerPlan, Measured, Outcome, Plan
 from eckart.methods.compress.table import METHODS, Setting, settings_of, source_of, summary_of
-from eckart.methods.evaluate import Evaluation
 from eckart.report.units import count, duration, loss, share, size
+
+if TYPE_CHECKING:  # they import transformers, which the tables do without
+    from eckart.files.inspect import Contents, LayerContents
+    from eckart.methods.evaluate import Evaluation
 
 # Above this many layers, those whose names differ only in numbers share a row.
 MOST_ROWS = 24
@@ -23,7 +25,7 @@ UNSAID = ("parameters_before", "parameters_after", "bytes_before", "bytes_after"
 # The unit of errors that are shares of a layer's own output: unlike losses they do not add up.
 RELATIVE = "relative squared error"
 
-Layers = Sequence[LayerPlan] | Sequence[LayerContents]
+Layers: TypeAlias = "Sequence[LayerPlan] | Sequence[LayerContents]"
 
 
 def plan_table(plan: Plan, every_layer: bool = False) -> RenderableType:
@@ -76,7 +78,7 @@ def _measured_on(measured: Measured) -> str:
     return f"{measured.name} measured on {measured.tokens:,} {seen}"
 
 
-def contents_table(contents: Contents, every_layer: bool = False) -> RenderableType:
+def contents_table(contents: "Contents", every_layer: bool = False) -> RenderableType:
     """Return what a folder holds, how it was made, and what was measured then."""
     parts: list[RenderableType] = [_layer_table(contents.layers, every_layer)] if contents.layers else []
     made_by = dict(contents.made_by)
@@ -136,7 +138,7 @@ def _pattern(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def _ranks(structure: str, members: Sequence[LayerPlan | LayerContents]) -> str:
+def _ranks(structure: str, members: "Sequence[LayerPlan | LayerContents]") -> str:
     if structure == "dense":
         return "full"
     low, high = min(m.rank for m in members), max(m.rank for m in members)
@@ -197,7 +199,7 @@ def type_name(setting: Setting) -> str:
     return " | ".join(str(c) for c in choices) if choices else str(getattr(setting.type, "__name__", setting.type))
 
 
-def evaluation_table(evaluation: Evaluation) -> Table:
+def evaluation_table(evaluation: "Evaluation") -> Table:
     """Return what was measured of a model."""
     table = _table("measured", "")
     if evaluation.nats_per_token is not None:
@@ -214,7 +216,7 @@ def evaluation_table(evaluation: Evaluation) -> Table:
     return table
 
 
-def comparison_table(rows: Sequence[tuple[str, int, int, Evaluation]]) -> Table:
+def comparison_table(rows: "Sequence[tuple[str, int, int, Evaluation]]") -> Table:
     """Return models beside each other: (name, parameters, bytes, evaluation), the first the one to compare with."""
     table = _table("", "parameters", "bytes", "loss", "perplexity", "tokens/s")
     for name, parameters, nbytes, found in rows:
