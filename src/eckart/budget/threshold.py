@@ -3,6 +3,7 @@
 WeLore applies it to min-max normalized singular values, ASVD to the perplexity measured with one layer truncated.
 """
 
+import heapq
 from collections.abc import Sequence
 
 from eckart.budget.candidates import Candidates, Option, require_reachable
@@ -28,13 +29,24 @@ def threshold(layers: Sequence[Candidates], budget: int) -> dict[str, Option]:
         else:
             low = middle + 1
     chosen = {layer.name: _cheapest(layer, values[high]) for layer in layers}
-    left = budget - sum(o.numbers for o in chosen.values())
-    if high > 0:  # options just below the threshold, as far as the rounding of the threshold left room
-        for layer in layers:
-            better = _cheapest(layer, values[high - 1])
-            if better.numbers - chosen[layer.name].numbers <= left:
-                left -= better.numbers - chosen[layer.name].numbers
-                chosen[layer.name] = better
+    return _relaxed(layers, chosen, budget - sum(o.numbers for o in chosen.values()))
+
+
+def _relaxed(layers: Sequence[Candidates], chosen: dict[str, Option], left: int) -> dict[str, Option]:
+    """Lower the threshold further for the layers for which that still fits: in discrete steps, one limit for all would
+    leave a part of the budget unused.
+    """
+    by_name = {layer.name: layer for layer in layers}
+    queue = [(-option.loss, i, name) for i, (name, option) in enumerate(chosen.items())]
+    heapq.heapify(queue)
+    while queue:
+        _, i, name = heapq.heappop(queue)
+        now = chosen[name]
+        better = next((o for o in by_name[name].options if o.loss < now.loss), None)
+        if better is not None and better.numbers - now.numbers <= left:
+            left -= better.numbers - now.numbers
+            chosen[name] = better
+            heapq.heappush(queue, (-better.loss, i, name))
     return chosen
 
 

@@ -1,6 +1,5 @@
 """The same share for every layer: of its numbers, or of its rank."""
 
-import math
 from collections.abc import Callable, Sequence
 
 from eckart.budget.candidates import Candidates, Option, require_reachable
@@ -43,19 +42,26 @@ def uniform_rank(layers: Sequence[Candidates], budget: int) -> dict[str, Option]
     """
     require_reachable(layers, budget)
 
-    def choose(share: float) -> list[int]:
-        return [_within_rank(layer, math.floor(share * min(layer.shape) + 1e-9)) for layer in layers]
+    chosen = [0] * len(layers)
+    left = budget - _numbers(layers, chosen)
+    stuck: set[int] = set()
+    # The share rises step by step; a layer whose next step does not fit stays, the others may use what is left.
+    for _, i, at in sorted(
+        (_share_of_rank(layer, at), i, at) for i, layer in enumerate(layers) for at in range(1, len(layer.options))
+    ):
+        step = layers[i].options[at].numbers - layers[i].options[at - 1].numbers
+        if i in stuck or step > left:
+            stuck.add(i)
+            continue
+        left -= step
+        chosen[i] = at
+    return {layer.name: layer.options[at] for layer, at in zip(layers, chosen, strict=True)}
 
-    share = _largest_share(choose, layers, budget)
-    return {layer.name: layer.options[at] for layer, at in zip(layers, choose(share), strict=True)}
 
-
-def _within_rank(layer: Candidates, rank: int) -> int:
-    """Return the index of the largest option up to a rank; the dense one if that rank is too large to be offered."""
-    last = len(layer.options) - 1
-    if last == 0 or rank > layer.options[last - 1].rank:
-        return last
-    return max((i for i, o in enumerate(layer.options[:-1]) if o.rank <= rank), default=0)
+def _share_of_rank(layer: Candidates, at: int) -> float:
+    """Return the share of full rank at which an option is reached; a layer is dense beyond its largest rank."""
+    option, before = layer.options[at], layer.options[at - 1]
+    return (option.rank if option is not layer.dense else before.rank + 1) / min(layer.shape)
 
 
 def _within(layers: Sequence[Candidates], share: float) -> list[int]:

@@ -224,8 +224,8 @@ def _siblings(folder: Path) -> list[str]:
 
 def run() -> None:
     """The console entry point."""
-    # Threads that wait by spinning make a busy machine ten times slower (docs/LOG.md); read when torch starts.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that spin for long while they wait make a busy machine several times slower (docs/LOG.md); read by torch.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         app(prog_name="eckart")
     except KeyboardInterrupt:  # before a command began
