@@ -20,7 +20,7 @@ from eckart.files.folder import quiet
 from eckart.maps import LowRank, storage
 from harness import medians, require_shared, save
 
-SHAPES = ((192, 192), (512, 192), (1024, 1024), (4096, 1024), (4096, 4096), (11008, 4096))
+SHAPES = ((192, 192), (512, 192), (1024, 1024), (4096, 1024))
 KEEP = (0.8, 0.6, 0.4)
 NEW_TOKENS = 64
 

@@ -239,11 +239,12 @@ def test_not_where_dense_costs_more():
         assert module._decoding is None
 
 
-def test_forgotten_with_a_longer_input(module):
+def test_kept_for_longer_inputs(module):
     decode(module)
+    made, x = module._decoding[1], torch.randn(2, 7, N)
     with torch.no_grad():
-        module(torch.randn(1, 2, N))
-    assert module._decoding is None
+        torch.testing.assert_close(module(x), expected_of(module, x), atol=1e-5, rtol=1e-5)
+    assert module._decoding[1] is made
 
 
 def test_forgotten_with_gradients(module):

@@ -58,12 +58,12 @@ class Host(nn.Module):
 
 
 class _Decoding(Host):
-    """A host that decodes with a temporary dense weight where that is faster than its factors.
+    """A host that computes with a temporary dense weight where that is faster than its factors.
 
-    For small layers on CPU the operator calls of a factored layer cost more than the numbers it saves, so a single
-    token without gradients goes through a dense weight, made at the first such token. It is forgotten with every longer
-    input (each prompt), every change of mode, dtype or device, and whenever a factor is replaced or written to in place
-    (a write through `.data` leaves no trace; it is noticed with the next prompt).
+    For small layers on CPU the operator calls of a factored layer cost more than the numbers it saves, so without
+    gradients they go through a dense weight, made at the first call. It is forgotten with every call with gradients,
+    every change of mode, dtype or device, and whenever a factor is replaced or written to in place. Only a write through
+    `.data` leaves no trace; call `train()` or `eval()` after one.
     """
 
     def __init__(self, shape: tuple[int, int], map_type: type[LinearMap], numbers: int) -> None:
@@ -76,7 +76,7 @@ class _Decoding(Host):
         """Apply to the last axis: x (..., n) -> (..., m)."""
         if torch.compiler.is_compiling() or not self._dense_decoding:
             return self.structured(x)
-        if torch.is_grad_enabled() or x.device.type != "cpu" or (x.ndim > 1 and x.shape[-2] > 1):
+        if torch.is_grad_enabled() or x.device.type != "cpu":
             self._decoding = None
             return self.structured(x)
         self._refresh_decoding()

@@ -23,6 +23,8 @@ from eckart.maps.permutation import inverse_order
 # From this many input vectors on, spelling out the identity rows of the second factor (m k numbers, written once per
 # call) beats gathering every output; measured in benchmarks/layers.py on shapes from 64 x 192 to 4096 x 4096.
 EXPAND_TOKENS = 8
+# Reordering one number of one vector takes about as long as this many multiplications and additions (2-core x86).
+GATHER_COST = 75
 
 
 @linear_map
@@ -65,13 +67,17 @@ class Pivoted(LinearMap):
 
     def __call__(self, x: Tensor) -> Tensor:
         k, vectors = self.rank, x.numel() // max(x.shape[-1], 1)
-        if vectors >= EXPAND_TOKENS:
+        if self._expands(vectors):
             return self.lowrank()(x)
         if self.axis == "rows":
             pivots = F.linear(x, self.basis)
             return torch.cat((pivots, F.linear(pivots, self.coefficients)), dim=-1).index_select(-1, self.order)
         ordered = x.index_select(-1, self.order)
         return F.linear(ordered[..., :k] + F.linear(ordered[..., k:], self.coefficients), self.basis)
+
+    def _expands(self, vectors: int) -> bool:
+        """Tell whether multiplying by the k^2 numbers that are not stored costs less than reordering every vector."""
+        return vectors >= EXPAND_TOKENS and self.rank**2 <= GATHER_COST * self.order.shape[0]
 
     @property
     def T(self) -> LinearMap:
@@ -84,7 +90,7 @@ class Pivoted(LinearMap):
 
     def flops(self, tokens: int = 1) -> int:
         k = self.rank
-        if tokens >= EXPAND_TOKENS:
+        if self._expands(tokens):
             return 2 * tokens * lowrank_numbers(self.shape, k)
         joined = tokens * k if self.axis == "columns" else 0
         return 2 * tokens * pivoted_numbers(self.shape, k) + joined

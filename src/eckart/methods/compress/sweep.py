@@ -235,7 +235,7 @@ class Sweep:
             dtype = self.job.weight_dtype(owner) if owner else self.job.model.stored_dtype(full)
             stored = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach().clone()
             if tensor.is_floating_point():
-                tensor.data.copy_(stored)
+                tensor.copy_(stored)
             out[full] = stored
         return out
 
