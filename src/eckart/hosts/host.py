@@ -23,6 +23,10 @@ EXTRA_CALLS = {LowRank: 1, Pivoted: 3}
 NUMBERS_PER_CALL = 60_000
 
 
+# What a temporary dense weight was made of: name, leaf (None for a buffer), tensor, its version and its address.
+_Part = tuple[str, "nn.Module | None", Tensor, int, int]
+
+
 class Host(nn.Module):
     """A structured linear layer y = W x + b, W a map; subclasses say how the map's parts are held.
 
@@ -62,15 +66,15 @@ class _Decoding(Host):
 
     For small layers on CPU the operator calls of a factored layer cost more than the numbers it saves, so without
     gradients they go through a dense weight, made at the first call. It is forgotten with every call with gradients,
-    every change of mode, dtype or device, and whenever a factor is replaced or written to in place. Only a write through
-    `.data` leaves no trace; call `train()` or `eval()` after one.
+    every change of mode, dtype or device, and whenever a factor is replaced or written to in place. Only a write
+    through `.data` leaves no trace; call `train()` or `eval()` after one.
     """
 
     def __init__(self, shape: tuple[int, int], map_type: type[LinearMap], numbers: int) -> None:
         super().__init__(shape)
         saved = shape[0] * shape[1] - numbers
         self._dense_decoding = saved < EXTRA_CALLS[map_type] * NUMBERS_PER_CALL
-        self._decoding: tuple[tuple[tuple[int, int, int], ...], Tensor] | None = None
+        self._decoding: tuple[tuple[_Part, ...], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to the last axis: x (..., n) -> (..., m)."""
@@ -96,21 +100,42 @@ class _Decoding(Host):
         self._decoding = None
         return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
+    def _is_current(self, made_of: tuple[_Part, ...]) -> bool:
+        """Tell whether nothing changed since a dense weight was made; called for every token, hence so spelled out."""
+        modules, buffers = self._modules, self._buffers
+        for name, leaf, tensor, version, pointer in made_of:
+            if leaf is None:
+                if buffers[name] is not tensor:
+                    return False
+            elif (
+                modules[name] is not leaf
+                or leaf._parameters["weight"] is not tensor
+                or leaf._forward_hooks
+                or leaf._forward_pre_hooks
+                or "forward" in leaf.__dict__
+            ):
+                return False
+            if tensor._version != version or tensor.data_ptr() != pointer:
+                return False
+        return True
+
     def _refresh_decoding(self) -> None:
         """Make the temporary dense weight if it is missing or stale; forget it where the factors must be called."""
-        held = [buffer for buffer in self._buffers.values() if buffer is not None]
-        for leaf in self._modules.values():
-            if leaf is None or not _is_plain(leaf):
-                self._decoding = None
-                return
-            held.append(cast(Tensor, leaf._parameters["weight"]))
-        if held[-1].is_inference():  # does not count its versions
-            self._decoding = None
+        if self._decoding is not None and self._is_current(self._decoding[0]):
             return
-        state = tuple([(id(tensor), tensor._version, tensor.data_ptr()) for tensor in held])
-        if self._decoding is None or self._decoding[0] != state:
-            with torch.autocast("cpu", enabled=False):  # the weight may outlive the region it is made in
-                self._decoding = state, self.held_map().dense().detach()
+        self._decoding = None
+        held: list[tuple[str, nn.Module | None, Tensor]] = [
+            (name, None, buffer) for name, buffer in self._buffers.items() if buffer is not None
+        ]
+        for name, leaf in self._modules.items():
+            if leaf is None or not _is_plain(leaf):
+                return
+            held.append((name, leaf, cast(Tensor, leaf._parameters["weight"])))
+        if held[-1][2].is_inference():  # does not count its versions
+            return
+        state = tuple((name, leaf, t, t._version, t.data_ptr()) for name, leaf, t in held)
+        with torch.autocast("cpu", enabled=False):  # the weight may outlive the region it is made in
+            self._decoding = state, self.held_map().dense().detach()
 
 
 class LowRankHost(_Decoding):
