@@ -18,7 +18,7 @@ from eckart.errors import EckartError
 from eckart.maps import Blocks, Dense, LinearMap, LowRank, Pivoted, Product, Scaled, Sum, require, require_shape
 
 # Decoding one token, a factored layer makes this many more operator calls than a dense one; on CPU one call costs as
-# much as reading about 60,000 float32 numbers from cache (benchmarks/layers.py, 2-core x86).
+# much as reading about 60,000 float32 numbers from cache (timed by hand, 2-core x86).
 EXTRA_CALLS = {LowRank: 1, Pivoted: 3}
 NUMBERS_PER_CALL = 60_000
 

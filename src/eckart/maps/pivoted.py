@@ -21,9 +21,10 @@ from eckart.maps.lowrank import LowRank, lowrank_numbers
 from eckart.maps.permutation import inverse_order
 
 # From this many input vectors on, spelling out the identity rows of the second factor (m k numbers, written once per
-# call) beats gathering every output; measured in benchmarks/layers.py on shapes from 64 x 192 to 4096 x 4096.
+# call) beats gathering every output; timed by hand on shapes from 64 x 192 to 4096 x 4096.
 EXPAND_TOKENS = 8
-# Reordering one number of one vector takes about as long as this many multiplications and additions (2-core x86).
+# Reordering one number of one vector is taken to cost as much as this many multiplications and additions: an estimate
+# from memory and multiplication rates, not a measurement.
 GATHER_COST = 75
 
 

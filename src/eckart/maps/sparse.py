@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from eckart.maps.base import LinearMap, linear_map, require, require_shape
 
 # Up to this many input vectors the non-zeros are gathered one by one; beyond it, writing the matrix out once and
-# multiplying densely is cheaper on every density above 2 % (benchmarks/layers.py).
+# multiplying densely is cheaper on every density above 2 % (timed by hand).
 GATHER_TOKENS = 2
 
 
