@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from eckart.errors import EckartError
+from eckart.linalg import all_finite
 from eckart.progress import Progress
 
 INDEX = "model.safetensors.index.json"
@@ -320,7 +321,7 @@ def check_finite(model: OpenModel, progress: Progress) -> str:
     for i, name in enumerate(names):
         progress("check", i, len(names))
         tensor = model.read(name)
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not all_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise EckartError(f"{name} in {model.folder} holds {bad} NaN or Inf values; the model is broken")
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eckart.errors import EckartError
-from eckart.linalg import shrink
+from eckart.linalg import all_finite, shrink
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Metric:
             raise EckartError("a centred metric on shifted inputs needs both means")
         for name in self.__slots__:
             value = getattr(self, name)
-            if value is not None and not torch.isfinite(value).all():
+            if value is not None and not all_finite(value):
                 raise EckartError(
                     f"the metric's {name} holds NaN or Inf; the calibration run overflowed or lost its data"
                 )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from eckart.errors import EckartError
 from eckart.fit.metric import Metric
-from eckart.linalg import TopEigen, psd_roots, top_eigen
+from eckart.linalg import TopEigen, all_finite, psd_roots, top_eigen
 from eckart.maps import LinearMap, LowRank, storage
 
 # Eigenvalues of K below this share of the largest are rounding in float64: such directions carry no error.
@@ -48,7 +48,7 @@ class Regression:
     """The solution of the regression for every rank at once.
 
     Attributes:
-        weight: W (m, n), float64.
+        weight: W (m, n), as given.
         target: W* (m, n), the unconstrained optimum; float64, or the working dtype of the randomized solver.
         metric: the metric minimised.
         eigen: the eigenpairs of K on its smaller side.
@@ -122,7 +122,7 @@ class Regression:
         offset = None if bias is None else bias.double()
         if self.metric.mean is not None:
             seen = self.metric.mean if self.metric.shifted_mean is None else self.metric.shifted_mean
-            change = self.weight @ self.metric.mean - map_.to(torch.float64)(seen)
+            change = self.weight.double() @ self.metric.mean - map_.to(torch.float64)(seen)
             offset = change if offset is None else offset + change
         error = float(self.errors()[factors.rank])
         relative = error / self.total if self.total > 0 else 0.0
@@ -150,25 +150,24 @@ def regress(
     metric = metric or Metric()
     if weight.ndim != 2 or 0 in weight.shape:
         raise EckartError(f"a fit needs a non-empty matrix, got a tensor of shape {tuple(weight.shape)}")
-    if not weight.is_floating_point() or not torch.isfinite(weight).all():
+    if not weight.is_floating_point() or not all_finite(weight):
         raise EckartError(
             f"the weight {tuple(weight.shape)} of dtype {weight.dtype} must be floating without NaN or Inf"
         )
     metric.check(weight)
-    w = weight.detach().double()
+    w = weight.detach()
     side = "outputs" if w.shape[0] <= w.shape[1] else "inputs"
     inner, outer = (metric.seen, metric.outputs) if side == "outputs" else (metric.outputs, metric.seen)
     roots = None if outer is None else psd_roots(outer)
     if accuracy > 0 and metric.shifted is None and rank is not None:
-        target = weight.detach()
-        eigen = _fast_eigen(target, inner, roots, side, rank, accuracy)
-        target = target.to(torch.promote_types(target.dtype, eigen.vectors.dtype))
+        eigen = _fast_eigen(w, inner, roots, side, rank, accuracy)
+        target = w.to(torch.promote_types(w.dtype, eigen.vectors.dtype))
     else:
-        target = _target(w, metric)
+        target = _target(w.double(), metric)
         eigen = top_eigen(_gram(target, inner, roots, side), rank)
     total, irreducible = eigen.trace, 0.0
     if metric.shifted is not None and metric.inputs is not None:
-        total = max(_energy(w, metric.inputs, metric.outputs), eigen.trace)
+        total = max(_energy(w.double(), metric.inputs, metric.outputs), eigen.trace)
         irreducible = total - eigen.trace
     return Regression(w, target, metric, eigen, side, roots, total, irreducible)
 

@@ -157,15 +157,17 @@ def _dense(matrix: Tensor | Operator, operator: Operator, n: int, k: int, device
     return TopEigen(values[:k], vectors[:, :k], float(values.sum()), "dense", 0.0)
 
 
-def _orthonormalize(block: Tensor) -> Tensor:
-    """Orthonormalize columns by two Cholesky factorizations, or by QR where the block is nearly dependent."""
+def _orthonormalize(rows: Tensor) -> Tensor:
+    """Orthonormalize rows by two Cholesky factorizations, or by QR where they are nearly dependent."""
     for _ in range(2):
-        gram = (block.mT @ block).double()
-        factor, failed = torch.linalg.cholesky_ex(gram)
+        factor, failed = torch.linalg.cholesky_ex((rows @ rows.mT).double())
         if failed or float(factor.diagonal().min()) < 1e-6 * float(factor.diagonal().max()):
-            return cast(Tensor, torch.linalg.qr(block)[0])
-        block = torch.linalg.solve_triangular(factor.to(block.dtype), block.mT, upper=False).mT
-    return block
+            return cast(Tensor, torch.linalg.qr(rows.mT)[0]).mT.contiguous()
+        # Multiplying by the inverse of the small factor copies nothing; a triangular solve would transpose the rows
+        # twice. The second round removes the rounding of the first.
+        identity = torch.eye(rows.shape[0], dtype=factor.dtype, device=factor.device)
+        rows = torch.linalg.solve_triangular(factor, identity, upper=False).to(rows.dtype) @ rows
+    return rows
 
 
 def _krylov(
@@ -182,15 +184,15 @@ def _krylov(
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(n, _block_size(k), generator=generator, dtype=dtype).to(device)
     space = _KrylovSpace(operator, start)
-    space.expand_to(round(1.3 * k))
-    early = space.size, float(torch.linalg.eigvalsh(space.projected())[-k:].clamp_min(0).double().sum())
+    space.expand_to(k)
+    early = space.size, _captured(space.projected(), k)
     # About twice the rank serves an excess of 1e-3 where eigenvalues fall like 1/i (benchmarks/solver.py).
     target = k + max(3 * space.block, round(k * (0.48 + 0.2 * max(0.0, -math.log10(accuracy)))))
     while True:
         space.expand_to(target)
         projected = space.projected()
-        values, small = torch.linalg.eigh(projected)
-        values, small = values.flip(0)[:k].double().clamp_min(0), small.flip(1)[:, :k]
+        values, small = torch.linalg.eigh(projected.mT)  # symmetric, and in LAPACK's own order this way
+        values, small = values[-k:].flip(0).double().clamp_min(0), small[:, -k:].flip(1)
         if trace is None:
             trace = float(projected.diagonal().double().sum()) + _complement_trace(operator, space.basis(), generator)
         tail = max(trace - float(values.sum()), 0.0)
@@ -209,6 +211,12 @@ def _krylov(
             return None
 
 
+def _captured(projected: Tensor, k: int) -> float:
+    """Return the sum of the k largest eigenvalues; the trace where hardly any are left out, and small ones at that."""
+    values = projected.diagonal() if projected.shape[0] - k <= k // 16 else torch.linalg.eigvalsh(projected.mT)[-k:]
+    return float(values.clamp_min(0).double().sum())
+
+
 def _block_size(rank: int) -> int:
     """Small blocks converge in a smaller basis, large ones multiply faster; a tenth of the rank was best of all."""
     return max(32, min(128, 32 * round(rank / 320)))
@@ -221,7 +229,7 @@ class _KrylovSpace:
         self.operator, self.block, self.size = operator, start.shape[1], 0
         self._rows = start.new_empty(0, start.shape[0])  # rows are basis vectors, with room to grow
         self._columns: list[Tensor] = []  # column j: V^T K V_j for the blocks up to j
-        self._next = _orthonormalize(start).mT
+        self._next = _orthonormalize(start.mT.contiguous())
         self._coupling = start.new_zeros(self.block, self.block)
 
     def basis(self) -> Tensor:
@@ -269,11 +277,11 @@ class _KrylovSpace:
         basis, probe = self.basis(), torch.ones(image.shape[0], 1, dtype=image.dtype, device=image.device)
         probe[::2] = -1
         limit = 1e3 * torch.finfo(image.dtype).eps
-        following = _orthonormalize(image.mT).mT
+        following = _orthonormalize(image)
         for _ in range(3):
             if float((basis @ (following.mT @ probe)).abs().max()) <= limit:
                 break
-            following = _orthonormalize((following - (basis @ following.mT).mT @ basis).mT).mT
+            following = _orthonormalize(following - (basis @ following.mT).mT @ basis)
         return following
 
 

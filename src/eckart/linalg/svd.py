@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eckart.errors import EckartError
 from eckart.linalg.eigen import top_eigen
+from eckart.linalg.finite import all_finite
 
 METHODS = ("auto", "exact", "gram", "krylov")
 # Below this the exact decomposition takes milliseconds and resolves the smallest singular values best.
@@ -110,7 +111,7 @@ def _check(matrix: Tensor, rank: int | None, tolerance: float | None, accuracy: 
         raise EckartError(f"accuracy must not be negative, got {accuracy}")
     if not matrix.is_floating_point():
         raise EckartError(f"truncated_svd needs floating numbers, got a matrix of {matrix.dtype}; convert it first")
-    if not torch.isfinite(matrix).all():
+    if not all_finite(matrix):
         raise EckartError(f"the matrix of shape {tuple(matrix.shape)} holds NaN or Inf; no decomposition exists")
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from eckart.errors import EckartError
+from eckart.linalg import all_finite
 
 WIDE_ACCUMULATION = 4096
 
@@ -73,7 +74,7 @@ class MomentSum:
         if self.count == 0:
             raise EckartError(f"no inputs reached {name}: the calibration texts never use it")
         second = self._second / self.count
-        if not torch.isfinite(second).all():
+        if not all_finite(second):
             raise EckartError(
                 f"the inputs of {name} hold NaN or Inf; check the weights before it and the calibration texts"
             )
@@ -147,6 +148,6 @@ class GradientSum:
     def result(self, name: str) -> Gradients:
         """Return the moments of everything added; `name` says where, if NaN or Inf appeared."""
         second, fisher = self._second / max(self.count, 1), self._fisher / max(self.sequences, 1)
-        if not torch.isfinite(second).all() or not torch.isfinite(fisher).all():
+        if not all_finite(second) or not all_finite(fisher):
             raise EckartError(f"the gradients at {name} hold NaN or Inf; check the weights and the calibration texts")
         return Gradients(self.count, second, fisher)
