@@ -44,7 +44,7 @@ def layer_rows(runs: int) -> list[dict[str, Any]]:
             for tokens in (1, 256):
                 x = torch.randn(1, tokens, n)
                 modules = {"dense": dense, "two nn.Linear": pair, **hosts}
-                repeat = max(1, int(2e8 / (m * n * tokens)))
+                repeat = max(10, int(2e8 / (m * n * tokens)))
 
                 def run(module: nn.Module, x: torch.Tensor = x, repeat: int = repeat) -> None:
                     with torch.no_grad():

@@ -9,7 +9,7 @@ from torch import nn
 
 from eckart.errors import EckartError
 from eckart.hosts import Host, host, map_of, offset_of
-from eckart.hosts.host import NUMBERS_PER_CALL
+from eckart.hosts.decoding import NUMBERS_PER_CALL
 from eckart.maps import (
     NM,
     Blocks,

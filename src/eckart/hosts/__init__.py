@@ -4,12 +4,12 @@ from eckart.hosts.anatomy import Anatomy as Anatomy
 from eckart.hosts.anatomy import anatomy as anatomy
 from eckart.hosts.anatomy import linear_layers as linear_layers
 from eckart.hosts.anatomy import replace as replace
+from eckart.hosts.base import Host as Host
 from eckart.hosts.blockwise import Blockwise as Blockwise
 from eckart.hosts.blockwise import Call as Call
 from eckart.hosts.blockwise import release as release
 from eckart.hosts.embedding import EmbeddingHost as EmbeddingHost
 from eckart.hosts.embedding import TiedHead as TiedHead
-from eckart.hosts.host import Host as Host
 from eckart.hosts.host import host as host
 from eckart.hosts.host import is_conv1d as is_conv1d
 from eckart.hosts.host import is_linear as is_linear

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eckart.errors import EckartError
+from eckart.hosts.decoding import EXTRA_CALLS, NUMBERS_PER_CALL, TemporaryDense
 from eckart.hosts.host import leaf
 from eckart.maps import LinearMap, LowRank, Pivoted, inverse_order
 
 
-class EmbeddingHost(nn.Module):
+class EmbeddingHost(TemporaryDense):
     """An embedding table given by a map (V, d): `table` holds one row of k numbers per token.
 
     Attributes:
@@ -40,6 +41,8 @@ class EmbeddingHost(nn.Module):
         self.rest = leaf(rest.contiguous())
         self.register_buffer("order", order)
         self._inverse: tuple[tuple[int, int], Tensor] | None = None
+        saved = self.num_embeddings * self.embedding_dim - map_.numbers
+        self._is_small = saved < EXTRA_CALLS[type(map_)] * NUMBERS_PER_CALL
 
     def held_map(self) -> LinearMap:
         """Return the table as a map (V, d) made of this module's parameters."""
@@ -53,6 +56,9 @@ class EmbeddingHost(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look up tokens: ids (...) int -> (..., d)."""
+        dense = self._dense_if_faster(ids)
+        if dense is not None:
+            return F.embedding(ids, dense)
         rows = self.table(ids)
         if self.order is None:
             return cast(Tensor, self.rest(rows))
@@ -70,11 +76,23 @@ class EmbeddingHost(nn.Module):
                 "a tied head needs its embedding in memory, but that is offloaded; exclude it from offloading"
             )
         hidden = hidden.to(device)  # a device map may put the last block elsewhere
+        dense = self._dense_if_faster(hidden)
+        if dense is not None:
+            return F.linear(hidden, dense)
         if self.order is None:
             return F.linear(F.linear(hidden, self.rest.weight.mT), self.table.weight)
         k = self.table.embedding_dim
         ordered = hidden.index_select(-1, self._input_order())
         return F.linear(ordered[..., :k] + F.linear(ordered[..., k:], self.rest.weight.mT), self.table.weight)
+
+    def _dense_if_faster(self, x: Tensor) -> Tensor | None:
+        """Return the temporary dense table where that is faster: small, without gradients, on CPU."""
+        if torch.is_grad_enabled():
+            self.forget()
+            return None
+        if not self._is_small or not x.is_cpu or torch.compiler.is_compiling():
+            return None
+        return self.temporary_dense()
 
     def _input_order(self) -> Tensor:
         """Return the inverse of `order`, remembered until `order` is replaced or written to."""

@@ -6,139 +6,32 @@ parallelism, `torch.compile`, safetensors, adapters merged on top and quantized 
 """
 
 import dataclasses
-from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from eckart.errors import EckartError
-from eckart.maps import Blocks, Dense, LinearMap, LowRank, Pivoted, Product, Scaled, Sum, require, require_shape
-
-# Decoding one token, a factored layer makes this many more operator calls than a dense one; on CPU one call costs as
-# much as reading about 60,000 float32 numbers from cache (timed by hand, 2-core x86).
-EXTRA_CALLS = {LowRank: 1, Pivoted: 3}
-NUMBERS_PER_CALL = 60_000
-
-
-# What a temporary dense weight was made of: name, leaf (None for a buffer), tensor, its version and its address.
-_Part = tuple[str, "nn.Module | None", Tensor, int, int]
-
-
-class Host(nn.Module):
-    """A structured linear layer y = W x + b, W a map; subclasses say how the map's parts are held.
-
-    Attributes:
-        in_features: n.
-        out_features: m.
-    """
-
-    in_features: int
-    out_features: int
-
-    def __init__(self, shape: tuple[int, int]) -> None:
-        super().__init__()
-        self.out_features, self.in_features = shape
-
-    @abstractmethod
-    def held_map(self) -> LinearMap:
-        """Return the map held, made of this module's own parameters."""
-
-    @property
-    def offset(self) -> Tensor | None:
-        """The bias b (m,), or None."""
-        return cast("Tensor | None", self.bias)
-
-    def dense(self) -> Tensor:
-        """Return W as a new matrix (m, n)."""
-        return self.held_map().dense()
-
-    def extra_repr(self) -> str:
-        """Show sizes and storage in the module's repr."""
-        held = sum(p.numel() for p in self.parameters())
-        return f"in_features={self.in_features}, out_features={self.out_features}, numbers={held:,}"
+from eckart.hosts.base import Host
+from eckart.hosts.decoding import DecodingHost, is_plain
+from eckart.maps import (
+    Blocks,
+    Dense,
+    LinearMap,
+    LowRank,
+    Pivoted,
+    Product,
+    Scaled,
+    Sum,
+    expands,
+    multiply_pivoted,
+    require,
+    require_shape,
+)
 
 
-class _Decoding(Host):
-    """A host that computes with a temporary dense weight where that is faster than its factors.
-
-    For small layers on CPU the operator calls of a factored layer cost more than the numbers it saves, so without
-    gradients they go through a dense weight, made at the first call. It is forgotten with every call with gradients,
-    every change of mode, dtype or device, and whenever a factor is replaced or written to in place. Only a write
-    through `.data` leaves no trace; call `train()` or `eval()` after one.
-    """
-
-    def __init__(self, shape: tuple[int, int], map_type: type[LinearMap], numbers: int) -> None:
-        super().__init__(shape)
-        saved = shape[0] * shape[1] - numbers
-        self._dense_decoding = saved < EXTRA_CALLS[map_type] * NUMBERS_PER_CALL
-        self._decoding: tuple[tuple[_Part, ...], Tensor] | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply to the last axis: x (..., n) -> (..., m)."""
-        if torch.compiler.is_compiling() or not self._dense_decoding:
-            return self.structured(x)
-        if torch.is_grad_enabled() or x.device.type != "cpu":
-            self._decoding = None
-            return self.structured(x)
-        self._refresh_decoding()
-        return self.structured(x) if self._decoding is None else F.linear(x, self._decoding[1], self.offset)
-
-    @abstractmethod
-    def structured(self, x: Tensor) -> Tensor:
-        """Apply through the factors."""
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode; the temporary dense weight is forgotten."""
-        self._decoding = None
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # What every move and cast of a module goes through; it may leave identity and version of a parameter alone.
-        self._decoding = None
-        return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
-
-    def _is_current(self, made_of: tuple[_Part, ...]) -> bool:
-        """Tell whether nothing changed since a dense weight was made; called for every token, hence so spelled out."""
-        modules, buffers = self._modules, self._buffers
-        for name, leaf, tensor, version, pointer in made_of:
-            if leaf is None:
-                if buffers[name] is not tensor:
-                    return False
-            elif (
-                modules[name] is not leaf
-                or leaf._parameters["weight"] is not tensor
-                or leaf._forward_hooks
-                or leaf._forward_pre_hooks
-                or "forward" in leaf.__dict__
-            ):
-                return False
-            if tensor._version != version or tensor.data_ptr() != pointer:
-                return False
-        return True
-
-    def _refresh_decoding(self) -> None:
-        """Make the temporary dense weight if it is missing or stale; forget it where the factors must be called."""
-        if self._decoding is not None and self._is_current(self._decoding[0]):
-            return
-        self._decoding = None
-        held: list[tuple[str, nn.Module | None, Tensor]] = [
-            (name, None, buffer) for name, buffer in self._buffers.items() if buffer is not None
-        ]
-        for name, leaf in self._modules.items():
-            if leaf is None or not _is_plain(leaf):
-                return
-            held.append((name, leaf, cast(Tensor, leaf._parameters["weight"])))
-        if held[-1][2].is_inference():  # does not count its versions
-            return
-        state = tuple((name, leaf, t, t._version, t.data_ptr()) for name, leaf, t in held)
-        with torch.autocast("cpu", enabled=False):  # the weight may outlive the region it is made in
-            self._decoding = state, self.held_map().dense().detach()
-
-
-class LowRankHost(_Decoding):
+class LowRankHost(DecodingHost):
     """y = up(down(x)): two `nn.Linear` leaves, the bias in `up`."""
 
     def __init__(self, map_: LowRank, bias: Tensor | None = None) -> None:
@@ -151,38 +44,42 @@ class LowRankHost(_Decoding):
 
     @property
     def offset(self) -> Tensor | None:
-        return self.up.bias
+        return cast(nn.Module, self._modules["up"])._parameters["bias"]  # read for every token: no `__getattr__`
 
     def structured(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.up(self.down(x)))
 
 
-class PivotedHost(_Decoding):
+class PivotedHost(DecodingHost):
     """The pivots and the combinations of them as `nn.Linear` leaves `basis` and `coefficients`, and their order."""
 
     order: Tensor
 
     def __init__(self, map_: Pivoted, bias: Tensor | None = None) -> None:
         super().__init__(map_.shape, Pivoted, map_.numbers)
-        self.axis = map_.axis
+        self.axis, self.rank = map_.axis, map_.rank
         self.basis = leaf(map_.basis)
         self.coefficients = leaf(map_.coefficients)
         self.register_buffer("order", map_.order)
-        self.bias = _parameter(bias)
+        self.register_parameter("bias", _parameter(bias))
 
     def held_map(self) -> LinearMap:
         return Pivoted(self.basis.weight, self.coefficients.weight, self.order, self.axis)
 
     def structured(self, x: Tensor) -> Tensor:
-        if _is_plain(self.basis) and _is_plain(self.coefficients):
-            y = self.held_map()(x)
+        basis, coefficients, order = self.basis, self.coefficients, self.order
+        if is_plain(basis) and is_plain(coefficients):
+            if expands(self.rank, order.shape[0], x.numel() // max(self.in_features, 1)):
+                y = self.held_map()(x)
+            else:
+                y = multiply_pivoted(x, basis.weight, coefficients.weight, order, self.axis)
         elif self.axis == "rows":
-            pivots = self.basis(x)
-            y = torch.cat((pivots, self.coefficients(pivots)), dim=-1).index_select(-1, self.order)
+            pivots = basis(x)
+            y = torch.cat((pivots, coefficients(pivots)), dim=-1).index_select(-1, order)
         else:
-            k, ordered = self.coefficients.out_features, x.index_select(-1, self.order)
-            y = self.basis(ordered[..., :k] + self.coefficients(ordered[..., k:]))
-        return y if self.bias is None else y + self.bias
+            ordered = x.index_select(-1, order)
+            y = basis(ordered[..., : self.rank] + coefficients(ordered[..., self.rank :]))
+        return y if self.offset is None else y + self.offset
 
 
 class SumHost(Host):
@@ -191,7 +88,7 @@ class SumHost(Host):
     def __init__(self, map_: Sum, bias: Tensor | None = None) -> None:
         super().__init__(map_.shape)
         _add_children(self, map_.maps)
-        self.bias = _parameter(bias)
+        self.register_parameter("bias", _parameter(bias))
 
     def held_map(self) -> LinearMap:
         return Sum(tuple(map_of(child) for child in self.children()))
@@ -202,7 +99,7 @@ class SumHost(Host):
         y: Tensor = terms[0](x)
         for term in terms[1:]:
             y = y + term(x)
-        return y if self.bias is None else y + self.bias
+        return y if self.offset is None else y + self.offset
 
 
 class ProductHost(Host):
@@ -211,7 +108,7 @@ class ProductHost(Host):
     def __init__(self, map_: Product, bias: Tensor | None = None) -> None:
         super().__init__(map_.shape)
         _add_children(self, map_.maps)
-        self.bias = _parameter(bias)
+        self.register_parameter("bias", _parameter(bias))
 
     def held_map(self) -> LinearMap:
         return Product(tuple(map_of(child) for child in self.children()))
@@ -220,7 +117,7 @@ class ProductHost(Host):
         """Apply to the last axis."""
         for factor in reversed(list(self.children())):
             x = factor(x)
-        return x if self.bias is None else x + self.bias
+        return x if self.offset is None else x + self.offset
 
 
 class ScaledHost(Host):
@@ -230,7 +127,7 @@ class ScaledHost(Host):
         super().__init__(map_.shape)
         self.map = host(map_.map)
         self.scale = map_.scale
-        self.bias = _parameter(bias)
+        self.register_parameter("bias", _parameter(bias))
 
     def held_map(self) -> LinearMap:
         return Scaled(map_of(self.map), self.scale)
@@ -238,7 +135,7 @@ class ScaledHost(Host):
     def forward(self, x: Tensor) -> Tensor:
         """Apply to the last axis."""
         y: Tensor = self.scale * self.map(x)
-        return y if self.bias is None else y + self.bias
+        return y if self.offset is None else y + self.offset
 
 
 class BlocksHost(Host):
@@ -248,7 +145,7 @@ class BlocksHost(Host):
         super().__init__(map_.shape)
         for i, row in enumerate(map_.grid):
             self.add_module(str(i), nn.ModuleList(host(block) for block in row))
-        self.bias = _parameter(bias)
+        self.register_parameter("bias", _parameter(bias))
 
     def held_map(self) -> LinearMap:
         return Blocks(tuple(tuple(map_of(block) for block in row.children()) for row in self.children()))
@@ -258,7 +155,7 @@ class BlocksHost(Host):
         rows = [list(row.children()) for row in self.children()]
         pieces = x.split([cast(Host, block).in_features for block in rows[0]], dim=-1)
         y = torch.cat([torch.stack([b(p) for b, p in zip(row, pieces, strict=True)]).sum(0) for row in rows], dim=-1)
-        return y if self.bias is None else y + self.bias
+        return y if self.offset is None else y + self.offset
 
 
 class MapHost(Host):
@@ -283,7 +180,7 @@ class MapHost(Host):
                 operation = f"host of {self._type.__name__}"
                 require(not isinstance(value, tuple), operation, f"a tuple {name!r}", "a Sum or a Product")
                 self._static[name] = value
-        self.bias = _parameter(bias)
+        self.register_parameter("bias", _parameter(bias))
 
     def held_map(self) -> LinearMap:
         values = {name: getattr(self, name) for name in self._fields if name not in self._static}
@@ -293,7 +190,7 @@ class MapHost(Host):
     def forward(self, x: Tensor) -> Tensor:
         """Apply to the last axis."""
         y = self.held_map()(x)
-        return y if self.bias is None else y + self.bias
+        return y if self.offset is None else y + self.offset
 
 
 HOSTS: dict[type[LinearMap], type[Host]] = {
@@ -361,17 +258,6 @@ def leaf(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     if bias is not None:
         made.bias = cast(nn.Parameter, _parameter(bias))
     return made
-
-
-def _is_plain(leaf: nn.Module) -> bool:
-    """Tell whether a leaf computes x W^T with its weight and nothing else happens: not wrapped by an adapter or a
-    quantizer, no hook that loads, gathers or records, no stand-in of a functional transform for its weight.
-    """
-    return (
-        type(leaf) is nn.Linear
-        and type(leaf._parameters["weight"]) is nn.Parameter
-        and not (leaf._forward_hooks or leaf._forward_pre_hooks or "forward" in leaf.__dict__)
-    )
 
 
 def _parameter(tensor: Tensor | None) -> nn.Parameter | None:

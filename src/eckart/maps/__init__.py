@@ -23,6 +23,8 @@ from eckart.maps.normalized import RowNormalized as RowNormalized
 from eckart.maps.permutation import Permutation as Permutation
 from eckart.maps.permutation import inverse_order as inverse_order
 from eckart.maps.pivoted import Pivoted as Pivoted
+from eckart.maps.pivoted import expands as expands
+from eckart.maps.pivoted import multiply_pivoted as multiply_pivoted
 from eckart.maps.pivoted import pivot as pivot
 from eckart.maps.pivoted import pivoted_numbers as pivoted_numbers
 from eckart.maps.rules import simplify as simplify

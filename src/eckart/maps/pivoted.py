@@ -67,18 +67,9 @@ class Pivoted(LinearMap):
         return self.basis.shape[0] if self.axis == "rows" else self.basis.shape[1]
 
     def __call__(self, x: Tensor) -> Tensor:
-        k, vectors = self.rank, x.numel() // max(x.shape[-1], 1)
-        if self._expands(vectors):
+        if expands(self.rank, self.order.shape[0], x.numel() // max(x.shape[-1], 1)):
             return self.lowrank()(x)
-        if self.axis == "rows":
-            pivots = F.linear(x, self.basis)
-            return torch.cat((pivots, F.linear(pivots, self.coefficients)), dim=-1).index_select(-1, self.order)
-        ordered = x.index_select(-1, self.order)
-        return F.linear(ordered[..., :k] + F.linear(ordered[..., k:], self.coefficients), self.basis)
-
-    def _expands(self, vectors: int) -> bool:
-        """Tell whether multiplying by the k^2 numbers that are not stored costs less than reordering every vector."""
-        return vectors >= EXPAND_TOKENS and self.rank**2 <= GATHER_COST * self.order.shape[0]
+        return multiply_pivoted(x, self.basis, self.coefficients, self.order, self.axis)
 
     @property
     def T(self) -> LinearMap:
@@ -91,7 +82,7 @@ class Pivoted(LinearMap):
 
     def flops(self, tokens: int = 1) -> int:
         k = self.rank
-        if self._expands(tokens):
+        if expands(k, self.order.shape[0], tokens):
             return 2 * tokens * lowrank_numbers(self.shape, k)
         joined = tokens * k if self.axis == "columns" else 0
         return 2 * tokens * pivoted_numbers(self.shape, k) + joined
@@ -106,6 +97,26 @@ class Pivoted(LinearMap):
             return cast(LowRank, cast(Pivoted, self.T).lowrank().T)
         unit = torch.eye(self.rank, dtype=self.coefficients.dtype, device=self.coefficients.device)
         return LowRank(torch.cat((unit, self.coefficients)).index_select(0, order), basis)
+
+
+def multiply_pivoted(x: Tensor, basis: Tensor, coefficients: Tensor, order: Tensor, axis: str) -> Tensor:
+    """Return W x from the parts of a `Pivoted`, with its numbers and no more: x (..., n) -> (..., m)."""
+    if axis == "rows":
+        pivots = F.linear(x, basis)
+        return torch.cat((pivots, F.linear(pivots, coefficients)), dim=-1).index_select(-1, order)
+    k, ordered = basis.shape[1], x.index_select(-1, order)
+    return F.linear(ordered[..., :k] + F.linear(ordered[..., k:], coefficients), basis)
+
+
+def expands(rank: int, length: int, vectors: int) -> bool:
+    """Tell whether multiplying by the k^2 numbers that are not stored costs less than reordering every vector.
+
+    Args:
+        rank: k.
+        length: of the vectors that would be reordered.
+        vectors: how many there are.
+    """
+    return vectors >= EXPAND_TOKENS and rank**2 <= GATHER_COST * length
 
 
 def pivoted_numbers(shape: tuple[int, int], rank: int) -> int:
@@ -129,7 +140,9 @@ def pivot(map_: LowRank, axis: str | None = None) -> Pivoted:
     if axis is None:
         axis = "rows" if m <= n else "columns"
     if axis == "columns":
-        return cast(Pivoted, pivot(cast(LowRank, map_.T), "rows").T)
+        rows = pivot(cast(LowRank, map_.T), "rows")
+        order = inverse_order(rows.order)
+        return Pivoted(rows.basis.mT.contiguous(), rows.coefficients.mT.contiguous(), order, "columns")
     up, down = map_.up.double(), map_.down.double()
     try:
         found = pivot_rows(up)

@@ -1,0 +1,164 @@
+"""Small factored layers without gradients: a temporary dense weight where operator calls cost more than they save."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eckart.hosts.base import Host
+from eckart.maps import LinearMap, LowRank, Pivoted
+
+# A factored layer makes this many more operator calls than a dense one.
+EXTRA_CALLS = {LowRank: 1, Pivoted: 3}
+# One more call costs as much as reading this many float32 numbers for one vector, or as this many multiplications for
+# many vectors, on CPU (benchmarks/constants.py). Pivots never win with many vectors on layers as small as that:
+# reordering them takes as long as multiplying.
+NUMBERS_PER_CALL = 60_000
+MULTIPLICATIONS_PER_CALL = 4_000_000
+# Thin factors multiply at a lower rate than a square matrix, so that saving less than this share saves no time.
+LEAST_SAVING = 0.25
+
+
+# One tensor that a temporary dense weight was made of, and all that would show a change of it. A plain tuple of the
+# dictionaries themselves: attributes and named fields, looked up for every token, doubled the time of the check.
+_Part = tuple[
+    dict[str, Any],  # where the tensor's module, or the tensor itself if a buffer, is registered
+    str,  # under this name
+    nn.Module | Tensor,  # as this object
+    dict[str, Any],  # where the tensor is registered
+    str,  # under this name
+    Tensor,
+    int,  # its version
+    int,  # its address
+    dict[int, Any],  # the module's hooks
+    dict[int, Any],  # those called before it
+    dict[str, Any],  # its own attributes
+]
+
+
+class TemporaryDense(nn.Module):
+    """A module with a structured matrix that can also be had as a temporary dense weight.
+
+    The weight is made when first asked for. It is forgotten with every call with gradients, every change of mode, dtype
+    or device, and whenever a factor is replaced or written to in place. Only a write through `.data` leaves no trace;
+    call `train()` or `eval()` after one.
+    """
+
+    _decoding: tuple[tuple[_Part, ...], Tensor] | None = None
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """Return the matrix as a new tensor."""
+
+    def temporary_dense(self) -> Tensor | None:
+        """Return the temporary dense weight, made anew if any factor changed; None where factors must be called."""
+        decoding = self._decoding
+        if decoding is None or not _is_current(decoding[0]):
+            decoding = self._decoding = self._decoded()
+        return None if decoding is None else decoding[1]
+
+    def forget(self) -> None:
+        """Free the temporary dense weight."""
+        self._decoding = None
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; the temporary dense weight is forgotten."""
+        self._decoding = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the temporary dense weight out of copies."""
+        return {**self.__dict__, "_decoding": None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # What every move and cast of a module goes through; it may leave identity and version of a parameter alone.
+        self._decoding = None
+        return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
+
+    def _decoded(self) -> tuple[tuple[_Part, ...], Tensor] | None:
+        """Return a temporary dense weight and what it was made of; None where the factors must be called."""
+        made_of: list[_Part] = []
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                state = buffer._version, buffer.data_ptr()
+                made_of.append((self._buffers, name, buffer, self._buffers, name, buffer, *state, {}, {}, {}))
+        for name, leaf in self._modules.items():
+            if leaf is None or not is_plain(leaf):
+                return None
+            weight = cast(Tensor, leaf._parameters["weight"])
+            if weight.is_inference():  # does not count its versions
+                return None
+            store, hooks = leaf._parameters, (leaf._forward_hooks, leaf._forward_pre_hooks)
+            state = weight._version, weight.data_ptr()
+            made_of.append((self._modules, name, leaf, store, "weight", weight, *state, *hooks, leaf.__dict__))
+        with torch.autocast("cpu", enabled=False):  # the weight may outlive the region it is made in
+            return tuple(made_of), self.dense().detach()
+
+
+class DecodingHost(Host, TemporaryDense):
+    """A host that computes with a temporary dense weight where that is faster than its factors."""
+
+    def __init__(self, shape: tuple[int, int], map_type: type[LinearMap], numbers: int) -> None:
+        super().__init__(shape)
+        self._dense_below = shape[1] * _dense_below(shape, map_type, numbers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to the last axis: x (..., n) -> (..., m)."""
+        if torch.is_grad_enabled():
+            self._decoding = None
+            return self.structured(x)
+        if x.numel() >= self._dense_below or not x.is_cpu or torch.compiler.is_compiling():
+            return self.structured(x)
+        # `temporary_dense` spelled out: one call less for every token.
+        decoding = self._decoding
+        if decoding is None or not _is_current(decoding[0]):
+            decoding = self._decoding = self._decoded()
+        return self.structured(x) if decoding is None else F.linear(x, decoding[1], self.offset)
+
+    @abstractmethod
+    def structured(self, x: Tensor) -> Tensor:
+        """Apply through the factors."""
+
+
+def _dense_below(shape: tuple[int, int], map_type: type[LinearMap], numbers: int) -> float:
+    """Return the number of vectors from which on a layer's factors are faster than its dense weight, 0 if always."""
+    full, calls = math.prod(shape), EXTRA_CALLS[map_type]
+    saved = full - numbers
+    if saved >= calls * NUMBERS_PER_CALL:
+        return 0
+    if map_type is Pivoted or saved <= LEAST_SAVING * full:
+        return math.inf
+    return calls * MULTIPLICATIONS_PER_CALL / saved
+
+
+def _is_current(made_of: tuple[_Part, ...]) -> bool:
+    """Tell whether nothing changed since a dense weight was made; called for every token, hence so spelled out."""
+    for owner, name, registered, store, key, tensor, version, pointer, hooks, pre_hooks, attributes in made_of:
+        if (
+            owner[name] is not registered
+            or store[key] is not tensor
+            or hooks
+            or pre_hooks
+            or "forward" in attributes
+            or tensor._version != version
+            or tensor.data_ptr() != pointer
+        ):
+            return False
+    return True
+
+
+def is_plain(leaf: nn.Module) -> bool:
+    """Tell whether a leaf uses its weight as torch does and nothing else happens: not wrapped by an adapter or a
+    quantizer, no hook that loads, gathers or records, no stand-in of a functional transform for its weight.
+    """
+    return (
+        type(leaf) in (nn.Linear, nn.Embedding)
+        and type(leaf._parameters["weight"]) is nn.Parameter
+        and not (leaf._forward_hooks or leaf._forward_pre_hooks or "forward" in leaf.__dict__)
+    )
