@@ -165,6 +165,11 @@ def row_of(model: str, subject: Subject, variant: str, keep: float, scratch: Pat
     }
 
 
+def key(row: dict[str, Any]) -> tuple[str, str, float]:
+    """Return what a row is of."""
+    return row["model"], row["variant"], row["keep"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+")
@@ -183,13 +188,14 @@ def main() -> None:
             if not any(r["model"] == model and r["variant"] == "dense" for r in rows):
                 dense = {name: measure(subject.folder) for name, measure in subject.measures.items()}
                 rows.append({"model": model, "variant": "dense", "keep": 1.0, **dense})
+                save("compression", rows)
             for variant in given.variants:
                 for keep in given.keep:
-                    same = [r for r in rows if (r["model"], r["variant"], r["keep"]) == (model, variant, keep)]
-                    if same and not given.again:
+                    if not given.again and any(key(r) == (model, variant, keep) for r in rows):
                         continue
                     row = row_of(model, subject, variant, keep, scratch)
-                    rows = [r for r in rows if r not in same] + [row]
+                    # Read anew: another process may be measuring other rows.
+                    rows = [r for r in load("compression")["rows"] if key(r) != key(row)] + [row]
                     save("compression", rows)
                     print({k: v for k, v in row.items() if k != "settings"}, flush=True)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import eckart
 from eckart.files.folder import quiet
@@ -23,6 +23,7 @@ from harness import medians, require_shared, save
 SHAPES = ((192, 192), (512, 192), (1024, 1024), (4096, 1024))
 KEEP = (0.8, 0.6, 0.4)
 NEW_TOKENS = 64
+LARGER = "Llama, 4 blocks of 1024, random"
 
 
 def layer_rows(runs: int) -> list[dict[str, Any]]:
@@ -61,15 +62,28 @@ def layer_rows(runs: int) -> list[dict[str, Any]]:
     return rows
 
 
+def make_larger(folder: Path, tokenizer: Path) -> None:
+    """Save a model of random weights whose layers are as wide as those of small deployed models."""
+    config = LlamaConfig(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=16, num_key_value_heads=16,
+        vocab_size=4096, max_position_embeddings=512, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+
+
 def model_rows(runs: int) -> list[dict[str, Any]]:
     """Time whole models."""
     shared, rows = require_shared(), []
     with tempfile.TemporaryDirectory() as scratch, quiet():
-        for name in ("stories3m", "babyllama105"):
-            folder = shared / "models" / name
+        for name in ("stories3m", "babyllama105", LARGER):
+            folder = Path(scratch) / name if name == LARGER else shared / "models" / name
+            if name == LARGER:
+                make_larger(folder, shared / "models/stories3m")
             models = {"dense": AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)}
             for method, keep in (("svd-llm", 0.6), ("eckart", 0.8), ("eckart", 0.6)):
-                out = Path(scratch) / f"{name}-{method}-{keep}"
+                out = Path(scratch) / f"{name.partition(',')[0]}-{method}-{keep}"
                 text = shared / "data/tinystories/train.txt.gz"
                 eckart.compress(folder, out, method=method, keep=keep, calibration=text)
                 models[f"{method} {keep}"] = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)

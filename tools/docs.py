@@ -114,6 +114,7 @@ def pages() -> dict[Path, str]:
         "solver": results("solver"),
         "speed": results("speed"),
         "memory": results("memory"),
+        "constants": results("constants"),
     }
     return {
         ROOT / f"docs/{name}.md": environment.get_template(f"{name}.md.jinja").render(values)

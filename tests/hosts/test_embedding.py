@@ -120,3 +120,25 @@ def test_rank_zero():
 def test_other_maps_are_refused(bad):
     with pytest.raises(EckartError, match="an embedding needs a low-rank or column-pivoted map, got"):
         EmbeddingHost(bad)
+
+
+@torch.no_grad()
+def test_lookup_and_head_follow_their_factors_without_gradients(map_):
+    embedding = EmbeddingHost(map_).eval()
+    head, hidden, ids = TiedHead(embedding), torch.randn(2, WIDTH), torch.arange(VOCABULARY)
+    for leaf in (embedding.table, embedding.rest):
+        for _ in range(2):
+            table = embedding.held_map().dense()
+            torch.testing.assert_close(embedding(ids), table, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(head(hidden), hidden @ table.mT, atol=1e-5, rtol=1e-5)
+            leaf.weight.mul_(2)
+
+
+def test_a_copy_has_its_own_temporary_table(map_):
+    embedding = EmbeddingHost(map_).eval()
+    with torch.no_grad():
+        embedding(torch.tensor([0]))
+        copied = copy.deepcopy(embedding)
+        copied.table.weight.zero_()
+        assert not copied(torch.tensor([0])).any()
+        assert embedding(torch.tensor([0])).any()
