@@ -4,8 +4,10 @@
 
 - GATHER_COST: seconds to reorder one number of 256 vectors, joined first, in multiplications of a dense layer
 - EXPAND_TOKENS: the fewest vectors for which spelling out the pivots' identity rows beats reordering
-- GATHER_TOKENS: the most vectors for which gathering a sparse map's non-zeros beats writing its matrix out
-- NUMBERS_PER_CALL: seconds of one more operator call on one vector, in numbers of a dense layer read
+- ROWS_TOKENS: the most vectors for which torch's sparse product of a 2:4 matrix beats writing that matrix out
+- SPARSE: not a constant but its reason: seconds of torch's sparse product, at a density of 0.1, over those of writing
+  the matrix out and multiplying densely, for 256 vectors
+- NUMBERS_PER_CALL: seconds of one more small `nn.Linear` on one vector, in numbers of a dense layer read
 - MULTIPLICATIONS_PER_CALL: seconds that a pair of factors loses on 256 vectors against the rate of a dense layer, in
   multiplications of that layer
 """
@@ -16,17 +18,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eckart.hosts.decoding import MULTIPLICATIONS_PER_CALL, NUMBERS_PER_CALL
-from eckart.maps import LowRank, pivot, sparse
+from eckart.maps import LowRank, n_of_m, pivot, sparse
 from eckart.maps.pivoted import EXPAND_TOKENS, GATHER_COST, multiply_pivoted
-from eckart.maps.sparse import GATHER_TOKENS
+from eckart.maps.sparse import ROWS_TOKENS, multiply_compressed_rows
 from harness import medians, save
 
 SHAPES = ((192, 192), (512, 192), (1024, 1024), (4096, 1024))
-TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)
+TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 1024)
 MANY = 256
 
 
@@ -71,20 +73,28 @@ def expand_tokens(m: int, n: int, runs: int) -> int:
     return crossover(lambda x: multiply_pivoted(x, *parts), spelled_out, n, runs)
 
 
-def gather_tokens(m: int, n: int, runs: int, density: float = 0.1) -> int:
-    map_ = sparse(torch.randn(m, n) * (torch.rand(m, n) < density))
+def rows_tokens(m: int, n: int, runs: int) -> int:
+    map_ = n_of_m(torch.randn(m, n), 2, 4)
+    columns = map_.columns().int().flatten()
+    starts = torch.arange(0, columns.numel() + 1, n // 2).int()
+    by_rows = sparse_product(map_.values.flatten(), columns, starts)
+    return crossover(by_rows, lambda x: F.linear(x, map_.dense()), n, runs) - 1
 
-    def gathered(x: Tensor) -> Tensor:
-        products = x.index_select(-1, map_.columns) * map_.values
-        return products.new_zeros(*x.shape[:-1], m).index_add(-1, map_.rows(), products)
 
-    return crossover(gathered, lambda x: F.linear(x, map_.dense()), n, runs) - 1
+def sparse_product(values: Tensor, columns: Tensor, starts: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: multiply_compressed_rows(x, values, columns, starts)
+
+
+def sparse_share(m: int, n: int, runs: int) -> float:
+    map_, x = sparse(torch.randn(m, n) * (torch.rand(m, n) < 0.1)), torch.randn(MANY, n)
+    times = seconds({"sparse": lambda: map_(x), "written": lambda: F.linear(x, map_.dense())}, runs)
+    return times["sparse"] / times["written"]
 
 
 def numbers_per_call(m: int, n: int, runs: int) -> float:
-    x, weight, tiny = torch.randn(1, n), torch.randn(m, n), torch.randn(8, 8)
-    small = torch.randn(1, 8)
-    times = seconds({"dense": lambda: F.linear(x, weight), "call": lambda: F.linear(small, tiny)}, runs, repeat=200)
+    x, dense = torch.randn(1, n), nn.Linear(n, m, bias=False)
+    y, small = torch.randn(1, 8), nn.Linear(8, 8, bias=False)
+    times = seconds({"dense": lambda: dense(x), "call": lambda: small(y)}, runs, repeat=200)
     return times["call"] / max(times["dense"] - times["call"], 1e-9) * m * n
 
 
@@ -100,7 +110,8 @@ def multiplications_per_call(m: int, n: int, runs: int) -> float:
 MEASURED: dict[str, tuple[float, Callable[[int, int, int], float]]] = {
     "GATHER_COST": (GATHER_COST, gather_cost),
     "EXPAND_TOKENS": (EXPAND_TOKENS, expand_tokens),
-    "GATHER_TOKENS": (GATHER_TOKENS, gather_tokens),
+    "ROWS_TOKENS": (ROWS_TOKENS, rows_tokens),
+    "SPARSE": (1.0, sparse_share),
     "NUMBERS_PER_CALL": (NUMBERS_PER_CALL, numbers_per_call),
     "MULTIPLICATIONS_PER_CALL": (MULTIPLICATIONS_PER_CALL, multiplications_per_call),
 }

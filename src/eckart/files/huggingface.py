@@ -151,6 +151,7 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, Host):
                 module.__dict__.pop("weight", None)
         for name, entry in localized(model, self.quantization_config.layers).items():
+            check_contents(name, model.get_submodule(name))
             source = _tied_bias(model, name) if entry["kind"] == TIED_HEAD else None
             if source is not None:
                 model.get_submodule(name).bias = model.get_parameter(source)
@@ -288,6 +289,23 @@ def _module_shape(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
     return map_of(module).shape
+
+
+def check_contents(name: str, module: nn.Module) -> None:
+    """Check the index tensors of a compressed layer, as far as they are in memory.
+
+    Raises:
+        EckartError: if one points beyond its matrix; the layer is named.
+    """
+    if not isinstance(module, Host | EmbeddingHost):
+        return
+    map_ = module.held_map()
+    if any(t.is_meta for t in map_.tensors().values()):
+        return  # read later, by whoever offloads
+    try:
+        map_.validate()
+    except EckartError as error:
+        raise EckartError(f"the tensors of layer {name!r} are corrupt: {error}") from error
 
 
 def expected_tensors(layers: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

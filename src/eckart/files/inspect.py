@@ -18,7 +18,16 @@ from transformers import AutoConfig, AutoModel
 from eckart.atomic import copy_file, write_json
 from eckart.errors import EckartError
 from eckart.files.folder import COMPANIONS, TensorFile, check_model_folder, quiet, tensor_file
-from eckart.files.huggingface import EMBEDDING, LINEAR, QUANT_METHOD, TIED_HEAD, EckartConfig, blank_map, check_files
+from eckart.files.huggingface import (
+    EMBEDDING,
+    LINEAR,
+    QUANT_METHOD,
+    TIED_HEAD,
+    EckartConfig,
+    blank_map,
+    check_contents,
+    check_files,
+)
 from eckart.files.shards import Source, write_shards
 from eckart.files.writing import check_output
 from eckart.hosts import EmbeddingHost, host, is_conv1d, is_linear, map_of, offset_of
@@ -291,6 +300,7 @@ def _sources(
 def _filled(name: str, entry: Mapping[str, Any], tensors: TensorFile) -> nn.Module:
     module = _blank_module(name, entry)
     module.load_state_dict({key: tensors.read(f"{name}.{key}") for key in module.state_dict()}, assign=True)
+    check_contents(name, module)
     return module
 
 

@@ -69,7 +69,8 @@ class PivotedHost(DecodingHost):
     def structured(self, x: Tensor) -> Tensor:
         basis, coefficients, order = self.basis, self.coefficients, self.order
         if is_plain(basis) and is_plain(coefficients):
-            if expands(self.rank, order.shape[0], x.numel() // max(self.in_features, 1)):
+            learns = torch.is_grad_enabled() and (x.requires_grad or basis.weight.requires_grad)
+            if expands(self.rank, order.shape[0], x.numel() // max(self.in_features, 1), learns):
                 y = self.held_map()(x)
             else:
                 y = multiply_pivoted(x, basis.weight, coefficients.weight, order, self.axis)

@@ -67,6 +67,14 @@ class LinearMap(ABC):
         """Return the multiplications and additions of `dense`: those of applying the map to the identity by default."""
         return self.flops(self.shape[1])
 
+    def validate(self) -> None:
+        """Raise an `EckartError` if what the tensors hold cannot be, such as an index beyond the matrix.
+
+        Sizes and dtypes are checked whenever a map is made; contents only here, which whoever reads files calls.
+        """
+        for _, child in _children(self):
+            child.validate()
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name, in field order; those of inner maps are prefixed, as in "0.up"."""
         out = dict(_own_tensors(self))

@@ -32,8 +32,19 @@ class Permutation(LinearMap):
     def T(self) -> LinearMap:
         return Permutation(inverse_order(self.order))
 
+    def validate(self) -> None:
+        """Raise an `EckartError` unless every index appears once."""
+        check_order("Permutation", self.order)
+
     def flops(self, tokens: int = 1) -> int:
         return 0
+
+
+def check_order(operation: str, order: Tensor) -> None:
+    """Raise an `EckartError` unless every index of an order (n,) appears once."""
+    n = order.shape[0]
+    found = torch.equal(order.long().sort().values, torch.arange(n, device=order.device))
+    require(found, operation, "an order that misses or repeats an index", f"each of 0 to {n - 1} once")
 
 
 def inverse_order(order: Tensor) -> Tensor:

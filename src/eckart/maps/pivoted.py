@@ -18,14 +18,14 @@ from eckart.errors import EckartError
 from eckart.linalg import pivot_rows
 from eckart.maps.base import LinearMap, linear_map, require, require_shape
 from eckart.maps.lowrank import LowRank, lowrank_numbers
-from eckart.maps.permutation import inverse_order
+from eckart.maps.permutation import check_order, inverse_order
 
 # From this many input vectors on, spelling out the identity rows of the second factor (m k numbers, written once per
-# call) beats gathering every output; timed by hand on shapes from 64 x 192 to 4096 x 4096.
-EXPAND_TOKENS = 8
-# Reordering one number of one vector is taken to cost as much as this many multiplications and additions: an estimate
-# from memory and multiplication rates, not a measurement.
-GATHER_COST = 75
+# call) beats reordering every vector; and with gradients always, since the gradient of reordering is three times as
+# slow as reordering (benchmarks/constants.py).
+EXPAND_TOKENS = 128
+# Reordering one number of one vector takes as long as this many multiplications and additions.
+GATHER_COST = 100
 
 
 @linear_map
@@ -67,9 +67,16 @@ class Pivoted(LinearMap):
         return self.basis.shape[0] if self.axis == "rows" else self.basis.shape[1]
 
     def __call__(self, x: Tensor) -> Tensor:
-        if expands(self.rank, self.order.shape[0], x.numel() // max(x.shape[-1], 1)):
+        if expands(self.rank, self.order.shape[0], x.numel() // max(x.shape[-1], 1), self._learns(x)):
             return self.lowrank()(x)
         return multiply_pivoted(x, self.basis, self.coefficients, self.order, self.axis)
+
+    def _learns(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or self.basis.requires_grad)
+
+    def validate(self) -> None:
+        """Raise an `EckartError` unless the order is one."""
+        check_order("Pivoted", self.order)
 
     @property
     def T(self) -> LinearMap:
@@ -108,15 +115,16 @@ def multiply_pivoted(x: Tensor, basis: Tensor, coefficients: Tensor, order: Tens
     return F.linear(ordered[..., :k] + F.linear(ordered[..., k:], coefficients), basis)
 
 
-def expands(rank: int, length: int, vectors: int) -> bool:
+def expands(rank: int, length: int, vectors: int, gradients: bool = False) -> bool:
     """Tell whether multiplying by the k^2 numbers that are not stored costs less than reordering every vector.
 
     Args:
         rank: k.
         length: of the vectors that would be reordered.
         vectors: how many there are.
+        gradients: whether they are to be differentiated as well.
     """
-    return vectors >= EXPAND_TOKENS and rank**2 <= GATHER_COST * length
+    return gradients or (vectors >= EXPAND_TOKENS and rank**2 <= GATHER_COST * length)
 
 
 def pivoted_numbers(shape: tuple[int, int], rank: int) -> int:

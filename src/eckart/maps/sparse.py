@@ -1,6 +1,8 @@
 """Maps with few non-zero entries: unstructured (compressed rows) and N of every M along a row."""
 
+import functools
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -8,9 +10,8 @@ from torch.nn import functional as F
 
 from eckart.maps.base import LinearMap, linear_map, require, require_shape
 
-# Up to this many input vectors the non-zeros are gathered one by one; beyond it, writing the matrix out once and
-# multiplying densely is cheaper on every density above 2 % (timed by hand).
-GATHER_TOKENS = 2
+# With more vectors than this, a half-full matrix is written out and multiplied densely (benchmarks/constants.py).
+ROWS_TOKENS = 64
 
 
 @linear_map
@@ -39,11 +40,17 @@ class Sparse(LinearMap):
         return self.starts.shape[0] - 1, self.width
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.numel() // max(self.width, 1) > GATHER_TOKENS:
-            return F.linear(x, self.dense())
-        products = x.index_select(-1, self.columns) * self.values
-        y = products.new_zeros(*x.shape[:-1], self.shape[0])
-        return y.index_add(-1, self.rows(), products)
+        if by_compressed_rows(x, self.values):
+            return multiply_compressed_rows(x, self.values, self.columns, self.starts)
+        return F.linear(x, self.dense())
+
+    def validate(self) -> None:
+        """Raise an `EckartError` unless the indices are those of a matrix; wrong ones would read foreign memory."""
+        count, starts = self.values.shape[0], self.starts
+        ordered = int(starts[0]) == 0 and int(starts[-1]) == count and bool((starts[1:] >= starts[:-1]).all())
+        require(ordered, "Sparse", "starts that do not ascend", f"0 to {count}, ascending")
+        inside = count == 0 or (int(self.columns.min()) >= 0 and int(self.columns.max()) < self.width)
+        require(inside, "Sparse", "columns beyond the matrix", f"0 to {self.width - 1}")
 
     @property
     def T(self) -> LinearMap:
@@ -56,8 +63,6 @@ class Sparse(LinearMap):
         return self.values.new_zeros(m * n).index_add(0, flat, self.values).view(m, n)
 
     def flops(self, tokens: int = 1) -> int:
-        if tokens > GATHER_TOKENS:
-            return 2 * tokens * math.prod(self.shape) + self.dense_flops()
         return 2 * tokens * self.values.numel()
 
     def dense_flops(self) -> int:
@@ -67,6 +72,42 @@ class Sparse(LinearMap):
         """Return the row of each non-zero, (nonzeros,) int32."""
         at = torch.arange(self.values.shape[0], dtype=torch.int32, device=self.values.device)
         return (torch.searchsorted(self.starts, at, right=True) - 1).to(torch.int32)
+
+
+def by_compressed_rows(x: Tensor, values: Tensor) -> bool:
+    """Tell whether torch multiplies such a sparse matrix by such vectors: on CPU in float32 or float64, outside of
+    compiled code and of functional transforms; and whether that suffices, since it knows no gradient of the values.
+    """
+    return (
+        x.is_cpu
+        and x.dtype in (torch.float32, torch.float64)
+        and x.dtype == values.dtype
+        and x.shape[-1] > 0
+        and not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and (x.requires_grad or values.requires_grad))
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(values)
+    )
+
+
+def multiply_compressed_rows(x: Tensor, values: Tensor, columns: Tensor, starts: Tensor) -> Tensor:
+    """Return W x for a sparse W in compressed rows: x (..., n) -> (..., m), by torch's sparse product.
+
+    On CPU it takes 1/100 to 1/2 of the time of writing W out, at densities of 0.02 to 0.5 (benchmarks/constants.py).
+    """
+    _quiet()
+    m, flat = starts.shape[0] - 1, x.reshape(-1, x.shape[-1])
+    matrix = torch.sparse_csr_tensor(starts, columns, values, (m, flat.shape[1]), check_invariants=False)
+    product: Tensor = (matrix @ flat.mT).mT
+    return product.reshape(*x.shape[:-1], m)
+
+
+@functools.cache
+def _quiet() -> None:
+    """Have torch's one warning of the process, that its sparse tensors are in beta, appear here and unseen."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
 
 
 def _sparse(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Sparse:
@@ -106,11 +147,16 @@ class NM(LinearMap):
         return self.values.shape[0], self.values.shape[1] * self.period
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.numel() // max(self.shape[1], 1) > GATHER_TOKENS:
-            return F.linear(x, self.dense())
-        columns = self.columns()
-        picked = x.index_select(-1, columns.flatten()).view(*x.shape[:-1], *columns.shape)  # (..., m, groups * N)
-        return (picked * self.values.flatten(1)).sum(-1)
+        if x.numel() // max(self.shape[1], 1) <= ROWS_TOKENS and by_compressed_rows(x, self.values):
+            columns = self.columns().to(torch.int32)
+            starts = torch.arange(0, columns.numel() + 1, columns.shape[1], dtype=torch.int32)
+            return multiply_compressed_rows(x, self.values.flatten(), columns.flatten(), starts)
+        return F.linear(x, self.dense())
+
+    def validate(self) -> None:
+        """Raise an `EckartError` unless every place lies within its group."""
+        inside = self.places.numel() == 0 or int(self.places.max()) < self.period
+        require(inside, "NM", "places beyond their group", f"0 to {self.period - 1}")
 
     @property
     def T(self) -> LinearMap:
@@ -126,7 +172,7 @@ class NM(LinearMap):
         return filled.flatten(1)
 
     def flops(self, tokens: int = 1) -> int:
-        if tokens > GATHER_TOKENS:
+        if tokens > ROWS_TOKENS:
             return 2 * tokens * math.prod(self.shape) + self.dense_flops()
         return 2 * tokens * self.values.numel()
 

@@ -33,7 +33,9 @@ class CountOperations(TorchDispatchMode):
         packet = func.overloadpacket
         if not isinstance(out, Tensor) or not out.is_floating_point():
             return out
-        if packet in flop_registry:
+        if packet is aten.mm and args[0].layout == torch.sparse_csr:
+            self.total += 2 * args[0].values().numel() * out.shape[1]
+        elif packet in flop_registry:
             self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         elif packet in PER_RESULT:
             self.total += out.numel()
