@@ -259,6 +259,19 @@ def test_tensors_that_do_not_fit_their_spec(change, message, copy):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("index", [10_000, -1, 0])
+def test_corrupt_orders_are_found_before_they_are_used(index, copy, tmp_path):
+    tensors = load_file(copy / SINGLE)
+    name = next(key for key in tensors if key.endswith("q_proj.order"))
+    tensors[name][:2] = index
+    save_file(tensors, copy / SINGLE, {"format": "pt"})
+    message = rf"{name.removesuffix('.order').partition('.')[2]}' are corrupt: Pivoted: got an order"
+    with pytest.raises(EckartError, match=message):
+        load(copy)
+    with pytest.raises(EckartError, match=message):
+        eckart.densify(copy, tmp_path / "dense")
+
+
 def test_a_dense_model_is_not_compressed_while_loading():
     with pytest.raises(
         EckartError, match=r"cannot be compressed by passing a quantization_config; use eckart\.compress"

@@ -343,3 +343,34 @@ def test_tuples_of_tensors_and_of_numbers_are_saved():
     )
     assert pairs == 9
     assert from_spec(map_.spec(), map_.tensors(), {"Chain": Chain}).ranks == (2, 4)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        Sparse(torch.ones(2), torch.tensor([0, 4]).int(), torch.tensor([0, 1, 2]).int(), 4),
+        Sparse(torch.ones(2), torch.tensor([-1, 3]).int(), torch.tensor([0, 1, 2]).int(), 4),
+        Sparse(torch.ones(2), torch.tensor([0, 3]).int(), torch.tensor([0, 3, 2]).int(), 4),
+        Sparse(torch.ones(2), torch.tensor([0, 3]).int(), torch.tensor([0, 1, 1]).int(), 4),
+        NM(torch.ones(2, 1, 1), torch.full((2, 1, 1), 4, dtype=torch.uint8), 4),
+        Permutation(torch.tensor([0, 0, 2])),
+        Pivoted(torch.ones(1, 4), torch.ones(2, 1), torch.tensor([0, 3, 2]).int(), "rows"),
+    ],
+)
+def test_validate_refuses_indices_of_no_matrix(damaged):
+    with pytest.raises(EckartError):
+        damaged.validate()
+    with pytest.raises(EckartError):
+        (2 * damaged).validate()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 0, 7), (2, 3, 7)])
+def test_sparse_products_without_gradients_equal_those_with(dtype, shape):
+    matrix = torch.randn(5, 7, dtype=dtype) * (torch.rand(5, 7) < 0.4)
+    map_, x = sparse(matrix), torch.randn(shape, dtype=dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(map_(x), x @ matrix.mT)
+    learned = x.clone().requires_grad_()
+    map_(learned).sum().backward()
+    torch.testing.assert_close(learned.grad, matrix.sum(0).expand(shape))
