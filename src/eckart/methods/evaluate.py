@@ -14,6 +14,7 @@ import gzip
 import inspect
 import math
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -325,7 +326,7 @@ def read_pairs(path: Path) -> list[tuple[str, str, float]]:
     try:
         with opened(path, "rt", encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise EckartError(f"{path} is not tab-separated UTF-8 text, plain or gzip ({error})") from error
     lacking = [name for name in PAIR_COLUMNS if not rows or name not in rows[0]]
     if lacking:
