@@ -92,7 +92,8 @@ def headline(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             left = abs(row[measure] - dense[measure])
             out.append({"model": model, "keep": keep, "measure": measure, "dense": dense[measure]}
                        | {"svd-llm": rival[measure], "eckart": row[measure], "less": 1 - left / damage})  # fmt: skip
-    return out
+    models = list(dict.fromkeys(r["model"] for r in rows))
+    return sorted(out, key=lambda r: (models.index(r["model"]), -r["keep"]))
 
 
 def pages() -> dict[Path, str]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from eckart.linalg import truncated_svd as truncated_svd
     from eckart.maps import FAMILIES as FAMILIES
     from eckart.maps import NM as NM
+    from eckart.maps import Bitmap as Bitmap
     from eckart.maps import Blocks as Blocks
     from eckart.maps import Dense as Dense
     from eckart.maps import Diagonal as Diagonal
@@ -65,7 +66,7 @@ PUBLIC: dict[str, str] = {
         "eckart.maps": (
             "FAMILIES", "LinearMap", "linear_map", "simplify", "pivot",
             "Dense", "LowRank", "Pivoted", "Diagonal", "Permutation", "Sparse", "NM",
-            "Sum", "Product", "Scaled", "Blocks", "RowNormalized", "Masked",
+            "Bitmap", "Sum", "Product", "Scaled", "Blocks", "RowNormalized", "Masked",
         ),
     }.items()
     for name in names

@@ -12,6 +12,7 @@ from eckart.hosts import Host, host, map_of, offset_of
 from eckart.hosts.decoding import NUMBERS_PER_CALL
 from eckart.maps import (
     NM,
+    Bitmap,
     Blocks,
     Dense,
     Diagonal,
@@ -24,6 +25,7 @@ from eckart.maps import (
     Scaled,
     Sparse,
     Sum,
+    bitmap,
     n_of_m,
     pivot,
     sparse,
@@ -49,6 +51,7 @@ def maps() -> dict[str, object]:
         "permutation": Permutation(torch.randperm(M).to(torch.int32)),
         "sparse": sparse(weight * (torch.rand(M, N) > 0.7)),
         "2:4": n_of_m(weight, 2, 4),
+        "bitmap": bitmap(weight, 5),
         "masked": Masked(Dense(weight), torch.rand(M, N) > 0.5),
         "normalized": RowNormalized(torch.rand(M), Dense(weight)),
         "sum": Sum((Dense(weight), lowrank())),
@@ -106,7 +109,7 @@ def test_state_dict_round_trip(map_):
     module = host(map_, torch.randn(map_.shape[0]))
     blank = (
         host(map_.apply(torch.zeros_like), torch.zeros(map_.shape[0]))
-        if not isinstance(map_, (Pivoted, Permutation, Sparse, NM, Masked, RowNormalized, Product))
+        if not isinstance(map_, (Pivoted, Permutation, Sparse, NM, Bitmap, Masked, RowNormalized, Product))
         else host(map_.apply(torch.clone), torch.zeros(map_.shape[0]))
     )  # index tensors of zeros are no such map
     blank.load_state_dict(module.state_dict())

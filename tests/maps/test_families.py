@@ -14,6 +14,7 @@ from eckart.maps import (
     FAMILIES,
     NM,
     STORAGES,
+    Bitmap,
     Blocks,
     Dense,
     Diagonal,
@@ -28,6 +29,7 @@ from eckart.maps import (
     Scaled,
     Sparse,
     Sum,
+    bitmap,
     blank,
     facts,
     from_spec,
@@ -120,7 +122,7 @@ def test_storage_states_what_its_map_holds(name: str):
     for m, n, k in ((7, 5, 3), (5, 7, 2), (4, 4, 4), (3, 3, 0)):
         built = STORAGES[name].build(LowRank(normal(m, k), normal(k, n)))
         assert built.numbers == STORAGES[name].numbers((m, n), k)
-        assert built.nbytes == 8 * built.numbers + STORAGES[name].index_bytes((m, n))
+        assert built.nbytes == 8 * built.numbers + STORAGES[name].index_bytes((m, n), 1)
 
 
 def test_unknown_storage_lists_the_known():
@@ -191,6 +193,9 @@ REFUSED = {
     "Pivoted beyond its side": lambda: Pivoted(W, normal(0, 2), torch.arange(1, dtype=torch.int32), "rows"),
     "Sparse": lambda: Sparse(normal(3), torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32), 4),
     "NM": lambda: NM(normal(2, 2, 3), torch.zeros(2, 2, 3, dtype=torch.uint8), 2),
+    "Bitmap of numbers": lambda: Bitmap(normal(2, 1), normal(2, 1), 4, 1),
+    "Bitmap of too few bits": lambda: Bitmap(normal(2, 1), torch.zeros(2, 1, dtype=torch.uint8), 9, 1),
+    "Bitmap of too many values": lambda: Bitmap(normal(2, 5), torch.zeros(2, 1, dtype=torch.uint8), 4, 5),
     "Sum of nothing": lambda: Sum(()),
     "Sum": lambda: Dense(W) + Dense(V),
     "Product": lambda: Dense(W) @ Dense(W),
@@ -353,6 +358,8 @@ def test_tuples_of_tensors_and_of_numbers_are_saved():
         Sparse(torch.ones(2), torch.tensor([0, 3]).int(), torch.tensor([0, 3, 2]).int(), 4),
         Sparse(torch.ones(2), torch.tensor([0, 3]).int(), torch.tensor([0, 1, 1]).int(), 4),
         NM(torch.ones(2, 1, 1), torch.full((2, 1, 1), 4, dtype=torch.uint8), 4),
+        Bitmap(torch.ones(2, 1), torch.tensor([[1], [3]], dtype=torch.uint8), 4, 1),
+        Bitmap(torch.ones(2, 1), torch.tensor([[1], [16]], dtype=torch.uint8), 4, 1),
         Permutation(torch.tensor([0, 0, 2])),
         Pivoted(torch.ones(1, 4), torch.ones(2, 1), torch.tensor([0, 3, 2]).int(), "rows"),
     ],
@@ -362,6 +369,19 @@ def test_validate_refuses_indices_of_no_matrix(damaged):
         damaged.validate()
     with pytest.raises(EckartError):
         (2 * damaged).validate()
+
+
+@given(st.integers(1, 6), st.integers(1, 20), seeds)
+def test_bitmap_keeps_the_largest_of_every_row(m: int, n: int, seed: int):
+    w = torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
+    for kept in range(n + 1):
+        map_ = bitmap(w, kept)
+        map_.validate()
+        threshold = w.abs().sort(dim=1, descending=True).values[:, kept - 1 : kept] if kept else torch.full((m, 1), 1e9)
+        assert torch.equal(map_.dense(), torch.where(w.abs() >= threshold, w, 0.0))
+        assert map_.nbytes == 4 * m * kept + m * -(-n // 8)
+    with pytest.raises(EckartError, match=rf"bitmap: got {n + 1} of {n} entries per row"):
+        bitmap(w, n + 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

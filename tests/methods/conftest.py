@@ -12,8 +12,13 @@ from eckart.methods.compress.outcome import Outcome
 DEMO = Path(str(files("eckart"))) / "demo"
 # Small enough that a run takes a second.
 QUICK = {"samples": 4, "length": 48}
-# Published defaults that would take long: epochs of healing.
-FEWER = {"aa-svd": {"heal": 1}}
+# Published defaults that would take long: epochs of healing, rounds of learning.
+FEWER = {
+    "aa-svd": {"heal": 1},
+    "cospadi": {"iterations": 1},
+    "compot": {"iterations": 2},
+    "eckart-mixed": {"iterations": 1},
+}
 
 
 @pytest.fixture(autouse=True)

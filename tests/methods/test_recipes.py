@@ -56,7 +56,22 @@ def test_published_defaults():
     assert settings_of("kfac")["output_shrinkage"].default == 0.3
     assert settings_of("asvd")["alpha"].default == 0.5
     assert {m for m in NAMES if not recipe_of(m).needs_text} == {"svd", "welore"}
-    assert {m for m in NAMES if recipe_of(m).uses_gradients} == {"fwsvd", "kfac", "eckart"}
+    assert {m for m in NAMES if recipe_of(m).uses_gradients} == {"fwsvd", "kfac", "eckart", "eckart-mixed"}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("cospadi", {"allocation": "threshold"}, "allocation=threshold knows low-rank maps only, and this method uses"),
+        ("rocket", {"allocation": "uniform"}, "allocation=uniform cannot choose among structures; use knapsack"),
+        ("cospadi", {"ratio": 0.5}, "ratio is atoms per non-zero and must be at least 1, got 0.5"),
+        ("compot", {"iterations": -1}, "iterations must not be negative, got -1"),
+        ("rocket", {"balance": 2}, r"balance must lie in \[0, 1\], got 2"),
+    ],
+)
+def test_answers_that_do_not_go_together(method, settings, message):
+    with pytest.raises(EckartError, match=message):
+        recipe_of(method, settings)
 
 
 def test_only_common_answers_are_overridden():
@@ -104,7 +119,7 @@ def by_the_paper(method: str, w: torch.Tensor, x: torch.Tensor, known: Known, ra
     if method == "asvd":
         scale = x.abs().mean(0).sqrt()
         return truncated(w * scale, rank) / scale
-    if method in ("svd-llm", "aa-svd"):
+    if method in ("svd-llm", "aa-svd", "cospadi", "compot", "rocket"):
         root = torch.linalg.cholesky(g)
         return torch.linalg.solve_triangular(root, truncated(w @ root, rank), upper=False, left=False)
     if method in ("afm", "lord"):
@@ -115,7 +130,7 @@ def by_the_paper(method: str, w: torch.Tensor, x: torch.Tensor, known: Known, ra
     if method == "fwsvd":
         rows = gradients.row_fisher.sqrt()[:, None]
         return truncated(rows * w, rank) / rows
-    input_share, output_share = {"kfac": (0.1, 0.3), "eckart": (0.01, 0.03)}[method]
+    input_share, output_share = {"kfac": (0.1, 0.3)}.get(method, (0.01, 0.03))
     a, b = shrunk(g, input_share), shrunk(gradients.second, output_share)
     left, right = torch.linalg.cholesky(b), torch.linalg.cholesky(a)
     inner = truncated(left.mT @ w @ right, rank)

@@ -1,14 +1,36 @@
 """What each layer may become: a list of options with their cost and predicted loss, "leave dense" always among them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from torch import Tensor
 
 from eckart.errors import EckartError
-from eckart.maps import Storage
 
 DENSE = "dense"
+
+
+class Sized(Protocol):
+    """A structure of which a layer can have more or less: a storage of low-rank maps, or a fitted family.
+
+    The amount is called rank, whatever it counts.
+    """
+
+    @property
+    def name(self) -> str:
+        """What the structure is called."""
+
+    @property
+    def numbers(self) -> Callable[[tuple[int, int], int], int]:
+        """(shape, rank) -> floating numbers stored."""
+
+    @property
+    def index_bytes(self) -> Callable[[tuple[int, int], int], int]:
+        """(shape, rank) -> bytes of index tensors."""
+
+    def largest(self, shape: tuple[int, int]) -> int:
+        """Return the largest rank there is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,8 +38,8 @@ class Option:
     """One thing a layer may become.
 
     Attributes:
-        structure: "dense", or the name of a storage ("lowrank", "pivoted").
-        rank: rank of the weight (full for dense).
+        structure: "dense", or the name of a storage ("lowrank", "pivoted") or fitted family ("dictionary").
+        rank: rank of the weight (full for dense), or how much there is of another structure.
         numbers: floating numbers stored, bias included.
         nbytes: bytes stored, index tensors included.
         loss: predicted increase of the loss, or the score a threshold is applied to; 0 for dense.
@@ -58,7 +80,7 @@ def candidates(
     name: str,
     shape: tuple[int, int],
     losses: Tensor | Sequence[float],
-    stored: Storage,
+    stored: Sized,
     *,
     itemsize: int,
     bias: int = 0,
@@ -71,8 +93,8 @@ def candidates(
     Args:
         name: the layer.
         shape: (m, n).
-        losses: predicted loss of rank 0, 1, ..., at least up to min(m, n) - 1.
-        stored: how a rank is stored.
+        losses: predicted loss of rank 0, 1, ..., as far as ranks are offered.
+        stored: what a rank takes.
         itemsize: bytes per number.
         bias: numbers in the layer's own bias.
         extra_bias: whether a compressed layer gains a bias it did not have (m numbers).
@@ -84,11 +106,13 @@ def candidates(
     own = bias or (m if extra_bias else 0)
     values = losses.tolist() if isinstance(losses, Tensor) else list(losses)
     options = []
-    for rank in range(_multiple_above(max(smallest, 1), round_to), min(m, n, len(values) - 1) + 1, round_to):
+    for rank in range(
+        _multiple_above(max(smallest, 1), round_to), min(stored.largest(shape), len(values) - 1) + 1, round_to
+    ):
         numbers = stored.numbers(shape, rank) + own
         if numbers >= dense:
             break
-        nbytes = numbers * itemsize + stored.index_bytes(shape)
+        nbytes = numbers * itemsize + stored.index_bytes(shape, rank)
         options.append(Option(stored.name, rank, numbers, nbytes, float(values[rank])))
     options.append(Option(DENSE, min(m, n), dense, dense * itemsize, 0.0))
     return Candidates(name, shape, tuple(options))

@@ -29,8 +29,6 @@ from eckart.files.shards import Source, write_shards
 from eckart.maps import LinearMap, LowRank, Pivoted
 from eckart.progress import Progress
 
-STRUCTURES: dict[type[LinearMap], str] = {LowRank: "lowrank", Pivoted: "pivoted"}
-
 
 @dataclass(frozen=True, slots=True)
 class LayerRecord:
@@ -39,8 +37,8 @@ class LayerRecord:
     Attributes:
         name: its module name.
         entry: its entry in config.json.
-        structure: "lowrank" or "pivoted".
-        rank: rank of its map.
+        structure: "lowrank", "pivoted", or the name of another family.
+        rank: rank of its map, or how much there is of another structure.
         numbers: floating numbers stored, bias included.
         nbytes: bytes stored, index tensors included.
         loss: predicted increase of the loss, in the plan's unit.
@@ -63,6 +61,7 @@ class LayerRecord:
         *,
         kind: str = LINEAR,
         padding_idx: int | None = None,
+        planned: tuple[str, int] | None = None,
     ) -> "LayerRecord":
         """Describe a fitted layer.
 
@@ -73,16 +72,18 @@ class LayerRecord:
             loss: predicted increase of the loss.
             kind: "linear" or "embedding".
             padding_idx: of an embedding.
+            planned: structure and rank of the option chosen, needed unless the map is `LowRank` or `Pivoted`.
         """
         spec = map_.spec()
         entry: dict[str, Any] = {"kind": kind, "map": spec}
         entry |= {"padding_idx": padding_idx} if kind == EMBEDDING else {"bias": bias is not None}
         own = 0 if bias is None else bias.numel()
         itemsize = map_.dtype.itemsize
-        rank = map_.rank if isinstance(map_, (LowRank, Pivoted)) else min(map_.shape)
-        return LayerRecord(
-            name, entry, STRUCTURES[type(map_)], rank, map_.numbers + own, map_.nbytes + own * itemsize, loss
-        )
+        if isinstance(map_, LowRank | Pivoted):
+            structure, rank = type(map_).__name__.lower(), map_.rank
+        else:
+            structure, rank = planned or (type(map_).__name__.lower(), min(map_.shape))
+        return LayerRecord(name, entry, structure, rank, map_.numbers + own, map_.nbytes + own * itemsize, loss)
 
 
 @dataclass(frozen=True, slots=True)

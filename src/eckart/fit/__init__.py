@@ -1,5 +1,7 @@
 """Fitting: from a matrix and a metric to the nearest map of a family, with its error."""
 
+from eckart.fit.error import best_bias as best_bias
+from eckart.fit.error import error_of as error_of
 from eckart.fit.metric import Metric as Metric
 from eckart.fit.metric import metric as metric
 from eckart.fit.regression import Fit as Fit

@@ -163,7 +163,7 @@ def regress(
         eigen = _fast_eigen(w, inner, roots, side, rank, accuracy)
         target = w.to(torch.promote_types(w.dtype, eigen.vectors.dtype))
     else:
-        target = _target(w.double(), metric)
+        target = unconstrained(w.double(), metric)
         eigen = top_eigen(_gram(target, inner, roots, side), rank)
     total, irreducible = eigen.trace, 0.0
     if metric.shifted is not None and metric.inputs is not None:
@@ -172,7 +172,7 @@ def regress(
     return Regression(w, target, metric, eigen, side, roots, total, irreducible)
 
 
-def _target(w: Tensor, metric: Metric) -> Tensor:
+def unconstrained(w: Tensor, metric: Metric) -> Tensor:
     """Return W* = W C G^^-1; directions in which G^ is numerically singular keep W."""
     if metric.shifted is None or metric.cross is None:
         return w

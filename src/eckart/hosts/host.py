@@ -16,6 +16,7 @@ from eckart.errors import EckartError
 from eckart.hosts.base import Host
 from eckart.hosts.decoding import DecodingHost, is_plain
 from eckart.maps import (
+    Bitmap,
     Blocks,
     Dense,
     LinearMap,
@@ -24,7 +25,10 @@ from eckart.maps import (
     Product,
     Scaled,
     Sum,
+    by_compressed_rows,
+    compressed_rows,
     expands,
+    multiply_compressed_rows,
     multiply_pivoted,
     require,
     require_shape,
@@ -159,6 +163,42 @@ class BlocksHost(Host):
         return y if self.offset is None else y + self.offset
 
 
+class BitmapHost(Host):
+    """The values as a parameter, the bits as a buffer; the indices they spell are remembered until the bits change."""
+
+    bits: Tensor
+
+    def __init__(self, map_: Bitmap, bias: Tensor | None = None) -> None:
+        super().__init__(map_.shape)
+        self.nonzeros = map_.nonzeros
+        self.register_parameter("values", _parameter(map_.values))
+        self.register_buffer("bits", map_.bits)
+        self.register_parameter("bias", _parameter(bias))
+        self._rows: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
+
+    def held_map(self) -> LinearMap:
+        return Bitmap(cast(Tensor, self.values), self.bits, self.in_features, self.nonzeros)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to the last axis."""
+        values = cast(Tensor, self.values)
+        if by_compressed_rows(x, values):
+            y = multiply_compressed_rows(x, values.flatten(), *self._compressed_rows())
+        else:
+            y = self.held_map()(x)
+        return y if self.offset is None else y + self.offset
+
+    def _compressed_rows(self) -> tuple[Tensor, Tensor]:
+        state = self.bits.data_ptr(), self.bits._version
+        if self._rows is None or self._rows[0] != state:
+            self._rows = state, compressed_rows(self.bits, self.in_features)
+        return self._rows[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the remembered indices out of copies."""
+        return {**self.__dict__, "_rows": None}
+
+
 class MapHost(Host):
     """Any other map: floating tensors as parameters, index tensors as buffers, inner maps as hosts, by field name.
 
@@ -197,6 +237,7 @@ class MapHost(Host):
 HOSTS: dict[type[LinearMap], type[Host]] = {
     LowRank: LowRankHost,
     Pivoted: PivotedHost,
+    Bitmap: BitmapHost,
     Sum: SumHost,
     Product: ProductHost,
     Scaled: ScaledHost,

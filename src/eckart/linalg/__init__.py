@@ -8,5 +8,6 @@ from eckart.linalg.finite import all_finite as all_finite
 from eckart.linalg.matching_pursuit import orthogonal_matching_pursuit as orthogonal_matching_pursuit
 from eckart.linalg.pivots import Pivots as Pivots
 from eckart.linalg.pivots import pivot_rows as pivot_rows
+from eckart.linalg.polar import polar_factor as polar_factor
 from eckart.linalg.svd import TruncatedSVD as TruncatedSVD
 from eckart.linalg.svd import truncated_svd as truncated_svd

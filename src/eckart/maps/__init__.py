@@ -9,6 +9,9 @@ from eckart.maps.base import Sum as Sum
 from eckart.maps.base import linear_map as linear_map
 from eckart.maps.base import require as require
 from eckart.maps.base import require_shape as require_shape
+from eckart.maps.bitmap import Bitmap as Bitmap
+from eckart.maps.bitmap import bitmap as bitmap
+from eckart.maps.bitmap import compressed_rows as compressed_rows
 from eckart.maps.dense import Dense as Dense
 from eckart.maps.dense import Diagonal as Diagonal
 from eckart.maps.facts import Fact as Fact
@@ -30,7 +33,10 @@ from eckart.maps.pivoted import pivoted_numbers as pivoted_numbers
 from eckart.maps.rules import simplify as simplify
 from eckart.maps.sparse import NM as NM
 from eckart.maps.sparse import Sparse as Sparse
+from eckart.maps.sparse import by_compressed_rows as by_compressed_rows
+from eckart.maps.sparse import multiply_compressed_rows as multiply_compressed_rows
 from eckart.maps.sparse import n_of_m as n_of_m
+from eckart.maps.sparse import place_dtype as place_dtype
 from eckart.maps.sparse import sparse as sparse
 from eckart.maps.spec import blank as blank
 from eckart.maps.spec import from_spec as from_spec
@@ -43,6 +49,6 @@ FAMILIES: dict[str, type[LinearMap]] = {
     cls.__name__: cls
     for cls in (
         Dense, LowRank, Pivoted, Diagonal, Permutation, Sparse, NM,
-        Sum, Product, Scaled, Blocks, RowNormalized, Masked,
+        Bitmap, Sum, Product, Scaled, Blocks, RowNormalized, Masked,
     )
 }  # fmt: skip

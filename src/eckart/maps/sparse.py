@@ -12,6 +12,8 @@ from eckart.maps.base import LinearMap, linear_map, require, require_shape
 
 # With more vectors than this, a half-full matrix is written out and multiplied densely (benchmarks/constants.py).
 ROWS_TOKENS = 64
+# Up to this density it is not, however many vectors there are.
+ROWS_DENSITY = 0.25
 
 
 @linear_map
@@ -55,7 +57,7 @@ class Sparse(LinearMap):
     @property
     def T(self) -> LinearMap:
         by_column = torch.argsort(self.columns.long() * self.shape[0] + self.rows())
-        return _sparse(self.columns[by_column], self.rows()[by_column], self.values[by_column], self.shape[::-1])
+        return sparse_of(self.columns[by_column], self.rows()[by_column], self.values[by_column], self.shape[::-1])
 
     def dense(self) -> Tensor:
         m, n = self.shape
@@ -110,7 +112,8 @@ def _quiet() -> None:
         torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
 
 
-def _sparse(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Sparse:
+def sparse_of(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Sparse:
+    """Return a `Sparse` map of non-zeros given row by row: their rows, columns and values, (nonzeros,) each."""
     counts = torch.zeros(shape[0] + 1, dtype=torch.int32, device=values.device)
     counts = counts.index_add(0, rows.long() + 1, torch.ones_like(rows, dtype=torch.int32))
     return Sparse(values, columns.to(torch.int32), counts.cumsum(0).to(torch.int32), shape[1])
@@ -119,7 +122,7 @@ def _sparse(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int
 def sparse(matrix: Tensor) -> Sparse:
     """Return the non-zero entries of a matrix as a `Sparse` map."""
     rows, columns = matrix.nonzero(as_tuple=True)
-    return _sparse(rows, columns, matrix[rows, columns], (matrix.shape[0], matrix.shape[1]))
+    return sparse_of(rows, columns, matrix[rows, columns], (matrix.shape[0], matrix.shape[1]))
 
 
 @linear_map
@@ -128,7 +131,7 @@ class NM(LinearMap):
 
     Attributes:
         values: (m, groups, N).
-        places: (m, groups, N) uint8, the position of each value within its group, below M.
+        places: (m, groups, N), the position of each value within its group, below M; uint8, or int16 for M > 256.
         period: M; n = groups M.
     """
 
@@ -138,16 +141,17 @@ class NM(LinearMap):
 
     def __post_init__(self) -> None:
         require_shape("NM places", self.places, *self.values.shape)
-        fits = self.values.ndim == 3 and self.places.dtype == torch.uint8 and self.values.shape[2] <= self.period
+        dtype = place_dtype(self.period)
+        fits = self.values.ndim == 3 and self.places.dtype == dtype and self.values.shape[2] <= self.period
         came = f"values {tuple(self.values.shape)}, places {self.places.dtype}, period {self.period}"
-        require(fits, "NM", came, "(rows, groups, N), uint8, and N at most the period")
+        require(fits, "NM", came, f"(rows, groups, N), {dtype}, and N at most the period")
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.values.shape[0], self.values.shape[1] * self.period
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.numel() // max(self.shape[1], 1) <= ROWS_TOKENS and by_compressed_rows(x, self.values):
+        if self._by_rows(x.numel() // max(self.shape[1], 1)) and by_compressed_rows(x, self.values):
             columns = self.columns().to(torch.int32)
             starts = torch.arange(0, columns.numel() + 1, columns.shape[1], dtype=torch.int32)
             return multiply_compressed_rows(x, self.values.flatten(), columns.flatten(), starts)
@@ -155,7 +159,8 @@ class NM(LinearMap):
 
     def validate(self) -> None:
         """Raise an `EckartError` unless every place lies within its group."""
-        inside = self.places.numel() == 0 or int(self.places.max()) < self.period
+        places = self.places
+        inside = places.numel() == 0 or (int(places.min()) >= 0 and int(places.max()) < self.period)
         require(inside, "NM", "places beyond their group", f"0 to {self.period - 1}")
 
     @property
@@ -164,7 +169,7 @@ class NM(LinearMap):
         columns, values = self.columns(), self.values.flatten(1)
         rows = torch.arange(m, device=values.device)[:, None].expand_as(columns)
         by_column = torch.argsort((columns * m + rows).flatten())
-        return _sparse(columns.flatten()[by_column], rows.flatten()[by_column], values.flatten()[by_column], (n, m))
+        return sparse_of(columns.flatten()[by_column], rows.flatten()[by_column], values.flatten()[by_column], (n, m))
 
     def dense(self) -> Tensor:
         out = self.values.new_zeros(*self.values.shape[:2], self.period)
@@ -172,12 +177,15 @@ class NM(LinearMap):
         return filled.flatten(1)
 
     def flops(self, tokens: int = 1) -> int:
-        if tokens > ROWS_TOKENS:
+        if not self._by_rows(tokens):
             return 2 * tokens * math.prod(self.shape) + self.dense_flops()
         return 2 * tokens * self.values.numel()
 
     def dense_flops(self) -> int:
         return self.values.numel()
+
+    def _by_rows(self, vectors: int) -> bool:
+        return vectors <= ROWS_TOKENS or self.values.shape[2] <= ROWS_DENSITY * self.period
 
     def columns(self) -> Tensor:
         """Return the column of each value, (m, groups * N) int64."""
@@ -193,7 +201,12 @@ def n_of_m(matrix: Tensor, keep: int, period: int) -> NM:
     """
     m, n = matrix.shape
     require(n % period == 0, "n_of_m", f"rows of length {n}", f"a multiple of the period {period}")
-    require(0 < keep <= period <= 256, "n_of_m", f"{keep} of {period}", "0 < N <= M <= 256")
+    require(0 < keep <= period <= 1 << 15, "n_of_m", f"{keep} of {period}", "0 < N <= M <= 32768")
     groups = matrix.view(m, n // period, period)
     places = groups.abs().topk(keep, dim=2).indices.sort(dim=2).values
-    return NM(groups.gather(2, places), places.to(torch.uint8), period)
+    return NM(groups.gather(2, places), places.to(place_dtype(period)), period)
+
+
+def place_dtype(period: int) -> torch.dtype:
+    """Return the dtype of positions within groups of that many: one byte each, or two."""
+    return torch.uint8 if period <= 256 else torch.int16

@@ -16,14 +16,18 @@ class Storage:
     Attributes:
         name: as users write it.
         numbers: (shape, rank) -> floating numbers stored.
-        index_bytes: (shape) -> bytes of index tensors, whatever the rank.
+        index_bytes: (shape, rank) -> bytes of index tensors.
         build: makes the stored map from a `LowRank`.
     """
 
     name: str
     numbers: Callable[[tuple[int, int], int], int]
-    index_bytes: Callable[[tuple[int, int]], int]
+    index_bytes: Callable[[tuple[int, int], int], int]
     build: Callable[[LowRank], LinearMap]
+
+    def largest(self, shape: tuple[int, int]) -> int:
+        """Return the largest rank there is."""
+        return min(shape)
 
     def largest_rank(self, shape: tuple[int, int], numbers: float) -> int:
         """Return the largest rank whose storage takes at most that many numbers (0 if none does)."""
@@ -37,8 +41,8 @@ class Storage:
 STORAGES: dict[str, Storage] = {
     s.name: s
     for s in (
-        Storage("lowrank", lowrank_numbers, lambda shape: 0, lambda factors: factors),
-        Storage("pivoted", pivoted_numbers, lambda shape: 4 * min(shape), pivot),
+        Storage("lowrank", lowrank_numbers, lambda shape, rank: 0, lambda factors: factors),
+        Storage("pivoted", pivoted_numbers, lambda shape, rank: 4 * min(shape), pivot),
     )
 }
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from eckart.maps import (
     FAMILIES,
     NM,
+    Bitmap,
     Blocks,
     Dense,
     Diagonal,
@@ -114,6 +115,17 @@ def _nm(normal: Normal, generator: Generator) -> Made:
             w[i, group * period + int(places[i, group, slot])] = values[i, group, slot]
         yield f"{m}x{n} {keep}:{period}", NM(values, places.to(torch.uint8), period), w
     yield "zero", NM(0 * normal(2, 1, 2), torch.tensor([[[0, 3]], [[1, 2]]], dtype=torch.uint8), 4), 0 * normal(2, 4)
+
+
+def _bitmap(normal: Normal, generator: Generator) -> Made:
+    for m, n, count in ((3, 8, 2), (13, 11, 5), (2, 3, 3), (3, 17, 1), (1, 1, 1), (2, 9, 0)):
+        values = normal(m, count)
+        bits, w = torch.zeros(m, -(-n // 8), dtype=torch.uint8), torch.zeros(m, n, dtype=torch.float64)
+        for i in range(m):
+            for slot, j in enumerate(torch.randperm(n, generator=generator)[:count].sort().values.tolist()):
+                bits[i, j // 8] += 2 ** (j % 8)
+                w[i, j] = values[i, slot]
+        yield f"{m}x{n} {count} per row", Bitmap(values, bits, n, count), w
 
 
 def _sum(normal: Normal, generator: Generator) -> Made:
@@ -220,6 +232,7 @@ MAKERS: dict[str, Callable[[Normal, Generator], Made]] = {
     "Pivoted": _pivoted,
     "Sparse": _sparse,
     "NM": _nm,
+    "Bitmap": _bitmap,
     "Sum": _sum,
     "Product": _product,
     "Scaled": _scaled,

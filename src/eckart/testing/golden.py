@@ -11,6 +11,7 @@ import torch
 
 from eckart.maps import (
     NM,
+    Bitmap,
     Blocks,
     Dense,
     Diagonal,
@@ -48,6 +49,7 @@ def golden_maps() -> dict[str, LinearMap]:
         "Pivoted": Pivoted(_grid(2, 3), _grid(2, 2), order, "rows"),
         "Sparse": Sparse(_grid(3), columns, starts, 4),
         "NM": NM(_grid(2, 2, 2, dtype=torch.float16), places, 4),
+        "Bitmap": Bitmap(_grid(2, 2), torch.tensor([[6, 0], [1, 2]], dtype=torch.uint8), 10, 2),
         "Sum": Sum((dense, lowrank)),
         "Product": Product((dense, Diagonal(_grid(2)))),
         "Scaled": Scaled(dense, 0.1),

@@ -8,7 +8,7 @@ from eckart.budget import DENSE, Candidates, Option, knapsack, smallest_numbers,
 from eckart.budget.calibrate import calibrated, probe_option
 from eckart.errors import EckartError
 from eckart.methods.compress.job import Job
-from eckart.methods.compress.layers import Known, Layer, surveyed, unit_of
+from eckart.methods.compress.layers import Known, Layer, foreseen, surveyed, unit_of
 from eckart.methods.compress.outcome import LayerPlan, Plan
 from eckart.methods.compress.probe import levels, probe, remembered
 from eckart.progress import Progress
@@ -33,7 +33,9 @@ def allocate(
         EckartError: if the budget cannot be met.
     """
     allocation = job.recipe.allocation
-    errors = predict or allocation in ("threshold", "knapsack", "calibrated")
+    # The errors of low-rank maps come together, those of other families one by one: then only for what is chosen.
+    compares = allocation in ("threshold", "knapsack", "calibrated")
+    errors = compares or (predict and not job.recipe.families)
     table = surveyed(job, layers, known, errors=errors, progress=lambda i: progress("plan", i, len(layers)))
     budget = _budget(job, table)
     if budget >= sum(layer.dense.numbers for layer in table):  # nothing is gained by dropping even what seems useless
@@ -51,8 +53,11 @@ def allocate(
         "calibrated": knapsack,
         "knapsack": knapsack,
     }
+    chosen = solve[allocation](table, budget)
+    if predict and not errors:
+        chosen = foreseen(job, layers, known, chosen)
     progress("plan", len(layers), len(layers))
-    return solve[allocation](table, budget), table
+    return chosen, table
 
 
 def _budget(job: Job, table: Sequence[Candidates]) -> int:

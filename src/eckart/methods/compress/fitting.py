@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from eckart.budget import Option
 from eckart.errors import EckartError
-from eckart.fit import Fit, regress
+from eckart.fit import Fit, Metric, best_bias, error_of, regress
+from eckart.fit.families import Family
 from eckart.fit.refit import refit_up
 from eckart.hosts import EmbeddingHost, TiedHead, host
 from eckart.maps import LinearMap, LowRank, pivot, storage
@@ -50,6 +51,9 @@ def fit_layer(
     metric = known.metric(layer, weight, cross if recipe.sequential else None)
     if metric is None:
         raise EckartError(f"the calibration texts never reach {layer.name}, so it cannot be fitted")
+    family = recipe.family(option.structure)
+    if family is not None:
+        return _fit_family(weight, metric, family, option.rank, bias, dtype, job.request.seed)
     regression = regress(weight, metric, rank=option.rank, accuracy=ACCURACY)
     if not recipe.update and layer.kind != EMBEDDING:
         return regression.fit(option.rank, recipe.storage, dtype, bias)
@@ -62,6 +66,17 @@ def fit_layer(
     else:
         built = storage(recipe.storage).build(factors)
     return dataclasses.replace(fit, map=built.to(dtype), bias=None if fit.bias is None else fit.bias.to(dtype))
+
+
+def _fit_family(
+    weight: Tensor, metric: Metric, family: Family, size: int, bias: Tensor | None, dtype: torch.dtype, seed: int
+) -> Fit:
+    map_ = family.fit(weight, metric, size, seed)
+    error, zero = error_of(weight, map_.dense(), metric), error_of(weight, torch.zeros_like(weight), metric)
+    rounded = map_.to(dtype)
+    change = best_bias(weight, rounded.dense(), metric)
+    offset = bias if change is None else change if bias is None else bias.double() + change
+    return Fit(rounded, None if offset is None else offset.to(dtype), error, error / zero if zero > 0 else 0.0)
 
 
 def loss_of(known: Known, fit: Fit) -> float:

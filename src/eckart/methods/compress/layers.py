@@ -10,18 +10,19 @@ form.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from eckart.budget import Candidates, candidates
+from eckart.budget import Candidates, Option, candidates
 from eckart.errors import EckartError
-from eckart.fit import Metric, Regression, regress
+from eckart.fit import Metric, Regression, error_of, regress
 from eckart.fit import metric as build_metric
+from eckart.fit.families import Family
 from eckart.hosts import linear_layers, map_of, offset_of
-from eckart.maps import storage
+from eckart.maps import Storage, storage
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.recipe import LayerData
 from eckart.stats import CrossSum, Gradients, Moments, Store, gradients_of, inputs_of, token_counts
@@ -180,7 +181,7 @@ def surveyed(
         progress: called with the number of layers done.
     """
     if not errors:
-        return [_candidates(job, layer, [0.0] * (min(layer.shape) + 1)) for layer in layers]
+        return [_candidates(job, layer, None) for layer in layers]
     out = []
     for i, (layer, weight) in enumerate(weights(job, layers)):
         progress(i)
@@ -188,20 +189,70 @@ def surveyed(
         if metric is None:
             out.append(_candidates(job, layer, [0.0]))
             continue
+        fitted = _fitted_options(job, known, layer, weight, metric) if layer.kind == LINEAR else []
+        if fitted and not job.recipe.mixed:
+            out.append(_with_options(_candidates(job, layer, [0.0]), fitted))
+            continue
         regression = regress(weight, metric)
         score = job.recipe.score
         use_score = job.recipe.allocation == "threshold" and score is not None
         losses = score(weight, regression) if use_score and score is not None else predicted(known, regression)
-        out.append(_candidates(job, layer, losses))
+        out.append(_with_options(_candidates(job, layer, losses, storage(job.recipe.storage)), fitted))
     return out
 
 
-def _candidates(job: Job, layer: Layer, losses: Tensor | list[float]) -> Candidates:
+def _with_options(layer: Candidates, more: list[Option]) -> Candidates:
+    """Return candidates with further options; those no smaller than dense are left out."""
+    smaller = [option for option in (*layer.options[:-1], *more) if option.numbers < layer.dense.numbers]
+    smaller.sort(key=lambda option: (option.numbers, option.loss))
+    return replace(layer, options=(*smaller, layer.dense))
+
+
+def _fitted_options(job: Job, known: Known, layer: Layer, weight: Tensor, metric: Metric) -> list[Option]:
+    """Return the sizes of every family, each with the error of the map fitted at it."""
+    itemsize = job.weight_dtype(layer.name).itemsize
+    own = layer.bias or (layer.shape[0] if job.recipe.centred else 0)
+    options, step = [], job.recipe.round_to
+    for family in job.recipe.families:
+        for size in sorted({size // step * step for size in family.sizes(layer.shape)} - {0}):
+            numbers = family.numbers(layer.shape, size) + own
+            nbytes = numbers * itemsize + family.index_bytes(layer.shape, size)
+            loss = _fitted_loss(job, known, weight, metric, family, size)
+            options.append(Option(family.name, size, numbers, nbytes, loss))
+    return options
+
+
+def _fitted_loss(job: Job, known: Known, weight: Tensor, metric: Metric, family: Family, size: int) -> float:
+    """Return the predicted loss of a family at a size, in the unit of `unit_of`."""
+    error = error_of(weight, family.fit(weight, metric, size, job.request.seed).dense(), metric)
+    if job.recipe.output_metric:
+        return error * known.scale()
+    zero = error_of(weight, torch.zeros_like(weight), metric)
+    return error / zero if zero > 0 else 0.0
+
+
+def foreseen(job: Job, layers: list[Layer], known: Known, chosen: dict[str, Option]) -> dict[str, Option]:
+    """Return chosen options of linear layers with their predicted losses, which an allocation did without."""
+    out = dict(chosen)
+    for layer, weight in weights(job, layers):
+        option = chosen[layer.name]
+        family, metric = job.recipe.family(option.structure), known.metric(layer, weight)
+        if family is not None and metric is not None:
+            out[layer.name] = replace(option, loss=_fitted_loss(job, known, weight, metric, family, option.rank))
+    return out
+
+
+def _candidates(
+    job: Job, layer: Layer, losses: Tensor | list[float] | None, stored: Storage | Family | None = None
+) -> Candidates:
+    """Return the ranks (or sizes of the recipe's one family) a layer may have; None for losses nobody will read."""
+    families = job.recipe.families if layer.kind == LINEAR else ()
+    stored = stored or (families[0] if families else storage(job.recipe.storage))
     return candidates(
         layer.name,
         layer.shape,
-        losses,
-        storage(job.recipe.storage),
+        [0.0] * (stored.largest(layer.shape) + 1) if losses is None else losses,
+        stored,
         itemsize=job.weight_dtype(layer.name).itemsize,
         bias=layer.bias,
         extra_bias=job.recipe.centred and layer.kind != EMBEDDING,

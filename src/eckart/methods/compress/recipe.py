@@ -13,8 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from eckart.budget import DENSE
 from eckart.errors import EckartError
 from eckart.fit import Metric, Regression
+from eckart.fit.families import Family
 from eckart.stats import CrossSum, Gradients, Moments
 
 Allocation = Literal["uniform", "uniform-rank", "threshold", "sensitivity", "calibrated", "knapsack"]
@@ -53,7 +55,9 @@ class Recipe:
             `score`), "sensitivity" (one threshold on the loss measured with one layer compressed, at several levels),
             "calibrated" (knapsack on errors scaled by one such measurement per layer) or "knapsack" (on predicted
             loss).
-        storage: "lowrank", k (m + n) numbers, or "pivoted", k (m + n - k).
+        storage: of low-rank maps: "lowrank", k (m + n) numbers, or "pivoted", k (m + n - k).
+        families: what a linear layer may become instead of a low-rank map; several only with "knapsack".
+        mixed: whether low-rank maps stay among the choices beside the families.
         embeddings: whether token embedding and output head may be compressed as well.
         round_to: ranks are multiples of this.
         uses_inputs: whether the metric reads input moments.
@@ -73,6 +77,8 @@ class Recipe:
     metric: Callable[[LayerData], Metric]
     allocation: Allocation = "uniform"
     storage: StorageName = "lowrank"
+    families: tuple[Family, ...] = ()
+    mixed: bool = False
     embeddings: bool = False
     round_to: int = 1
     uses_inputs: bool = False
@@ -95,8 +101,19 @@ class Recipe:
             raise EckartError(f"heal is a number of epochs and must not be negative, got {self.heal}")
         if not self.heal_rate > 0:
             raise EckartError(f"heal_rate must be positive, got {self.heal_rate}")
+        if self.families and self.allocation not in ("uniform", "uniform-rank", "knapsack"):
+            names = ", ".join(family.name for family in self.families)
+            raise EckartError(f"allocation={self.allocation} knows low-rank maps only, and this method uses {names}")
+        if len(self.families) + self.mixed > 1 and self.allocation != "knapsack":
+            raise EckartError(f"allocation={self.allocation} cannot choose among structures; use knapsack")
+        if self.families and self.update:
+            raise EckartError("update refits low-rank maps only")
         if self.allocation == "threshold" and self.score is None:
             raise EckartError("allocation=threshold needs a method that scores spectra, such as welore")
+
+    def family(self, name: str) -> Family | None:
+        """Return the family of that name, None for low-rank maps and dense layers."""
+        return next((f for f in self.families if f.name == name and name != DENSE), None)
 
     @property
     def needs_text(self) -> bool:

@@ -155,7 +155,9 @@ class Sweep:
                     bias = offset_of(block.get_submodule(inner))
                     fit = fit_layer(job, self.known, layer, weight, self.chosen[layer.name], bias=bias, cross=cross)
                     replace(compressed, inner, running(fit))
-                    records.append(LayerRecord.of(layer.name, fit.map, fit.bias, loss_of(self.known, fit)))
+                    planned = self.chosen[layer.name].structure, self.chosen[layer.name].rank
+                    loss = loss_of(self.known, fit)
+                    records.append(LayerRecord.of(layer.name, fit.map, fit.bias, loss, planned=planned))
             targets = self._advance_originals(block, index, pairs)
         # before the first compressed layer the error is zero, and healing would only decay the weights
         if job.recipe.heal and any(layer.block <= index for layer in self.layers):

@@ -11,11 +11,15 @@ from eckart.errors import EckartError
 from eckart.methods.compress.aa_svd import aa_svd
 from eckart.methods.compress.afm import afm
 from eckart.methods.compress.asvd import asvd
+from eckart.methods.compress.compot import compot
+from eckart.methods.compress.cospadi import cospadi
 from eckart.methods.compress.eckart import eckart
+from eckart.methods.compress.eckart_mixed import eckart_mixed
 from eckart.methods.compress.fwsvd import fwsvd
 from eckart.methods.compress.kfac import kfac
 from eckart.methods.compress.lord import lord
 from eckart.methods.compress.recipe import COMMON, Recipe, overridden
+from eckart.methods.compress.rocket import rocket
 from eckart.methods.compress.svd import svd
 from eckart.methods.compress.svd_llm import svd_llm
 from eckart.methods.compress.welore import welore
@@ -33,7 +37,11 @@ METHODS: dict[str, Page] = {
     "welore": welore,
     "kfac": kfac,
     "aa-svd": aa_svd,
+    "cospadi": cospadi,
+    "compot": compot,
+    "rocket": rocket,
     "eckart": eckart,
+    "eckart-mixed": eckart_mixed,
 }
 
 

@@ -1,0 +1,82 @@
+"""Families of maps that a layer can be fitted to, each at any size: what a budget chooses among.
+
+A family says what a size takes and how it is fitted under a metric; low-rank maps, whose errors are known for all
+ranks at once, come from the regression instead (fit/regression.py).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from eckart.fit.dictionary import Learner, fit_dictionary
+from eckart.fit.metric import Metric
+from eckart.maps import LinearMap
+
+# Shares of a layer's dense numbers at which a family is offered where its error has to be measured by fitting it.
+SHARES = (0.1, 0.16, 0.22, 0.28, 0.34, 0.4, 0.46, 0.52, 0.58, 0.64, 0.7, 0.76, 0.82, 0.88, 0.94)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One family of structured maps.
+
+    Attributes:
+        name: as plans and reports show it.
+        numbers: (shape, size) -> floating numbers stored; rises with the size.
+        index_bytes: (shape, size) -> bytes of index tensors.
+        largest: (shape) -> the largest size.
+        fit: (W (m, n), metric, size, seed) -> the fitted map, float64.
+    """
+
+    name: str
+    numbers: Callable[[tuple[int, int], int], int]
+    index_bytes: Callable[[tuple[int, int], int], int]
+    largest: Callable[[tuple[int, int]], int]
+    fit: Callable[[Tensor, Metric, int, int], LinearMap]
+
+    def size_within(self, shape: tuple[int, int], numbers: float) -> int:
+        """Return the largest size that stores at most that many numbers, 0 if none does."""
+        low, high = 0, self.largest(shape)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.numbers(shape, middle) <= numbers else (low, middle - 1)
+        return low
+
+    def sizes(self, shape: tuple[int, int]) -> list[int]:
+        """Return the sizes offered where each has to be fitted to know its error, ascending."""
+        found = {self.size_within(shape, share * math.prod(shape)) for share in SHARES}
+        return sorted(found - {0})
+
+
+def dictionary_family(learner: Learner, ratio: float = 2.0, name: str = "dictionary") -> Family:
+    """Return the family of sparse codes times a dictionary: at size t, k = t atoms and s = t / ratio codes per row.
+
+    Once there are as many atoms as the rows have coordinates, only s goes on growing, one per size.
+
+    Args:
+        learner: how codes are found.
+        ratio: k / s, atoms per non-zero, at least 1.
+        name: as plans show it.
+    """
+
+    def split(shape: tuple[int, int], size: int) -> tuple[int, int]:
+        atoms = min(size, shape[1])
+        return atoms, min(max(1, round(atoms / ratio)) + size - atoms, atoms)
+
+    def numbers(shape: tuple[int, int], size: int) -> int:
+        atoms, nonzeros = split(shape, size)
+        return atoms * shape[1] + nonzeros * shape[0]
+
+    def index_bytes(shape: tuple[int, int], size: int) -> int:
+        return shape[0] * -(-split(shape, size)[0] // 8)
+
+    def largest(shape: tuple[int, int]) -> int:
+        return 2 * shape[1] - max(1, round(shape[1] / ratio))
+
+    def fit(weight: Tensor, metric: Metric, size: int, seed: int) -> LinearMap:
+        atoms, nonzeros = split((weight.shape[0], weight.shape[1]), size)
+        return fit_dictionary(weight, metric, atoms, nonzeros, learner=learner, seed=seed)
+
+    return Family(name, numbers, index_bytes, largest, fit)
