@@ -61,8 +61,9 @@ class TensorFile:
         Raises:
             EckartError: if the file is damaged.
         """
-        with self._damage(self.files[name]):
-            tensor: Tensor = self._handle(name).get_tensor(name)
+        # Opened anew: pages of a file that stays mapped count as this process's memory once they were read.
+        with self._damage(self.files[name]), safe_open(self.folder / self.files[name], "pt") as handle:
+            tensor: Tensor = handle.get_tensor(name)
         return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
