@@ -40,6 +40,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "cospadi": ("cospadi", {}),
     "compot": ("compot", {}),
     "rocket": ("rocket", {}),
+    "oats": ("oats", {}),
     "eckart": ("eckart", {}),
     "eckart-mixed": ("eckart-mixed", {}),
     "aa-svd healed": ("aa-svd", {"heal": 25}),

@@ -17,6 +17,7 @@ FEWER = {
     "aa-svd": {"heal": 1},
     "cospadi": {"iterations": 1},
     "compot": {"iterations": 2},
+    "oats": {"iterations": 2},
     "eckart-mixed": {"iterations": 1},
 }
 

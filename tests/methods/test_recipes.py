@@ -66,6 +66,7 @@ def test_published_defaults():
         ("rocket", {"allocation": "uniform"}, "allocation=uniform cannot choose among structures; use knapsack"),
         ("cospadi", {"ratio": 0.5}, "ratio is atoms per non-zero and must be at least 1, got 0.5"),
         ("compot", {"iterations": -1}, "iterations must not be negative, got -1"),
+        ("oats", {"rank_share": 1.0}, r"rank_share must lie in \[0, 1\), got 1.0"),
         ("rocket", {"balance": 2}, r"balance must lie in \[0, 1\], got 2"),
     ],
 )
@@ -119,7 +120,7 @@ def by_the_paper(method: str, w: torch.Tensor, x: torch.Tensor, known: Known, ra
     if method == "asvd":
         scale = x.abs().mean(0).sqrt()
         return truncated(w * scale, rank) / scale
-    if method in ("svd-llm", "aa-svd", "cospadi", "compot", "rocket"):
+    if method in ("svd-llm", "aa-svd", "cospadi", "compot", "rocket", "oats"):
         root = torch.linalg.cholesky(g)
         return torch.linalg.solve_triangular(root, truncated(w @ root, rank), upper=False, left=False)
     if method in ("afm", "lord"):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from eckart.fit.dictionary import Learner, fit_dictionary
 from eckart.fit.metric import Metric
+from eckart.fit.sparse_plus_lowrank import fit_sparse_plus_lowrank
 from eckart.maps import LinearMap
 
 # Shares of a layer's dense numbers at which a family is offered where its error has to be measured by fitting it.
@@ -80,3 +81,26 @@ def dictionary_family(learner: Learner, ratio: float = 2.0, name: str = "diction
         return fit_dictionary(weight, metric, atoms, nonzeros, learner=learner, seed=seed)
 
     return Family(name, numbers, index_bytes, largest, fit)
+
+
+def sparse_plus_lowrank_family(share: float = 0.25, iterations: int = 80, name: str = "sparse + lowrank") -> Family:
+    """Return the family of a low-rank map plus s entries of every row, at size s, the rank rising with them.
+
+    Args:
+        share: how much of the numbers is low rank, in [0, 1).
+        iterations: rounds of truncating and thresholding.
+        name: as plans show it.
+    """
+
+    def rank(shape: tuple[int, int], size: int) -> int:
+        m, n = shape
+        return min(int(share / (1 - share) * m * size / (m + n)), m, n)
+
+    def numbers(shape: tuple[int, int], size: int) -> int:
+        return rank(shape, size) * sum(shape) + size * shape[0]
+
+    def fit(weight: Tensor, metric: Metric, size: int, seed: int) -> LinearMap:
+        shape = weight.shape[0], weight.shape[1]
+        return fit_sparse_plus_lowrank(weight, metric, rank(shape, size), size, iterations=iterations)
+
+    return Family(name, numbers, lambda shape, size: shape[0] * -(-shape[1] // 8), lambda shape: shape[1], fit)

@@ -18,6 +18,7 @@ from eckart.methods.compress.eckart_mixed import eckart_mixed
 from eckart.methods.compress.fwsvd import fwsvd
 from eckart.methods.compress.kfac import kfac
 from eckart.methods.compress.lord import lord
+from eckart.methods.compress.oats import oats
 from eckart.methods.compress.recipe import COMMON, Recipe, overridden
 from eckart.methods.compress.rocket import rocket
 from eckart.methods.compress.svd import svd
@@ -40,6 +41,7 @@ METHODS: dict[str, Page] = {
     "cospadi": cospadi,
     "compot": compot,
     "rocket": rocket,
+    "oats": oats,
     "eckart": eckart,
     "eckart-mixed": eckart_mixed,
 }
