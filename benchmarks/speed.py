@@ -1,6 +1,6 @@
 """Speed of compressed layers and models against dense ones on this machine, in one run.
 
-    python benchmarks/speed.py [--runs 7]
+    python benchmarks/speed.py [--runs 9] [--models stories3m ...] [--no-layers]
 
 Layers: one token and 256 tokens through a dense `nn.Linear`, a hand-written pair of `nn.Linear`, and eckart's hosts at
 equal numbers. Models: tokens per second of `generate` at batch 1, dense and compressed, and of reading a long text.
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import eckart
 from eckart.files.folder import quiet
 from eckart.maps import LowRank, storage
-from harness import medians, require_shared, save
+from harness import load, medians, require_shared, save
 
 SHAPES = ((192, 192), (512, 192), (1024, 1024), (4096, 1024))
 KEEP = (0.8, 0.6, 0.4)
@@ -73,48 +73,51 @@ def make_larger(folder: Path, tokenizer: Path) -> None:
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 
 
-def model_rows(runs: int) -> list[dict[str, Any]]:
-    """Time whole models."""
+def model_rows(name: str, runs: int) -> list[dict[str, Any]]:
+    """Time a whole model."""
     shared, rows = require_shared(), []
     with tempfile.TemporaryDirectory() as scratch, quiet():
-        for name in ("stories3m", "babyllama105", LARGER):
-            folder = Path(scratch) / name if name == LARGER else shared / "models" / name
-            if name == LARGER:
-                make_larger(folder, shared / "models/stories3m")
-            models = {"dense": AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)}
-            for method, keep in (("svd-llm", 0.6), ("eckart", 0.8), ("eckart", 0.6)):
-                out = Path(scratch) / f"{name.partition(',')[0]}-{method}-{keep}"
-                text = shared / "data/tinystories/train.txt.gz"
-                eckart.compress(folder, out, method=method, keep=keep, calibration=text)
-                models[f"{method} {keep}"] = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-            start = torch.tensor([[1, *range(5, 12)]])
-            reading = torch.randint(3, 100, (1, 256), generator=torch.Generator().manual_seed(0))
+        folder = Path(scratch) / "larger" if name == LARGER else shared / "models" / name
+        if name == LARGER:
+            make_larger(folder, shared / "models/stories3m")
+        models = {"dense": AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)}
+        for method, keep in (("svd-llm", 0.6), ("eckart", 0.8), ("eckart", 0.6)):
+            out = Path(scratch) / f"{name.partition(',')[0]}-{method}-{keep}"
+            text, few = shared / "data/tinystories/train.txt.gz", 16 if name == LARGER else None
+            eckart.compress(folder, out, method=method, keep=keep, calibration=text, samples=few)
+            models[f"{method} {keep}"] = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        start = torch.tensor([[1, *range(5, 12)]])
+        reading = torch.randint(3, 100, (1, 256), generator=torch.Generator().manual_seed(0))
 
-            def generate(model: nn.Module, start: torch.Tensor = start) -> None:
-                model.generate(
-                    start, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
-                )
+        def generate(model: nn.Module, start: torch.Tensor = start) -> None:
+            model.generate(start, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
 
-            def read(model: nn.Module, reading: torch.Tensor = reading) -> None:
-                with torch.no_grad():
-                    model(reading, use_cache=False)
+        def read(model: nn.Module, reading: torch.Tensor = reading) -> None:
+            with torch.no_grad():
+                model(reading, use_cache=False)
 
-            for task, function in (("generate", generate), ("read", read)):
-                times = medians({key: lambda m=m, f=function: f(m) for key, m in models.items()}, runs=runs, warm_up=2)
-                per_token = NEW_TOKENS if task == "generate" else reading.shape[1]
-                rate = {key: per_token / seconds for key, seconds in times.items()}
-                ratio = {key: times["dense"] / seconds for key, seconds in times.items()}
-                rows.append({"model": name, "task": task, "tokens per second": rate, "speed-up": ratio})
-                print(rows[-1], flush=True)
+        for task, function in (("generate", generate), ("read", read)):
+            times = medians({key: lambda m=m, f=function: f(m) for key, m in models.items()}, runs=runs, warm_up=2)
+            per_token = NEW_TOKENS if task == "generate" else reading.shape[1]
+            rate = {key: per_token / seconds for key, seconds in times.items()}
+            ratio = {key: times["dense"] / seconds for key, seconds in times.items()}
+            rows.append({"model": name, "task": task, "tokens per second": rate, "speed-up": ratio})
+            print(rows[-1], flush=True)
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--models", nargs="*", default=["stories3m", "babyllama105", LARGER])
+    parser.add_argument("--layers", action=argparse.BooleanOptionalAction, default=True)
     given = parser.parse_args()
-    models = model_rows(given.runs)
-    save("speed", [*models, *layer_rows(given.runs)])
+    rows = load("speed")["rows"]
+    for name in given.models:
+        rows = [r for r in rows if r.get("model") != name] + model_rows(name, given.runs)
+        save("speed", rows)
+    if given.layers:
+        save("speed", [r for r in rows if "shape" not in r] + layer_rows(given.runs))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from eckart.maps.permutation import check_order, inverse_order
 # From this many input vectors on, spelling out the identity rows of the second factor (m k numbers, written once per
 # call) beats reordering every vector; and with gradients always, since the gradient of reordering is three times as
 # slow as reordering (benchmarks/constants.py).
-EXPAND_TOKENS = 128
+EXPAND_TOKENS = 256
 # Reordering one number of one vector takes as long as this many multiplications and additions.
 GATHER_COST = 100
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from eckart.maps.base import LinearMap, linear_map, require, require_shape
 
 # With more vectors than this, a half-full matrix is written out and multiplied densely (benchmarks/constants.py).
-ROWS_TOKENS = 64
+ROWS_TOKENS = 128
 # Up to this density it is not, however many vectors there are.
 ROWS_DENSITY = 0.25
 
