@@ -75,8 +75,9 @@ def _best(values: list[float | None], larger: bool) -> float | None:
 
 
 def _order(values: list[float | None], larger: bool) -> float:
-    total = sum(v for v in values if v is not None)
-    return -total if larger else total
+    held = [v for v in values if v is not None]
+    mean = sum(held) / max(len(held), 1)
+    return -mean if larger else mean
 
 
 def headline(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

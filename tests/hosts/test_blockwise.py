@@ -1,6 +1,7 @@
 """Running block by block gives what the whole model gives, for every kind of block."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from eckart.errors import EckartError
 from eckart.hosts import Blockwise, anatomy, blockwise, release
+from eckart.hosts.memory import return_memory
 
 
 def streamed(model: nn.Module) -> Blockwise:
@@ -113,3 +115,19 @@ def test_release_keeps_children():
     release(outer)
     assert outer.own.device.type == "meta"
     assert outer[0].weight.device.type == "cpu"
+
+
+def test_memory_is_returned():
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("reads the size of the process from /proc")
+
+    def resident() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+
+    torch.ones(8_000_000).add_(1)  # freed: from now on blocks of this size come from the heap
+    held = [(torch.ones(500_000), torch.ones(10_000)) for _ in range(100)]  # 2 MB, and behind it what keeps the heap up
+    held = [small for _, small in held]
+    before = resident()
+    return_memory()
+    assert resident() < before - 100
+    assert len(held) == 100

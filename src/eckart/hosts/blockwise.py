@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from eckart.errors import EckartError
 from eckart.hosts.anatomy import Anatomy, replace
+from eckart.hosts.memory import return_memory
 
 # Fills the own parameters of one module of the skeleton (not of its children), given its name, with real weights.
 Load = Callable[[nn.Module, str], None]
@@ -104,6 +105,7 @@ class Blockwise:
         finally:
             for child in module.modules():
                 release(child)
+            return_memory()
 
     @contextmanager
     def resident_ends(self, head: bool, embedding: bool) -> Iterator[None]:
