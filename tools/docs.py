@@ -117,6 +117,7 @@ def pages() -> dict[Path, str]:
         "speed": results("speed"),
         "memory": results("memory"),
         "constants": results("constants"),
+        "sparse_coding": results("sparse_coding"),
     }
     return {
         ROOT / f"docs/{name}.md": environment.get_template(f"{name}.md.jinja").render(values)

@@ -48,7 +48,7 @@ def test_the_error_is_that_of_the_samples(m, n, seed, with_outputs, with_shift, 
         outputs=outputs,
     )
     weight, other = normal(m, n, seed=seed + 5), normal(m, n, seed=seed + 6)
-    bias = best_bias(weight, other, metric)
+    bias = best_bias(weight, Dense(other), metric)
     assert (bias is None) != centred
     change = x @ weight.mT - seen @ other.mT - (0 if bias is None else bias)
     weighted = change if outputs is None else change @ outputs
@@ -87,7 +87,7 @@ def test_more_is_never_worse_and_counts_as_stated(name, with_metric):
     family, errors = dictionary_family(LEARNERS[name]), []
     sizes = [2, 6, 12, 16, 20, family.largest((40, 16))]
     for size in sizes:
-        map_ = family.fit(weight, metric, size, 0)
+        map_ = family.fit(weight, metric, size)
         assert isinstance(map_, Product)
         assert [type(part) for part in map_.maps] == [Bitmap, Dense]
         assert map_.numbers == family.numbers((40, 16), size)

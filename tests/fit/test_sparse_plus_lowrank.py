@@ -48,7 +48,7 @@ def test_the_family_counts_as_stated_and_improves():
     weight, metric = normal(24, 16, seed=9), Metric(inputs=moment(16, 10))
     family, errors = sparse_plus_lowrank_family(0.25, 5), []
     for size in (1, 4, 8, 12, 16):
-        map_ = family.fit(weight, metric, size, 0)
+        map_ = family.fit(weight, metric, size)
         assert isinstance(map_, Sum)
         assert [type(part) for part in map_.maps] == [LowRank, Bitmap]
         assert map_.numbers == family.numbers((24, 16), size)

@@ -64,8 +64,8 @@ def test_published_defaults():
     [
         ("cospadi", {"allocation": "threshold"}, "allocation=threshold knows low-rank maps only, and this method uses"),
         ("rocket", {"allocation": "uniform"}, "allocation=uniform cannot choose among structures; use knapsack"),
-        ("cospadi", {"ratio": 0.5}, "ratio is atoms per non-zero and must be at least 1, got 0.5"),
-        ("compot", {"iterations": -1}, "iterations must not be negative, got -1"),
+        ("cospadi", {"ratio": 0.5}, "ratio must be at least 1, got 0.5"),
+        ("compot", {"iterations": -1}, "iterations must be at least 0, got -1"),
         ("oats", {"rank_share": 1.0}, r"rank_share must lie in \[0, 1\), got 1.0"),
         ("rocket", {"balance": 2}, r"balance must lie in \[0, 1\], got 2"),
     ],

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from eckart.errors import EckartError
-from eckart.fit.metric import Metric
+from eckart.fit.metric import Metric, weighted, weighted_rows
 from eckart.fit.regression import unconstrained
 from eckart.linalg import orthogonal_matching_pursuit, polar_factor, psd_roots
 from eckart.maps import Dense, LinearMap, Product, bitmap
@@ -25,13 +25,11 @@ from eckart.maps import Dense, LinearMap, Product, bitmap
 # Relative weight of the identity in the normal equations of the atoms: an atom that no row uses stays finite.
 RIDGE = 1e-10
 
-# (signals W L (m, n), inverse of L, k, s, seed) -> codes S (m, k), dense with zeros
-Learner = Callable[[Tensor, Tensor | None, int, int, int], Tensor]
+# (signals W L (m, n), inverse of L, k, s) -> codes S (m, k), dense with zeros
+Learner = Callable[[Tensor, Tensor | None, int, int], Tensor]
 
 
-def fit_dictionary(
-    weight: Tensor, metric: Metric, atoms: int, nonzeros: int, *, learner: Learner, seed: int = 0
-) -> LinearMap:
+def fit_dictionary(weight: Tensor, metric: Metric, atoms: int, nonzeros: int, *, learner: Learner) -> LinearMap:
     """Return a sparse matrix of codes times a dense dictionary, the nearest that a learner finds.
 
     Args:
@@ -41,7 +39,6 @@ def fit_dictionary(
         atoms: k.
         nonzeros: s, codes per row of W.
         learner: `matching_pursuit_learner`, `orthogonal_learner` or `closed_form_learner`.
-        seed: seed of what a learner draws.
 
     Returns:
         `Product(Bitmap (m, k), Dense (k, n))`, float64, in m s + k n numbers and m k bits.
@@ -58,7 +55,7 @@ def fit_dictionary(
     target = unconstrained(weight.double(), metric)
     root, inverse = (None, None) if metric.seen is None else psd_roots(metric.seen)
     rows = row_weights(metric, m)
-    codes = learner(_times(target, root) * rows, inverse, atoms, nonzeros, seed) / rows
+    codes = learner(weighted_rows(target, root) * rows, inverse, atoms, nonzeros) / rows
     return Product((bitmap(codes, nonzeros), Dense(best_atoms(codes, target, metric.outputs))))
 
 
@@ -82,10 +79,10 @@ def best_atoms(codes: Tensor, target: Tensor, outputs: Tensor | None = None) -> 
         target: W* (m, n).
         outputs: B (m, m), (m,) if diagonal, or None for the identity.
     """
-    weighted = codes if outputs is None else (outputs @ codes if outputs.ndim == 2 else outputs[:, None] * codes)
-    normal = codes.mT @ weighted
+    dual = weighted(codes, outputs)
+    normal = codes.mT @ dual
     normal.diagonal().add_(RIDGE * normal.diagonal().mean().clamp_min(torch.finfo(normal.dtype).tiny))
-    return torch.cholesky_solve(weighted.mT @ target, torch.linalg.cholesky(normal))
+    return torch.cholesky_solve(dual.mT @ target, torch.linalg.cholesky(normal))
 
 
 def matching_pursuit_learner(iterations: int, power_iterations: int = 1) -> Learner:
@@ -99,7 +96,7 @@ def matching_pursuit_learner(iterations: int, power_iterations: int = 1) -> Lear
     Zibulevsky and Elad 2008, section 2.2.
     """
 
-    def learn(signals: Tensor, inverse: Tensor | None, atoms: int, nonzeros: int, seed: int) -> Tensor:
+    def learn(signals: Tensor, inverse: Tensor | None, atoms: int, nonzeros: int) -> Tensor:
         dictionary = _leading(signals, atoms)
         codes = _coded(signals, dictionary, nonzeros)
         best = codes, _residual(signals, codes, dictionary)
@@ -123,7 +120,7 @@ def orthogonal_learner(iterations: int) -> Learner:
     Source: Lesage et al. 2005, "Learning unions of orthonormal bases with thresholded singular value decomposition".
     """
 
-    def learn(signals: Tensor, inverse: Tensor | None, atoms: int, nonzeros: int, seed: int) -> Tensor:
+    def learn(signals: Tensor, inverse: Tensor | None, atoms: int, nonzeros: int) -> Tensor:
         dictionary = _leading(signals, atoms)
         codes = keep_largest(signals @ dictionary.mT, nonzeros)
         for _ in range(iterations):
@@ -144,10 +141,10 @@ def closed_form_learner(balance: float) -> Learner:
     Source: ROCKET (mts-ai/ROCKET 2026): importance |V_ij|^(1-lambda) (|V_ij| |L^-1 u_i|)^lambda.
     """
 
-    def learn(signals: Tensor, inverse: Tensor | None, atoms: int, nonzeros: int, seed: int) -> Tensor:
+    def learn(signals: Tensor, inverse: Tensor | None, atoms: int, nonzeros: int) -> Tensor:
         basis = _leading(signals, atoms)
         coefficients = signals @ basis.mT
-        lengths = _times(basis, inverse).norm(dim=1)
+        lengths = weighted_rows(basis, inverse).norm(dim=1)
         return keep_largest(coefficients, nonzeros, importance=coefficients.abs() * lengths**balance)
 
     return learn
@@ -203,10 +200,3 @@ def _unit(vector: Tensor, otherwise: Tensor) -> Tensor:
 
 def _residual(signals: Tensor, codes: Tensor, dictionary: Tensor) -> float:
     return float((signals - codes @ dictionary).square().sum())
-
-
-def _times(rows: Tensor, moment: Tensor | None) -> Tensor:
-    """Return rows @ M for a moment that may be diagonal or the identity."""
-    if moment is None:
-        return rows
-    return rows @ moment if moment.ndim == 2 else rows * moment

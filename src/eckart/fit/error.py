@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from eckart.fit.metric import Metric
+from eckart.fit.metric import Metric, weighted, weighted_rows
+from eckart.maps import LinearMap
 
 
 def error_of(weight: Tensor, approximation: Tensor, metric: Metric) -> float:
@@ -25,18 +26,14 @@ def error_of(weight: Tensor, approximation: Tensor, metric: Metric) -> float:
     return max(before - 2 * both + _inner(a, a, metric.shifted, metric.outputs), 0.0)
 
 
-def best_bias(weight: Tensor, approximation: Tensor, metric: Metric) -> Tensor | None:
+def best_bias(weight: Tensor, approximation: LinearMap, metric: Metric) -> Tensor | None:
     """Return c = W E[x] - W' E[x^], (m,) float64, or None where the metric is not centred."""
     if metric.mean is None:
         return None
     seen = metric.mean if metric.shifted_mean is None else metric.shifted_mean
-    return weight.double() @ metric.mean - approximation.double() @ seen
+    return weight.double() @ metric.mean - approximation.to(torch.float64)(seen)
 
 
 def _inner(a: Tensor, b: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> float:
     """Return tr(B a M b^T)."""
-    if inputs is not None:
-        a = a @ inputs if inputs.ndim == 2 else a * inputs
-    if outputs is not None:
-        b = outputs @ b if outputs.ndim == 2 else outputs[:, None] * b
-    return float(torch.sum(a * b))
+    return float(torch.sum(weighted_rows(a, inputs) * weighted(b, outputs)))

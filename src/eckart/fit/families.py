@@ -28,14 +28,14 @@ class Family:
         numbers: (shape, size) -> floating numbers stored; rises with the size.
         index_bytes: (shape, size) -> bytes of index tensors.
         largest: (shape) -> the largest size.
-        fit: (W (m, n), metric, size, seed) -> the fitted map, float64.
+        fit: (W (m, n), metric, size) -> the fitted map, float64.
     """
 
     name: str
     numbers: Callable[[tuple[int, int], int], int]
     index_bytes: Callable[[tuple[int, int], int], int]
     largest: Callable[[tuple[int, int]], int]
-    fit: Callable[[Tensor, Metric, int, int], LinearMap]
+    fit: Callable[[Tensor, Metric, int], LinearMap]
 
     def size_within(self, shape: tuple[int, int], numbers: float) -> int:
         """Return the largest size that stores at most that many numbers, 0 if none does."""
@@ -76,9 +76,9 @@ def dictionary_family(learner: Learner, ratio: float = 2.0, name: str = "diction
     def largest(shape: tuple[int, int]) -> int:
         return 2 * shape[1] - max(1, round(shape[1] / ratio))
 
-    def fit(weight: Tensor, metric: Metric, size: int, seed: int) -> LinearMap:
+    def fit(weight: Tensor, metric: Metric, size: int) -> LinearMap:
         atoms, nonzeros = split((weight.shape[0], weight.shape[1]), size)
-        return fit_dictionary(weight, metric, atoms, nonzeros, learner=learner, seed=seed)
+        return fit_dictionary(weight, metric, atoms, nonzeros, learner=learner)
 
     return Family(name, numbers, index_bytes, largest, fit)
 
@@ -99,7 +99,7 @@ def sparse_plus_lowrank_family(share: float = 0.25, iterations: int = 80, name: 
     def numbers(shape: tuple[int, int], size: int) -> int:
         return rank(shape, size) * sum(shape) + size * shape[0]
 
-    def fit(weight: Tensor, metric: Metric, size: int, seed: int) -> LinearMap:
+    def fit(weight: Tensor, metric: Metric, size: int) -> LinearMap:
         shape = weight.shape[0], weight.shape[1]
         return fit_sparse_plus_lowrank(weight, metric, rank(shape, size), size, iterations=iterations)
 

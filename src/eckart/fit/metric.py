@@ -70,6 +70,21 @@ class Metric:
             raise EckartError(f"the metric's {name} has shape {tuple(value.shape)}, but the layer needs {wanted[0]}")
 
 
+def weighted(matrix: Tensor, moment: Tensor | None) -> Tensor:
+    """Return M @ matrix for a symmetric moment M that may be diagonal, (n,), or None for the identity."""
+    if moment is None:
+        return matrix
+    moment = moment.to(matrix.dtype)
+    return moment @ matrix if moment.ndim == 2 else moment[:, None] * matrix
+
+
+def weighted_rows(matrix: Tensor, moment: Tensor | None) -> Tensor:
+    """Return matrix @ M for a symmetric moment M that may be diagonal, (n,), or None for the identity."""
+    if moment is None:
+        return matrix
+    return matrix @ moment if moment.ndim == 2 else matrix * moment
+
+
 def metric(
     second: Tensor | None = None,
     *,

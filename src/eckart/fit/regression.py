@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from eckart.errors import EckartError
-from eckart.fit.metric import Metric
+from eckart.fit.error import best_bias, error_of
+from eckart.fit.metric import Metric, weighted, weighted_rows
 from eckart.linalg import TopEigen, all_finite, psd_roots, top_eigen
 from eckart.maps import LinearMap, LowRank, storage
 
@@ -90,17 +91,17 @@ class Regression:
         vectors = self.eigen.vectors[:, :k].to(self.target.dtype)
         root, inverse = self.roots or (None, None)
         if self.side == "outputs":
-            up, down = _times(vectors, inverse), _times(vectors, root).mT @ self.target
+            up, down = weighted(vectors, inverse), weighted(vectors, root).mT @ self.target
         else:
-            up = self.target @ _times(vectors, root)  # T^-1 V s
-            weighted = _times(up, self.metric.outputs)
+            up = self.target @ weighted(vectors, root)  # T^-1 V s
+            dual = weighted(up, self.metric.outputs)
             if self.eigen.method == "dense":
                 scale = self.eigen.values[:k].rsqrt()
-                up, weighted = up * scale, weighted * scale
+                up, dual = up * scale, dual * scale
             else:  # approximate eigenvectors: make T up orthonormal again, so that W' is the best in their span
-                factor = torch.linalg.cholesky(up.mT @ weighted)
-                up, weighted = (torch.linalg.solve_triangular(factor, t.mT, upper=False).mT for t in (up, weighted))
-            down = weighted.mT @ self.target
+                factor = torch.linalg.cholesky(up.mT @ dual)
+                up, dual = (torch.linalg.solve_triangular(factor, t.mT, upper=False).mT for t in (up, dual))
+            down = dual.mT @ self.target
         sizes = torch.linalg.vector_norm(up, dim=0), torch.linalg.vector_norm(down, dim=1)
         tiny = torch.finfo(up.dtype).tiny
         balance = (sizes[1] / sizes[0].clamp_min(tiny)).clamp_min(tiny).sqrt()
@@ -120,9 +121,8 @@ class Regression:
         factors = self.factors(rank)
         map_ = storage(stored).build(factors).to(dtype)
         offset = None if bias is None else bias.double()
-        if self.metric.mean is not None:
-            seen = self.metric.mean if self.metric.shifted_mean is None else self.metric.shifted_mean
-            change = self.weight.double() @ self.metric.mean - map_.to(torch.float64)(seen)
+        change = best_bias(self.weight, map_, self.metric)
+        if change is not None:
             offset = change if offset is None else offset + change
         error = float(self.errors()[factors.rank])
         relative = error / self.total if self.total > 0 else 0.0
@@ -167,7 +167,8 @@ def regress(
         eigen = top_eigen(_gram(target, inner, roots, side), rank)
     total, irreducible = eigen.trace, 0.0
     if metric.shifted is not None and metric.inputs is not None:
-        total = max(_energy(w.double(), metric.inputs, metric.outputs), eigen.trace)
+        zero = error_of(w, torch.zeros_like(w), metric)
+        total = max(zero, eigen.trace)
         irreducible = total - eigen.trace
     return Regression(w, target, metric, eigen, side, roots, total, irreducible)
 
@@ -188,8 +189,8 @@ def unconstrained(w: Tensor, metric: Metric) -> Tensor:
 def _gram(target: Tensor, inner: Tensor | None, roots: tuple[Tensor, Tensor] | None, side: str) -> Tensor:
     """Return K on its smaller side: T W* G^ W*^T T^T (m, m) or L W*^T B W* L (n, n)."""
     a = target if side == "outputs" else target.mT
-    gram = a @ _times(a.mT, inner)
-    return gram if roots is None else _times(_times(gram, roots[0]).mT, roots[0])
+    gram = a @ weighted(a.mT, inner)
+    return gram if roots is None else weighted(weighted(gram, roots[0]).mT, roots[0])
 
 
 def _fast_eigen(
@@ -206,28 +207,8 @@ def _fast_eigen(
         p = copies[block.dtype]
         a = cast(Tensor, p["a"])
         # As rows: BLAS multiplies (b, n) by a large matrix or its transpose at full speed, columns at two thirds of it.
-        rows = _rows_times(_rows_times(block.mT, p["root"]) @ a, p["inner"])
-        return _rows_times(rows @ a.mT, p["root"]).mT
+        rows = weighted_rows(weighted_rows(block.mT, p["root"]) @ a, p["inner"])
+        return weighted_rows(rows @ a.mT, p["root"]).mT
 
     # The excess of a squared error is twice that of its root.
     return top_eigen(operator, rank, size=a.shape[0], accuracy=2 * accuracy, device=weight.device)
-
-
-def _times(matrix: Tensor, moment: Tensor | None) -> Tensor:
-    """Return M @ matrix for a moment M that may be diagonal or the identity."""
-    if moment is None:
-        return matrix
-    moment = moment.to(matrix.dtype)
-    return moment @ matrix if moment.ndim == 2 else moment[:, None] * matrix
-
-
-def _rows_times(matrix: Tensor, moment: Tensor | None) -> Tensor:
-    """Return matrix @ M for a symmetric moment M that may be diagonal or the identity."""
-    if moment is None:
-        return matrix
-    return matrix @ moment if moment.ndim == 2 else matrix * moment
-
-
-def _energy(w: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> float:
-    """Return E |T W x|^2 = tr(B W G W^T)."""
-    return float((_times(w.mT, inputs).mT * _times(w, outputs)).sum())

@@ -36,7 +36,6 @@ from eckart.maps.sparse import Sparse as Sparse
 from eckart.maps.sparse import by_compressed_rows as by_compressed_rows
 from eckart.maps.sparse import multiply_compressed_rows as multiply_compressed_rows
 from eckart.maps.sparse import n_of_m as n_of_m
-from eckart.maps.sparse import place_dtype as place_dtype
 from eckart.maps.sparse import sparse as sparse
 from eckart.maps.spec import blank as blank
 from eckart.maps.spec import from_spec as from_spec

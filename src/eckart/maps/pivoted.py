@@ -21,8 +21,8 @@ from eckart.maps.lowrank import LowRank, lowrank_numbers
 from eckart.maps.permutation import check_order, inverse_order
 
 # From this many input vectors on, spelling out the identity rows of the second factor (m k numbers, written once per
-# call) beats reordering every vector; and with gradients always, since the gradient of reordering is three times as
-# slow as reordering (benchmarks/constants.py).
+# call) beats reordering every vector; and with gradients always, since the gradient of reordering is slower still
+# (benchmarks/constants.py for the former, docs/LOG.md for the latter).
 EXPAND_TOKENS = 256
 # Reordering one number of one vector takes as long as this many multiplications and additions.
 GATHER_COST = 100

@@ -12,8 +12,6 @@ from eckart.maps.base import LinearMap, linear_map, require, require_shape
 
 # With more vectors than this, a half-full matrix is written out and multiplied densely (benchmarks/constants.py).
 ROWS_TOKENS = 128
-# Up to this density it is not, however many vectors there are.
-ROWS_DENSITY = 0.25
 
 
 @linear_map
@@ -95,7 +93,7 @@ def by_compressed_rows(x: Tensor, values: Tensor) -> bool:
 def multiply_compressed_rows(x: Tensor, values: Tensor, columns: Tensor, starts: Tensor) -> Tensor:
     """Return W x for a sparse W in compressed rows: x (..., n) -> (..., m), by torch's sparse product.
 
-    On CPU it takes 1/100 to 1/2 of the time of writing W out, at densities of 0.02 to 0.5 (benchmarks/constants.py).
+    On CPU it takes a fifth to two thirds of the time of writing W out, at a density of 0.1 (benchmarks/constants.py).
     """
     _quiet()
     m, flat = starts.shape[0] - 1, x.reshape(-1, x.shape[-1])
@@ -131,7 +129,7 @@ class NM(LinearMap):
 
     Attributes:
         values: (m, groups, N).
-        places: (m, groups, N), the position of each value within its group, below M; uint8, or int16 for M > 256.
+        places: (m, groups, N), the position of each value within its group, below M; uint8.
         period: M; n = groups M.
     """
 
@@ -141,17 +139,16 @@ class NM(LinearMap):
 
     def __post_init__(self) -> None:
         require_shape("NM places", self.places, *self.values.shape)
-        dtype = place_dtype(self.period)
-        fits = self.values.ndim == 3 and self.places.dtype == dtype and self.values.shape[2] <= self.period
+        fits = self.values.ndim == 3 and self.places.dtype == torch.uint8 and self.values.shape[2] <= self.period
         came = f"values {tuple(self.values.shape)}, places {self.places.dtype}, period {self.period}"
-        require(fits, "NM", came, f"(rows, groups, N), {dtype}, and N at most the period")
+        require(fits, "NM", came, "(rows, groups, N), uint8, and N at most the period")
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.values.shape[0], self.values.shape[1] * self.period
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._by_rows(x.numel() // max(self.shape[1], 1)) and by_compressed_rows(x, self.values):
+        if x.numel() // max(self.shape[1], 1) <= ROWS_TOKENS and by_compressed_rows(x, self.values):
             columns = self.columns().to(torch.int32)
             starts = torch.arange(0, columns.numel() + 1, columns.shape[1], dtype=torch.int32)
             return multiply_compressed_rows(x, self.values.flatten(), columns.flatten(), starts)
@@ -159,8 +156,7 @@ class NM(LinearMap):
 
     def validate(self) -> None:
         """Raise an `EckartError` unless every place lies within its group."""
-        places = self.places
-        inside = places.numel() == 0 or (int(places.min()) >= 0 and int(places.max()) < self.period)
+        inside = self.places.numel() == 0 or int(self.places.max()) < self.period
         require(inside, "NM", "places beyond their group", f"0 to {self.period - 1}")
 
     @property
@@ -177,15 +173,12 @@ class NM(LinearMap):
         return filled.flatten(1)
 
     def flops(self, tokens: int = 1) -> int:
-        if not self._by_rows(tokens):
+        if tokens > ROWS_TOKENS:
             return 2 * tokens * math.prod(self.shape) + self.dense_flops()
         return 2 * tokens * self.values.numel()
 
     def dense_flops(self) -> int:
         return self.values.numel()
-
-    def _by_rows(self, vectors: int) -> bool:
-        return vectors <= ROWS_TOKENS or self.values.shape[2] <= ROWS_DENSITY * self.period
 
     def columns(self) -> Tensor:
         """Return the column of each value, (m, groups * N) int64."""
@@ -201,12 +194,7 @@ def n_of_m(matrix: Tensor, keep: int, period: int) -> NM:
     """
     m, n = matrix.shape
     require(n % period == 0, "n_of_m", f"rows of length {n}", f"a multiple of the period {period}")
-    require(0 < keep <= period <= 1 << 15, "n_of_m", f"{keep} of {period}", "0 < N <= M <= 32768")
+    require(0 < keep <= period <= 256, "n_of_m", f"{keep} of {period}", "0 < N <= M <= 256")
     groups = matrix.view(m, n // period, period)
     places = groups.abs().topk(keep, dim=2).indices.sort(dim=2).values
-    return NM(groups.gather(2, places), places.to(place_dtype(period)), period)
-
-
-def place_dtype(period: int) -> torch.dtype:
-    """Return the dtype of positions within groups of that many: one byte each, or two."""
-    return torch.uint8 if period <= 256 else torch.int16
+    return NM(groups.gather(2, places), places.to(torch.uint8), period)

@@ -170,6 +170,7 @@ def save(case: Case) -> None:
     for map_ in (case.map, case.map.to(torch.bfloat16)):
         text, data = saved(map_)
         loaded = from_spec(json.loads(text), safetensors.torch.load(data), case.families)
+        loaded.validate()
         expect(loaded == map_, f"loaded {loaded!r} is not the {map_!r} that was saved")
         structures = [pytree.tree_structure(m) for m in (loaded, map_)]
         expect(structures[0] == structures[1], f"loaded {loaded!r} has other plain fields than {map_!r}")

@@ -12,7 +12,7 @@ Source: "AA-SVD" 2026 (arXiv 2604.02119), objective 4 and its local refinement; 
 
 from eckart.fit import Metric
 from eckart.fit import metric as build_metric
-from eckart.methods.compress.recipe import LayerData, Recipe, check_share, raw_moments
+from eckart.methods.compress.recipe import LayerData, Recipe, check_share, input_moment
 
 
 def aa_svd(*, anchor: float = 1.0) -> Recipe:
@@ -25,7 +25,7 @@ def aa_svd(*, anchor: float = 1.0) -> Recipe:
 
     def metric(data: LayerData) -> Metric:
         if data.cross is None:  # before the sequential pass, for predictions
-            return build_metric(raw_moments(data)[1])
+            return input_moment(data)
         original, shifted = data.cross.original.result("a layer"), data.cross.shifted.result("a layer")
         return build_metric(original.second, shifted=shifted.second, cross=data.cross.cross(), anchor=anchor)
 

@@ -8,11 +8,9 @@ Solver: hard thresholding and Procrustes in turn, 20 rounds. Trained: nothing.
 Source: COMPOT 2026, the orthogonal sibling of CoSpaDi by the same group; 20 iterations and k / s = 2 as reported there.
 """
 
-from eckart.errors import EckartError
 from eckart.fit.dictionary import orthogonal_learner
 from eckart.fit.families import dictionary_family
-from eckart.methods.compress.cospadi import check_ratio, input_moment
-from eckart.methods.compress.recipe import Recipe
+from eckart.methods.compress.recipe import Recipe, check_least, input_moment
 
 
 def compot(*, ratio: float = 2.0, iterations: int = 20) -> Recipe:
@@ -22,7 +20,7 @@ def compot(*, ratio: float = 2.0, iterations: int = 20) -> Recipe:
         ratio: atoms per non-zero, k / s.
         iterations: rounds of thresholding and rotating.
     """
-    if iterations < 0:
-        raise EckartError(f"iterations must not be negative, got {iterations}")
-    family = dictionary_family(orthogonal_learner(iterations), check_ratio(ratio))
+    check_least("ratio", ratio, 1)
+    check_least("iterations", iterations, 0)
+    family = dictionary_family(orthogonal_learner(iterations), ratio)
     return Recipe(metric=input_moment, families=(family,), uses_inputs=True)

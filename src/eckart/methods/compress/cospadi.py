@@ -9,28 +9,9 @@ Source: Makhov et al. 2025, "CoSpaDi: Compressing LLMs via Calibration-Guided Sp
 (arXiv 2509.22075), per-layer variant; k / s = 2 as there.
 """
 
-from eckart.errors import EckartError
-from eckart.fit import Metric
-from eckart.fit import metric as build_metric
 from eckart.fit.dictionary import matching_pursuit_learner
 from eckart.fit.families import dictionary_family
-from eckart.methods.compress.recipe import LayerData, Recipe, raw_moments
-
-
-def input_moment(data: LayerData) -> Metric:
-    """Return the metric of the layer's output on its original inputs."""
-    return build_metric(raw_moments(data)[1])
-
-
-def check_ratio(ratio: float) -> float:
-    """Return the setting k / s.
-
-    Raises:
-        EckartError: if it is below 1.
-    """
-    if not ratio >= 1:
-        raise EckartError(f"ratio is atoms per non-zero and must be at least 1, got {ratio}")
-    return ratio
+from eckart.methods.compress.recipe import Recipe, check_least, input_moment
 
 
 def cospadi(*, ratio: float = 2.0, iterations: int = 20) -> Recipe:
@@ -40,7 +21,7 @@ def cospadi(*, ratio: float = 2.0, iterations: int = 20) -> Recipe:
         ratio: atoms per non-zero, k / s.
         iterations: rounds of coding and updating.
     """
-    if iterations < 0:
-        raise EckartError(f"iterations must not be negative, got {iterations}")
-    family = dictionary_family(matching_pursuit_learner(iterations), check_ratio(ratio))
+    check_least("ratio", ratio, 1)
+    check_least("iterations", iterations, 0)
+    family = dictionary_family(matching_pursuit_learner(iterations), ratio)
     return Recipe(metric=input_moment, families=(family,), uses_inputs=True)

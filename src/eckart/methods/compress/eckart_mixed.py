@@ -5,7 +5,7 @@
 
 Metric, anchor and sequential re-measuring are those of `eckart`; losses of the other families are not known in closed
 form, so they are fitted at every size offered. Codes come from orthogonal atoms (hard thresholding and Procrustes in
-turn: 50 times as fast as K-SVD for most of its gain), atoms from the closed form under the whole metric.
+turn, far faster than K-SVD for most of its gain), atoms from the closed form under the whole metric.
 
 Structure: pivoted low rank, dictionary with sparse codes, low rank plus sparse, or dense, embeddings included. Budget:
 knapsack on predicted loss. Trained: nothing.
@@ -13,11 +13,10 @@ knapsack on predicted loss. Trained: nothing.
 
 import dataclasses
 
-from eckart.errors import EckartError
 from eckart.fit.dictionary import orthogonal_learner
 from eckart.fit.families import dictionary_family, sparse_plus_lowrank_family
 from eckart.methods.compress.eckart import eckart
-from eckart.methods.compress.recipe import Recipe
+from eckart.methods.compress.recipe import Recipe, check_least
 
 RATIOS = (2.0, 3.0)
 
@@ -33,8 +32,7 @@ def eckart_mixed(
         output_shrinkage: share of the isotropic moment in the output-gradient moment.
         iterations: rounds of learning codes, or entries, and what they multiply.
     """
-    if iterations < 1:
-        raise EckartError(f"iterations must be at least 1, got {iterations}")
+    check_least("iterations", iterations, 1)
     recipe = eckart(anchor=anchor, input_shrinkage=input_shrinkage, output_shrinkage=output_shrinkage)
     learner = orthogonal_learner(iterations)
     families = tuple(dictionary_family(learner, ratio, f"dictionary {ratio:g}:1") for ratio in RATIOS)

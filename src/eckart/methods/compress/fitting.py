@@ -53,7 +53,7 @@ def fit_layer(
         raise EckartError(f"the calibration texts never reach {layer.name}, so it cannot be fitted")
     family = recipe.family(option.structure)
     if family is not None:
-        return _fit_family(weight, metric, family, option.rank, bias, dtype, job.request.seed)
+        return _fit_family(weight, metric, family, option.rank, bias, dtype)
     regression = regress(weight, metric, rank=option.rank, accuracy=ACCURACY)
     if not recipe.update and layer.kind != EMBEDDING:
         return regression.fit(option.rank, recipe.storage, dtype, bias)
@@ -69,12 +69,12 @@ def fit_layer(
 
 
 def _fit_family(
-    weight: Tensor, metric: Metric, family: Family, size: int, bias: Tensor | None, dtype: torch.dtype, seed: int
+    weight: Tensor, metric: Metric, family: Family, size: int, bias: Tensor | None, dtype: torch.dtype
 ) -> Fit:
-    map_ = family.fit(weight, metric, size, seed)
+    map_ = family.fit(weight, metric, size)
     error, zero = error_of(weight, map_.dense(), metric), error_of(weight, torch.zeros_like(weight), metric)
     rounded = map_.to(dtype)
-    change = best_bias(weight, rounded.dense(), metric)
+    change = best_bias(weight, rounded, metric)
     offset = bias if change is None else change if bias is None else bias.double() + change
     return Fit(rounded, None if offset is None else offset.to(dtype), error, error / zero if zero > 0 else 0.0)
 

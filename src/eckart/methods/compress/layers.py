@@ -224,7 +224,7 @@ def _fitted_options(job: Job, known: Known, layer: Layer, weight: Tensor, metric
 
 def _fitted_loss(job: Job, known: Known, weight: Tensor, metric: Metric, family: Family, size: int) -> float:
     """Return the predicted loss of a family at a size, in the unit of `unit_of`."""
-    error = error_of(weight, family.fit(weight, metric, size, job.request.seed).dense(), metric)
+    error = error_of(weight, family.fit(weight, metric, size).dense(), metric)
     if job.recipe.output_metric:
         return error * known.scale()
     zero = error_of(weight, torch.zeros_like(weight), metric)

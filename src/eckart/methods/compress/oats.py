@@ -12,8 +12,7 @@ Source: Zhang and Papyan 2024, "OATS: Outlier-aware pruning through sparse and l
 
 from eckart.errors import EckartError
 from eckart.fit.families import sparse_plus_lowrank_family
-from eckart.methods.compress.cospadi import input_moment
-from eckart.methods.compress.recipe import Recipe
+from eckart.methods.compress.recipe import Recipe, check_least, input_moment
 
 
 def oats(*, rank_share: float = 0.25, iterations: int = 80) -> Recipe:
@@ -25,7 +24,6 @@ def oats(*, rank_share: float = 0.25, iterations: int = 80) -> Recipe:
     """
     if not 0 <= rank_share < 1:
         raise EckartError(f"rank_share must lie in [0, 1), got {rank_share}")
-    if iterations < 1:
-        raise EckartError(f"iterations must be at least 1, got {iterations}")
+    check_least("iterations", iterations, 1)
     family = sparse_plus_lowrank_family(rank_share, iterations)
     return Recipe(metric=input_moment, families=(family,), uses_inputs=True)

@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from eckart.budget import DENSE
 from eckart.errors import EckartError
 from eckart.fit import Metric, Regression
+from eckart.fit import metric as build_metric
 from eckart.fit.families import Family
 from eckart.stats import CrossSum, Gradients, Moments
 
@@ -113,7 +113,7 @@ class Recipe:
 
     def family(self, name: str) -> Family | None:
         """Return the family of that name, None for low-rank maps and dense layers."""
-        return next((f for f in self.families if f.name == name and name != DENSE), None)
+        return next((f for f in self.families if f.name == name), None)
 
     @property
     def needs_text(self) -> bool:
@@ -145,11 +145,22 @@ def raw_moments(data: LayerData) -> tuple[Tensor, Tensor]:
     return data.inputs.mean, data.inputs.second
 
 
+def input_moment(data: LayerData) -> Metric:
+    """Return the metric of the layer's output on its original inputs."""
+    return build_metric(raw_moments(data)[1])
+
+
 def gradient_moment(data: LayerData) -> Tensor:
     """Return the second moment of the output gradients of a layer whose recipe uses them."""
     if data.gradients is None:
         raise EckartError("this metric needs gradient moments, which its recipe did not ask for")
     return data.gradients.second
+
+
+def check_least(name: str, value: float, least: float) -> None:
+    """Raise an `EckartError` if a setting is below its least value."""
+    if not value >= least:
+        raise EckartError(f"{name} must be at least {least:g}, got {value}")
 
 
 def check_share(name: str, value: float) -> float:

@@ -12,8 +12,7 @@ Source: mts-ai/ROCKET 2026; lambda = 0.5 and the range of k / s as in the author
 
 from eckart.fit.dictionary import closed_form_learner
 from eckart.fit.families import dictionary_family
-from eckart.methods.compress.cospadi import input_moment
-from eckart.methods.compress.recipe import Recipe, check_share
+from eckart.methods.compress.recipe import Recipe, check_share, input_moment
 
 RATIOS = (1.0, 1.5, 2.0, 3.0)
 

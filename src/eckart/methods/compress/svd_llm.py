@@ -10,9 +10,7 @@ Source: Wang et al. 2024, "SVD-LLM", section 3; the update regresses the layer's
 inputs, as in the authors' code (AIoT-MLSys-Lab/SVD-LLM, `local_update`).
 """
 
-from eckart.fit import Metric
-from eckart.fit import metric as build_metric
-from eckart.methods.compress.recipe import LayerData, Recipe, raw_moments
+from eckart.methods.compress.recipe import Recipe, input_moment
 
 
 def svd_llm(*, update: bool = True) -> Recipe:
@@ -21,8 +19,4 @@ def svd_llm(*, update: bool = True) -> Recipe:
     Args:
         update: whether to refit the left factor on the compressed model's inputs.
     """
-
-    def metric(data: LayerData) -> Metric:
-        return build_metric(raw_moments(data)[1])
-
-    return Recipe(metric=metric, uses_inputs=True, update=update)
+    return Recipe(metric=input_moment, uses_inputs=True, update=update)
