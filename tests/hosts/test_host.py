@@ -361,3 +361,18 @@ def test_functional_transforms(module):
     with torch.no_grad():
         both = torch.vmap(lambda values: torch.func.functional_call(module, values, (x,)))(parameters)
         torch.testing.assert_close(both[0], module(x), atol=1e-5, rtol=1e-5)
+
+
+def test_left_out_of_copies(module):
+    decode(module)
+    assert copy.deepcopy(module)._decoding is None
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_on_factors_are_called_once_there(module, kind):
+    decode(module)
+    called = []
+    for layer in leaves(module):
+        getattr(layer, kind)(lambda *_: called.append(1))
+    decode(module)
+    assert len(called) == len(leaves(module))
