@@ -158,8 +158,9 @@ def test_the_metric_of_every_method_gives_the_formula_of_its_paper(method, demo,
 def test_the_anchored_metric_regresses_on_what_the_layer_sees(demo, text, inputs, tmp_path):
     torch.manual_seed(0)
     shifted = inputs + 0.3 * inputs.std() * torch.randn_like(inputs)
-    cross = CrossSum(inputs.shape[1])
-    cross.add(inputs, shifted)
+    total = CrossSum(inputs.shape[1])
+    total.add(shifted, inputs)
+    cross = total.result("a layer")
     known = known_of(demo, text, "aa-svd", tmp_path)
     ((layer, weight),) = weights(known.job, [layer_of(known)])
     full = min(weight.shape)

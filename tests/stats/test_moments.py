@@ -32,11 +32,22 @@ def test_cross_sums_join_both_inputs(accumulation):
     x, shifted = torch.randn(5, 8, 6), torch.randn(5, 8, 6) + 1
     total = CrossSum(6)
     for a, b in zip(x.split(2), shifted.split(2), strict=True):
-        total.add(a, b)
+        total.add(b, a)
+    got = total.result("a layer")
     rows, hats = x.reshape(-1, 6).double(), shifted.reshape(-1, 6).double()
-    torch.testing.assert_close(total.cross().double(), rows.mT @ hats / 40, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(total.original.result("x").second.double(), rows.mT @ rows / 40, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(total.shifted.result("x").mean, hats.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.cross.double(), rows.mT @ hats / 40, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.original.second.double(), rows.mT @ rows / 40, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.shifted.mean, hats.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_unpaired_cross_sums_follow_the_compressed_model_only():
+    shifted, total = torch.randn(5, 8, 6), CrossSum(6, paired=False)
+    total.add(shifted)
+    got, alone = total.result("a layer"), MomentSum(6)
+    alone.add(shifted)
+    assert torch.equal(got.shifted.second, alone.result("x").second)
+    assert got.original is None
+    assert got.cross is None
 
 
 def test_gradient_sums_hold_the_second_moment_and_the_row_fisher(accumulation):

@@ -2,6 +2,7 @@
 
 from eckart.linalg.eigen import TopEigen as TopEigen
 from eckart.linalg.eigen import psd_roots as psd_roots
+from eckart.linalg.eigen import regular_cholesky as regular_cholesky
 from eckart.linalg.eigen import shrink as shrink
 from eckart.linalg.eigen import top_eigen as top_eigen
 from eckart.linalg.finite import all_finite as all_finite

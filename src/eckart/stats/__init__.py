@@ -1,5 +1,6 @@
 """What the data says of every layer, streamed block by block."""
 
+from eckart.stats.moments import CrossMoments as CrossMoments
 from eckart.stats.moments import CrossSum as CrossSum
 from eckart.stats.moments import Gradients as Gradients
 from eckart.stats.moments import GradientSum as GradientSum

@@ -15,7 +15,7 @@ from eckart.hosts import EmbeddingHost, TiedHead, host
 from eckart.maps import LinearMap, LowRank, pivot, storage
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import EMBEDDING, Known, Layer
-from eckart.stats import CrossSum
+from eckart.stats import CrossMoments
 
 # Allowed relative excess of a layer's error over the optimum, where the randomized solver is faster.
 ACCURACY = 1e-3
@@ -29,7 +29,7 @@ def fit_layer(
     option: Option,
     *,
     bias: Tensor | None = None,
-    cross: CrossSum | None = None,
+    cross: CrossMoments | None = None,
     dtype: torch.dtype | None = None,
 ) -> Fit:
     """Fit a layer at the rank of an option.
@@ -60,7 +60,7 @@ def fit_layer(
     fit = regression.fit(option.rank, "lowrank", torch.float64, bias)
     factors = cast(LowRank, fit.map)
     if recipe.update and cross is not None:
-        factors = refit_up(weight, factors, cross.shifted.result(layer.name).second)
+        factors = refit_up(weight, factors, cross.shifted.second)
     if layer.kind == EMBEDDING and recipe.storage == "pivoted":
         built: LinearMap = pivot(factors, "columns")  # looked up by row: one row of numbers per token
     else:

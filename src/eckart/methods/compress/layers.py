@@ -25,7 +25,7 @@ from eckart.hosts import linear_layers, map_of, offset_of
 from eckart.maps import Storage, storage
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.recipe import LayerData
-from eckart.stats import CrossSum, Gradients, Moments, Store, gradients_of, inputs_of, token_counts
+from eckart.stats import CrossMoments, Gradients, Moments, Store, gradients_of, inputs_of, token_counts
 
 # Share of the uniform distribution in token frequencies: tokens that the calibration text lacks still count.
 FREQUENCY_SMOOTHING = 0.05
@@ -86,7 +86,7 @@ class Known:
     _inputs: dict[str, Moments] | None = None
     _gradients: dict[str, Gradients] | None = None
 
-    def data(self, layer: Layer, weight: Tensor, cross: CrossSum | None = None) -> LayerData | None:
+    def data(self, layer: Layer, weight: Tensor, cross: CrossMoments | None = None) -> LayerData | None:
         """Return what is known of a linear layer, or None if the calibration texts never reached it."""
         recipe = self.job.recipe
         if layer.block != self._block:
@@ -102,7 +102,7 @@ class Known:
         gradients = self._gradients[layer.name] if self._gradients is not None else None
         return LayerData(weight, inputs, gradients, cross)
 
-    def head_data(self, layer: Layer, weight: Tensor, cross: CrossSum | None = None) -> LayerData:
+    def head_data(self, layer: Layer, weight: Tensor, cross: CrossMoments | None = None) -> LayerData:
         """Return what is known of an output head: the Fisher matrix at its output is nearly diag(mean probability)."""
         recipe, inputs, gradients = self.job.recipe, None, None
         if recipe.uses_inputs:
@@ -130,7 +130,7 @@ class Known:
         counts = token_counts(self.job.calibration, vocabulary).to(self.job.runner.device)
         return _smoothed(counts / counts.sum())
 
-    def metric(self, layer: Layer, weight: Tensor, cross: CrossSum | None = None) -> Metric | None:
+    def metric(self, layer: Layer, weight: Tensor, cross: CrossMoments | None = None) -> Metric | None:
         """Return the metric of any layer; None if the calibration texts never reached it."""
         if layer.kind == EMBEDDING:
             return self.embedding_metric(layer)

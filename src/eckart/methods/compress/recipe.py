@@ -17,7 +17,7 @@ from eckart.errors import EckartError
 from eckart.fit import Metric, Regression
 from eckart.fit import metric as build_metric
 from eckart.fit.families import Family
-from eckart.stats import CrossSum, Gradients, Moments
+from eckart.stats import CrossMoments, Gradients, Moments
 
 Allocation = Literal["uniform", "uniform-rank", "threshold", "sensitivity", "calibrated", "knapsack"]
 Labels = Literal["sampled", "observed"]
@@ -32,13 +32,13 @@ class LayerData:
         weight: W (m, n).
         inputs: moments of the original input, if asked for.
         gradients: moments of the output gradient, if asked for.
-        cross: moments of the input inside the compressed model, during a sequential pass.
+        cross: moments of the input inside the compressed model; only in the pass of a sequential recipe.
     """
 
     weight: Tensor
     inputs: Moments | None = None
     gradients: Gradients | None = None
-    cross: CrossSum | None = None
+    cross: CrossMoments | None = None
 
 
 # Scores of rank 0, 1, ... for an allocation that does not use predicted errors.
@@ -148,6 +148,13 @@ def raw_moments(data: LayerData) -> tuple[Tensor, Tensor]:
 def input_moment(data: LayerData) -> Metric:
     """Return the metric of the layer's output on its original inputs."""
     return build_metric(raw_moments(data)[1])
+
+
+def joint_moments(cross: CrossMoments) -> tuple[Moments, Tensor]:
+    """Return (moments of the original inputs, cross moment with those inside the compressed model)."""
+    if cross.original is None or cross.cross is None:
+        raise EckartError("this metric needs both inputs of a layer, which its recipe did not ask for")
+    return cross.original, cross.cross
 
 
 def gradient_moment(data: LayerData) -> Tensor:

@@ -7,6 +7,7 @@ and gives the same bytes as one that was not.
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ from eckart.methods.compress.measure import divergence, next_token_loss
 from eckart.methods.compress.outcome import Measured
 from eckart.progress import Progress
 from eckart.stats import (
+    CrossMoments,
     CrossSum,
     StopBlockError,
     Store,
@@ -192,19 +194,23 @@ class Sweep:
     @torch.no_grad()
     def _cross(
         self, block: nn.Module, compressed: nn.Module, layer: str, name: str, index: int, pairs: dict[str, Pair]
-    ) -> CrossSum:
-        """Return the joint moments of a layer's input in the original and in the compressed model."""
+    ) -> CrossMoments:
+        """Return the moments of a layer's input in the compressed model, jointly with the original's if needed."""
         pair, inner = pairs["calibration"], layer.removeprefix(f"{name}.")
         total: CrossSum | None = None
-        calls = pair.original.calls
-        for i, call in enumerate(calls):
-            x = _input_of(self.job, block, inner, pair.original.hidden[i], call[index])
+        for i, call in enumerate(pair.original.calls):
             shifted = _input_of(self.job, compressed, inner, pair.compressed.hidden[i], call[index])
-            total = total or CrossSum(x.shape[-1], x.device)
-            total.add(x, shifted)
+            total = total or CrossSum(shifted.shape[-1], shifted.device, paired=self._paired)
+            x = _input_of(self.job, block, inner, pair.original.hidden[i], call[index]) if self._paired else None
+            total.add(shifted, x)
         if total is None:
             raise AssertionError("a job with calibration samples has batches")
-        return total
+        return total.result(layer)
+
+    @property
+    def _paired(self) -> bool:
+        """Whether fits read the inputs in both models; SVD-LLM's update only reads those in the compressed one."""
+        return self.job.recipe.sequential
 
     def _advance_originals(self, block: nn.Module, index: int, pairs: dict[str, Pair]) -> list[Tensor]:
         """Move the original streams past the block; return the calibration samples' outputs, for healing."""
@@ -258,13 +264,16 @@ class Sweep:
             return {layer.name: module}
         return {}
 
-    def _head_cross(self, name: str, pairs: dict[str, Pair]) -> CrossSum:
+    def _head_cross(self, name: str, pairs: dict[str, Pair]) -> CrossMoments:
         pair, runner = pairs["calibration"], self.job.runner
-        original = list(head_inputs(runner, name, pair.original.hidden))
-        total = CrossSum(original[0].shape[-1], runner.device)
-        for x, shifted in zip(original, head_inputs(runner, name, pair.compressed.hidden), strict=True):
-            total.add(x, shifted)
-        return total
+        originals = list(head_inputs(runner, name, pair.original.hidden)) if self._paired else itertools.repeat(None)
+        total: CrossSum | None = None
+        for shifted, x in zip(head_inputs(runner, name, pair.compressed.hidden), originals, strict=False):
+            total = total or CrossSum(shifted.shape[-1], runner.device, paired=self._paired)
+            total.add(shifted, x)
+        if total is None:
+            raise AssertionError("a job with calibration samples has batches")
+        return total.result(name)
 
     def _measure(self, pairs: dict[str, Pair], heads: dict[str, nn.Module]) -> Measured | None:
         samples = self.job.samples
