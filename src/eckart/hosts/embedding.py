@@ -42,7 +42,7 @@ class EmbeddingHost(TemporaryDense):
         self.register_buffer("order", order)
         self._inverse: tuple[tuple[int, int], Tensor] | None = None
         saved = self.num_embeddings * self.embedding_dim - map_.numbers
-        self._is_small = saved < EXTRA_CALLS[type(map_)] * NUMBERS_PER_CALL
+        self._is_small = saved < 2 * EXTRA_CALLS[type(map_)] * NUMBERS_PER_CALL  # looked up, and multiplied by
 
     def held_map(self) -> LinearMap:
         """Return the table as a map (V, d) made of this module's parameters."""

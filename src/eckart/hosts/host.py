@@ -47,8 +47,12 @@ class LowRankHost(DecodingHost):
         return LowRank(self.up.weight, self.down.weight)
 
     @property
+    def bias_owner(self) -> nn.Module:
+        return cast(nn.Module, self._modules["up"])
+
+    @property
     def offset(self) -> Tensor | None:
-        return cast(nn.Module, self._modules["up"])._parameters["bias"]  # read for every token: no `__getattr__`
+        return self.bias_owner._parameters["bias"]
 
     def structured(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.up(self.down(x)))
