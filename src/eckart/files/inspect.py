@@ -25,12 +25,14 @@ from eckart.files.huggingface import (
     TIED_HEAD,
     EckartConfig,
     blank_map,
+    blank_module,
     check_contents,
     check_files,
 )
 from eckart.files.shards import Source, write_shards
+from eckart.files.sharing import SHARED, stored_name
 from eckart.files.writing import check_output
-from eckart.hosts import EmbeddingHost, host, is_conv1d, is_linear, map_of, offset_of
+from eckart.hosts import EmbeddingHost, is_conv1d, is_linear, map_of, offset_of
 from eckart.maps import rank_bound
 from eckart.progress import Progress, silent
 
@@ -48,7 +50,7 @@ class LayerContents:
         structure: class of its map in small letters, "lowrank" or "pivoted" for instance.
         shape: (out, in); (vocabulary, width) for an embedding.
         rank: largest rank the structure allows.
-        numbers: floating numbers stored, bias included.
+        numbers: floating numbers stored, bias included; those of a shared tensor with its owner.
         dense_numbers: the same of the dense layer.
         nbytes: bytes stored, index tensors included.
     """
@@ -209,7 +211,8 @@ def _require_shape(name: str, shape: tuple[int, int], module: nn.Module) -> None
 
 def _layer_contents(name: str, entry: Mapping[str, Any], tensors: TensorFile, model: nn.Module) -> LayerContents:
     map_ = blank_map(name, entry, torch.float32)
-    numbers, nbytes = _count(tensors, [f"{name}.{key}" for key in _blank_module(name, entry).state_dict()])
+    own = [key for key in blank_module(name, entry).state_dict() if key not in entry.get(SHARED, {})]
+    numbers, nbytes = _count(tensors, [f"{name}.{key}" for key in own])
     dense = sum(p.numel() for p in model.get_submodule(name).parameters())
     structure = str(entry["map"]["op"]).lower()
     return LayerContents(name, entry["kind"], structure, map_.shape, rank_bound(map_), numbers, dense, nbytes)
@@ -228,13 +231,6 @@ def _count(tensors: TensorFile, names: Sequence[str]) -> tuple[int, int]:
 def _natural(name: str) -> list[tuple[int, str]]:
     """Sort "layers.2" before "layers.10"."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def _blank_module(name: str, entry: Mapping[str, Any]) -> nn.Module:
-    map_ = blank_map(name, entry, torch.float32)
-    if entry["kind"] == EMBEDDING:
-        return EmbeddingHost(map_, entry.get("padding_idx"))
-    return host(map_, torch.empty(map_.shape[0], device="meta") if entry["bias"] else None)
 
 
 def _bias_options(
@@ -281,7 +277,7 @@ def _sources(
     for name, entry in config.layers.items():
         if entry["kind"] == TIED_HEAD:
             continue
-        keys = [f"{name}.{key}" for key in _blank_module(name, entry).state_dict()]
+        keys = [stored_name(name, entry, key) for key in blank_module(name, entry).state_dict()]
         used.update(keys)
         m, n = blank_map(name, entry, torch.float32).shape
         itemsize = tensors.dtype(keys[0]).itemsize
@@ -298,8 +294,9 @@ def _sources(
 
 
 def _filled(name: str, entry: Mapping[str, Any], tensors: TensorFile) -> nn.Module:
-    module = _blank_module(name, entry)
-    module.load_state_dict({key: tensors.read(f"{name}.{key}") for key in module.state_dict()}, assign=True)
+    module = blank_module(name, entry)
+    held = {key: tensors.read(stored_name(name, entry, key)) for key in module.state_dict()}
+    module.load_state_dict(held, assign=True)
     check_contents(name, module)
     return module
 

@@ -26,6 +26,8 @@ from eckart.errors import EckartError
 from eckart.files.folder import COMPANIONS, OpenModel
 from eckart.files.huggingface import EMBEDDING, FORMAT, LINEAR, QUANT_METHOD, TIED_HEAD, sentinel_name
 from eckart.files.shards import Source, write_shards
+from eckart.files.sharing import SHARED
+from eckart.hosts import host
 from eckart.maps import LinearMap, LowRank, Pivoted
 from eckart.progress import Progress
 
@@ -39,7 +41,7 @@ class LayerRecord:
         entry: its entry in config.json.
         structure: "lowrank", "pivoted", or the name of another family.
         rank: rank of its map, or how much there is of another structure.
-        numbers: floating numbers stored, bias included.
+        numbers: floating numbers stored, bias included; those of a shared tensor with its owner.
         nbytes: bytes stored, index tensors included.
         loss: predicted increase of the loss, in the plan's unit.
     """
@@ -62,6 +64,7 @@ class LayerRecord:
         kind: str = LINEAR,
         padding_idx: int | None = None,
         planned: tuple[str, int] | None = None,
+        shared: Mapping[str, str] | None = None,
     ) -> "LayerRecord":
         """Describe a fitted layer.
 
@@ -73,11 +76,16 @@ class LayerRecord:
             kind: "linear" or "embedding".
             padding_idx: of an embedding.
             planned: structure and rank of the option chosen, needed unless the map is `LowRank` or `Pivoted`.
+            shared: the layer that owns it, by the host's name of every tensor taken from another layer.
         """
         spec = map_.spec()
         entry: dict[str, Any] = {"kind": kind, "map": spec}
         entry |= {"padding_idx": padding_idx} if kind == EMBEDDING else {"bias": bias is not None}
+        entry |= {SHARED: dict(shared)} if shared else {}
         own = 0 if bias is None else bias.numel()
+        if shared:
+            held = host(map_).state_dict()
+            own -= sum(held[key].numel() for key in shared)
         itemsize = map_.dtype.itemsize
         if isinstance(map_, LowRank | Pivoted):
             structure, rank = type(map_).__name__.lower(), map_.rank
