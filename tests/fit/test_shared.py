@@ -1,5 +1,7 @@
 """A basis shared by layers: the closed form where there is one, monotone rounds where there is none, and clusters."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -69,7 +71,7 @@ def test_output_metrics_weigh_the_common_basis(seed, n, rank):
 def test_rounds_never_raise_the_error_under_each_layers_own_metric(seed, n, count, rank, outputs):
     weights, metrics = layers(seed, n, count, outputs)
     errors = [objective(weights, metrics, fit_shared(weights, metrics, rank, rounds=r)) for r in (0, 1, 2, 6)]
-    for before, after in zip(errors, errors[1:], strict=False):
+    for before, after in itertools.pairwise(errors):
         assert after <= before + 1e-8
 
 

@@ -47,7 +47,7 @@ class LayerContents:
     Attributes:
         name: its module name.
         kind: "linear" or "embedding" (with the head tied to it, if it is).
-        structure: class of its map in small letters, "lowrank" or "pivoted" for instance.
+        structure: class of its map in small letters, "lowrank" or "shared lowrank" for instance.
         shape: (out, in); (vocabulary, width) for an embedding.
         rank: largest rank the structure allows.
         numbers: floating numbers stored, bias included; those of a shared tensor with its owner.
@@ -106,8 +106,9 @@ def show(folder: str | Path) -> Contents:
     folder = Path(folder)
     raw, config, tensors = _opened(folder)
     model = _skeleton(folder, raw, config)
+    owners = {owner for entry in config.layers.values() for owner in entry.get(SHARED, {}).values()}
     layers = tuple(
-        _layer_contents(name, entry, tensors, model)
+        _layer_contents(name, entry, tensors, model, name in owners)
         for name, entry in sorted(config.layers.items(), key=lambda item: _natural(item[0]))
         if entry["kind"] != TIED_HEAD
     )
@@ -209,12 +210,14 @@ def _require_shape(name: str, shape: tuple[int, int], module: nn.Module) -> None
         raise EckartError(f"layer {name!r} is {m} x {n} in this model, but its spec is {shape[0]} x {shape[1]}")
 
 
-def _layer_contents(name: str, entry: Mapping[str, Any], tensors: TensorFile, model: nn.Module) -> LayerContents:
+def _layer_contents(
+    name: str, entry: Mapping[str, Any], tensors: TensorFile, model: nn.Module, lends: bool
+) -> LayerContents:
     map_ = blank_map(name, entry, torch.float32)
     own = [key for key in blank_module(name, entry).state_dict() if key not in entry.get(SHARED, {})]
     numbers, nbytes = _count(tensors, [f"{name}.{key}" for key in own])
     dense = sum(p.numel() for p in model.get_submodule(name).parameters())
-    structure = str(entry["map"]["op"]).lower()
+    structure = f"{SHARED} " * (lends or SHARED in entry) + str(entry["map"]["op"]).lower()
     return LayerContents(name, entry["kind"], structure, map_.shape, rank_bound(map_), numbers, dense, nbytes)
 
 

@@ -76,7 +76,8 @@ class LayerRecord:
             kind: "linear" or "embedding".
             padding_idx: of an embedding.
             planned: structure and rank of the option chosen, needed unless the map is `LowRank` or `Pivoted`.
-            shared: the layer that owns it, by the host's name of every tensor taken from another layer.
+            shared: the layer that owns it, by the host's name of every tensor taken from another layer; empty for the
+                owner itself, None for a layer that shares nothing.
         """
         spec = map_.spec()
         entry: dict[str, Any] = {"kind": kind, "map": spec}
@@ -91,6 +92,8 @@ class LayerRecord:
             structure, rank = type(map_).__name__.lower(), map_.rank
         else:
             structure, rank = planned or (type(map_).__name__.lower(), min(map_.shape))
+        if shared is not None:
+            structure = f"{SHARED} {structure.removeprefix(f'{SHARED} ')}"
         return LayerRecord(name, entry, structure, rank, map_.numbers + own, map_.nbytes + own * itemsize, loss)
 
 

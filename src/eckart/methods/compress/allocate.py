@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from eckart.budget import DENSE, Candidates, Option, knapsack, smallest_numbers, threshold, uniform, uniform_rank
 from eckart.budget.calibrate import calibrated, probe_option
 from eckart.errors import EckartError
+from eckart.methods.compress.groups import Group, SharedPlan, fit_group, group_candidates, groups_of, member_plans
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import Known, Layer, foreseen, surveyed, unit_of
 from eckart.methods.compress.outcome import LayerPlan, Plan
@@ -17,10 +18,23 @@ from eckart.progress import Progress
 SENSITIVITY_LEVELS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-def allocate(
-    job: Job, layers: list[Layer], known: Known, *, predict: bool, progress: Progress
-) -> tuple[dict[str, Option], list[Candidates]]:
-    """Choose an option for every layer.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Allocation:
+    """What every layer becomes.
+
+    Attributes:
+        chosen: the option of every layer, by name; of shared tensors the owner's part alone.
+        table: the options there were, of layers in groups the dense one.
+        shared: what groups of layers become together.
+    """
+
+    chosen: dict[str, Option]
+    table: list[Candidates]
+    shared: list[SharedPlan] = dataclasses.field(default_factory=list)
+
+
+def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, progress: Progress) -> Allocation:
+    """Choose an option for every layer, and one for every group of layers that share.
 
     Args:
         job: the job.
@@ -36,11 +50,15 @@ def allocate(
     # The errors of low-rank maps come together, those of other families one by one: then only for what is chosen.
     compares = allocation in ("threshold", "knapsack", "calibrated")
     errors = compares or (predict and not job.recipe.families)
-    table = surveyed(job, layers, known, errors=errors, progress=lambda i: progress("plan", i, len(layers)))
+    groups = groups_of(job, layers, known, _share(job, layers))
+    grouped = {layer.name for group in groups for layer in group.members}
+    alone = [layer for layer in layers if layer.name not in grouped]
+    table = surveyed(job, alone, known, errors=errors, progress=lambda i: progress("plan", i, len(layers)))
+    table += [group_candidates(job, known, group, errors=errors) for group in groups]
     budget = _budget(job, table)
     if budget >= sum(layer.dense.numbers for layer in table):  # nothing is gained by dropping even what seems useless
         progress("plan", len(layers), len(layers))
-        return {layer.name: layer.dense for layer in table}, table
+        return _unfolded(job, groups, Allocation({layer.name: layer.dense for layer in table}, table))
     if allocation == "sensitivity":
         table = _sensitivities(job, layers, known, table, progress)
     elif allocation == "calibrated":
@@ -55,9 +73,37 @@ def allocate(
     }
     chosen = solve[allocation](table, budget)
     if predict and not errors:
-        chosen = foreseen(job, layers, known, chosen)
+        chosen = foreseen(job, alone, known, chosen) | _foreseen_groups(job, known, groups, chosen)
     progress("plan", len(layers), len(layers))
-    return chosen, table
+    return _unfolded(job, groups, Allocation(chosen, table))
+
+
+def _unfolded(job: Job, groups: Sequence[Group], found: Allocation) -> Allocation:
+    """Return an allocation to layers, given one in which every group stands under its owner's name."""
+    chosen, table = dict(found.chosen), [one for one in found.table if one.name not in {g.name for g in groups}]
+    shared = [SharedPlan(group, found.chosen[group.name]) for group in groups]
+    for plan in shared:
+        members = member_plans(job, plan.group, plan.option)
+        chosen |= {name: option for name, (option, _) in members.items()}
+        table += [alone for _, alone in members.values()]
+    return Allocation(chosen, table, [plan for plan in shared if not is_dense(plan.option)])
+
+
+def _foreseen_groups(job: Job, known: Known, groups: Sequence[Group], chosen: dict[str, Option]) -> dict[str, Option]:
+    """Return the options of groups with the losses of their members as fitted."""
+    out = {}
+    for group in groups:
+        option = chosen[group.name]
+        if not is_dense(option):
+            fits = fit_group(job, known, SharedPlan(group, option))
+            out[group.name] = dataclasses.replace(option, loss=sum(fit.relative for fit in fits))
+    return out
+
+
+def _share(job: Job, layers: Sequence[Layer]) -> float:
+    """Return the share of the layers' dense numbers that the budget leaves them together."""
+    dense = sum(math.prod(layer.shape) + layer.bias for layer in layers)
+    return (job.request.keep * job.model.numel - (job.model.numel - dense)) / dense
 
 
 def _budget(job: Job, table: Sequence[Candidates]) -> int:

@@ -7,7 +7,7 @@ AdamW with weight decay 0.01, 10 % warm-up, cosine decay to a tenth, gradients c
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ def heal(
     inputs: Sequence[Tensor],
     targets: Sequence[Tensor],
     *,
+    fixed: Collection[nn.Parameter] = (),
     epochs: int,
     rate: float,
     seed: int,
@@ -34,16 +35,18 @@ def heal(
 
     Args:
         runner: the model.
-        block: the compressed block; all of its floating parameters are trained.
+        block: the compressed block; all of its floating parameters are trained but the fixed ones.
         calls: the block's call, per batch.
         inputs: its inputs in the compressed model, (b, t, d) per batch.
         targets: the original block's outputs, (b, t, d) per batch.
+        fixed: parameters that other blocks share, which stay as they are.
         epochs: passes over all batches.
         rate: largest learning rate.
         seed: seed of the order of batches.
         progress: called with the number of epochs done.
     """
-    trained = [p.requires_grad_(True) for p in block.parameters() if p.is_floating_point()]
+    held = {id(p) for p in fixed}
+    trained = [p.requires_grad_(True) for p in block.parameters() if p.is_floating_point() and id(p) not in held]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=WEIGHT_DECAY)
     steps = epochs * len(inputs)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))

@@ -13,7 +13,8 @@ class LayerPlan:
         name: its module name.
         kind: "linear", "embedding" (with the head tied to it, if it is) or "head".
         shape: (out, in); (vocabulary, width) for an embedding.
-        structure: "dense", "lowrank" or "pivoted".
+        structure: "dense", "lowrank", "pivoted" or the name of another family; "shared lowrank" and the like where
+            layers have one factor together, whose numbers are counted with its owner.
         rank: rank of the weight (full for dense).
         numbers: floating numbers stored, bias included.
         dense_numbers: the same before compression.

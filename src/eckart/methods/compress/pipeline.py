@@ -89,9 +89,9 @@ def _compressed(
     """Do all the work of a job up to its last finished part; return the plan as stored, and the loss."""
     _collect(job, store, Store(partial.folder / "boundaries"), progress)
     known = Known(job, store)
-    chosen, table = allocate(job, layers, known, predict=False, progress=progress)
-    measured = Sweep(job, known, layers, chosen, partial, progress).run()
-    return _as_stored(job, layers, table, partial.records()), measured
+    found = allocate(job, layers, known, predict=False, progress=progress)
+    measured = Sweep(job, known, layers, found, partial, progress).run()
+    return _as_stored(job, layers, found.table, partial.records()), measured
 
 
 def _publish(job: Job, partial: Partial, outcome: Outcome, progress: Progress) -> None:
@@ -126,8 +126,8 @@ def plan(
     with tempfile.TemporaryDirectory(prefix="eckart-") as scratch:
         store = statistics_store(job, None if cache else Path(scratch))
         _collect(job, store, Store(Path(scratch) / "boundaries"), progress)
-        chosen, table = allocate(job, layers, Known(job, store), predict=True, progress=progress)
-    return plan_of(job, layers, chosen, table)
+        found = allocate(job, layers, Known(job, store), predict=True, progress=progress)
+    return plan_of(job, layers, found.chosen, found.table)
 
 
 def _request(

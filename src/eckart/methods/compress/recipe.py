@@ -17,6 +17,7 @@ from eckart.errors import EckartError
 from eckart.fit import Metric, Regression
 from eckart.fit import metric as build_metric
 from eckart.fit.families import Family
+from eckart.methods.compress.sharing import Sharing
 from eckart.stats import CrossMoments, Gradients, Moments
 
 Allocation = Literal["uniform", "uniform-rank", "threshold", "sensitivity", "calibrated", "knapsack"]
@@ -72,6 +73,7 @@ class Recipe:
         heal_rate: its learning rate, per AdamW step.
         gamma: weight of the depth factor of "calibrated".
         score: scores for "threshold".
+        sharing: which layers have one right factor together; None where every layer has its own.
     """
 
     metric: Callable[[LayerData], Metric]
@@ -93,6 +95,7 @@ class Recipe:
     heal_rate: float = 1e-4
     gamma: float = 0.0
     score: Score | None = None
+    sharing: Sharing | None = None
 
     def __post_init__(self) -> None:
         if self.round_to < 1:
@@ -110,6 +113,17 @@ class Recipe:
             raise EckartError("update refits low-rank maps only")
         if self.allocation == "threshold" and self.score is None:
             raise EckartError("allocation=threshold needs a method that scores spectra, such as welore")
+
+        if self.sharing is not None:
+            self._check_sharing()
+
+    def _check_sharing(self) -> None:
+        if self.allocation not in ("uniform", "uniform-rank", "knapsack"):
+            raise EckartError(f"allocation={self.allocation} looks at one layer at a time, and this method shares")
+        if self.sequential or self.update or self.centred or self.output_metric or not self.uses_inputs:
+            raise EckartError("layers share a factor under the uncentred moments of their original inputs only")
+        if len(self.families) + self.mixed > 1:
+            raise EckartError("layers that share a factor are of one structure")
 
     def family(self, name: str) -> Family | None:
         """Return the family of that name, None for low-rank maps and dense layers."""

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from eckart.budget import Option
+from eckart.files.sharing import borrowed
 from eckart.files.writing import LayerRecord, Partial
 from eckart.hosts import Call, offset_of, replace
-from eckart.methods.compress.allocate import is_dense
+from eckart.methods.compress.allocate import Allocation, is_dense
 from eckart.methods.compress.fitting import (
     fit_layer,
     loss_of,
@@ -25,6 +25,7 @@ from eckart.methods.compress.fitting import (
     running_embedding,
     tied_head,
 )
+from eckart.methods.compress.groups import GroupFits
 from eckart.methods.compress.heal import heal
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import EMBEDDING, HEAD, Known, Layer, weights
@@ -67,7 +68,7 @@ class Sweep:
         job: the job.
         known: its statistics.
         layers: its layers.
-        chosen: what each becomes.
+        found: what each becomes.
         partial: where finished parts are written.
         progress: told of the stage "compress".
     """
@@ -77,12 +78,13 @@ class Sweep:
         job: Job,
         known: Known,
         layers: Sequence[Layer],
-        chosen: dict[str, Option],
+        found: Allocation,
         partial: Partial,
         progress: Progress,
     ) -> None:
-        self.job, self.known, self.chosen, self.partial, self.progress = job, known, chosen, partial, progress
-        self.layers = [layer for layer in layers if not is_dense(chosen[layer.name])]
+        self.job, self.known, self.chosen, self.partial, self.progress = job, known, found.chosen, partial, progress
+        self.layers = [layer for layer in layers if not is_dense(found.chosen[layer.name])]
+        self.groups = GroupFits(job, known, found.shared, partial.folder)
         self.streams = Store(partial.folder)
         recipe = job.recipe
         self.learns = recipe.sequential or recipe.update or recipe.heal > 0
@@ -148,6 +150,7 @@ class Sweep:
         job, name = self.job, self.job.parts.blocks[index]
         inside = {layer.name: layer for layer in self.layers if layer.block == index}
         records: list[LayerRecord] = []
+        shared: list[str] = []
         with job.runner.resident(name) as block:
             compressed = copy.deepcopy(block)
             for group in self._groups(block, name, index, pairs, inside):
@@ -155,22 +158,35 @@ class Sweep:
                 for layer, weight in weights(job, [inside[member] for member in group]):
                     inner = layer.name.removeprefix(f"{name}.")
                     bias = offset_of(block.get_submodule(inner))
-                    fit = fit_layer(job, self.known, layer, weight, self.chosen[layer.name], bias=bias, cross=cross)
+                    option = self.chosen[layer.name]
+                    if layer.name in self.groups:
+                        fit = self.groups.fit(layer, bias)
+                        shared.append(f"{inner}.{self.groups.shared_tensor(fit)}")
+                    else:
+                        fit = fit_layer(job, self.known, layer, weight, option, bias=bias, cross=cross)
                     replace(compressed, inner, running(fit))
-                    planned = self.chosen[layer.name].structure, self.chosen[layer.name].rank
-                    loss = loss_of(self.known, fit)
-                    records.append(LayerRecord.of(layer.name, fit.map, fit.bias, loss, planned=planned))
+                    records.append(
+                        LayerRecord.of(
+                            layer.name,
+                            fit.map,
+                            fit.bias,
+                            loss_of(self.known, fit),
+                            planned=(option.structure, option.rank),
+                            shared=self.groups.taken(layer.name, fit),
+                        )
+                    )
             targets = self._advance_originals(block, index, pairs)
         # before the first compressed layer the error is zero, and healing would only decay the weights
         if job.recipe.heal and any(layer.block <= index for layer in self.layers):
-            self._heal(compressed, index, pairs["calibration"], targets)
+            self._heal(compressed, index, pairs["calibration"], targets, shared)
         tensors = self._rounded(name, compressed, inside)
         for pair in pairs.values():
             advance(job.runner, compressed, index, pair.compressed)
         for key, pair in pairs.items():
             save_hidden(self.streams, index + 1, pair.original.hidden, f"{key}-original")
             save_hidden(self.streams, index + 1, pair.compressed.hidden, f"{key}-compressed")
-        self.partial.save_block(index, tensors, records)
+        taken = borrowed({record.name: record.entry for record in records})
+        self.partial.save_block(index, {k: t for k, t in tensors.items() if k not in taken}, records)
         for key in pairs:
             for stream in ("original", "compressed"):
                 self.streams.path(f"{key}-{stream}", index).unlink(missing_ok=True)
@@ -218,7 +234,9 @@ class Sweep:
             advance(self.job.runner, block, index, pair.original)
         return pairs["calibration"].original.hidden if "calibration" in pairs else []
 
-    def _heal(self, compressed: nn.Module, index: int, pair: Pair, targets: list[Tensor]) -> None:
+    def _heal(
+        self, compressed: nn.Module, index: int, pair: Pair, targets: list[Tensor], shared: Sequence[str]
+    ) -> None:
         recipe, count = self.job.recipe, len(self.job.parts.blocks)
         calls = [call[index] for call in pair.original.calls]
         heal(
@@ -227,6 +245,7 @@ class Sweep:
             calls,
             pair.compressed.hidden,
             targets,
+            fixed=[compressed.get_parameter(name) for name in shared],
             epochs=recipe.heal,
             rate=recipe.heal_rate,
             seed=self.job.request.seed + index,

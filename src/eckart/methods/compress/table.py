@@ -11,7 +11,9 @@ from eckart.errors import EckartError
 from eckart.methods.compress.aa_svd import aa_svd
 from eckart.methods.compress.afm import afm
 from eckart.methods.compress.asvd import asvd
+from eckart.methods.compress.basis_sharing import basis_sharing
 from eckart.methods.compress.compot import compot
+from eckart.methods.compress.concatenated_svd import concatenated_svd
 from eckart.methods.compress.cospadi import cospadi
 from eckart.methods.compress.eckart import eckart
 from eckart.methods.compress.eckart_mixed import eckart_mixed
@@ -38,6 +40,8 @@ METHODS: dict[str, Page] = {
     "welore": welore,
     "kfac": kfac,
     "aa-svd": aa_svd,
+    "basis-sharing": basis_sharing,
+    "concatenated-svd": concatenated_svd,
     "cospadi": cospadi,
     "compot": compot,
     "rocket": rocket,
