@@ -68,6 +68,13 @@ def test_published_defaults():
         ("compot", {"iterations": -1}, "iterations must be at least 0, got -1"),
         ("oats", {"rank_share": 1.0}, r"rank_share must lie in \[0, 1\), got 1.0"),
         ("rocket", {"balance": 2}, r"balance must lie in \[0, 1\], got 2"),
+        ("basis-sharing", {"group": 1}, "group must be at least 2, got 1"),
+        ("basis-sharing", {"rounds": -1}, "rounds must be at least 0, got -1"),
+        ("basis-sharing", {"allocation": "calibrated"}, "allocation=calibrated looks at one layer at a time, and this"),
+        ("concatenated-svd", {"threshold": 0}, "threshold must be positive, got 0"),
+        ("concatenated-svd", {"algorithm": "greedy"}, "must be one of union, residual, incremental, got 'greedy'"),
+        ("cospadi", {"group": 0}, "group must be at least 1, got 0"),
+        ("cospadi", {"group": 2, "allocation": "threshold"}, "allocation=threshold knows low-rank maps only"),
     ],
 )
 def test_answers_that_do_not_go_together(method, settings, message):
@@ -120,7 +127,7 @@ def by_the_paper(method: str, w: torch.Tensor, x: torch.Tensor, known: Known, ra
     if method == "asvd":
         scale = x.abs().mean(0).sqrt()
         return truncated(w * scale, rank) / scale
-    if method in ("svd-llm", "aa-svd", "cospadi", "compot", "rocket", "oats"):
+    if method in ("svd-llm", "basis-sharing", "concatenated-svd", "aa-svd", "cospadi", "compot", "rocket", "oats"):
         root = torch.linalg.cholesky(g)
         return torch.linalg.solve_triangular(root, truncated(w @ root, rank), upper=False, left=False)
     if method in ("afm", "lord"):

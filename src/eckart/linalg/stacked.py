@@ -121,7 +121,7 @@ def union_bound(blocks: Sequence[Sketch], rank: int) -> float:
     return max(_energy(blocks) - float(_largest(blocks, rank).values.sum()), 0.0)
 
 
-def residual_bound(first: Sketch, second: Sketch, rank: int, *, splits: int = 4) -> float:
+def residual_bound(first: Sketch, second: Sketch, rank: int, *, splits: int = 3) -> float:
     """Return an upper bound from what the leading directions of one block leave of the other.
 
     Args:
@@ -136,16 +136,16 @@ def residual_bound(first: Sketch, second: Sketch, rank: int, *, splits: int = 4)
     least = int((_largest((first, second), rank).indices < kept).sum())
     most = min(rank, kept)
     tried = {round(least + (most - least) * i / max(splits - 1, 1)) for i in range(max(splits, 1))}
-    rows = second.values.sqrt()[:, None] * second.right
+    common = (second.values.sqrt()[:, None] * second.right) @ first.right[:most].mT  # A_2's pairs along A_1's
     lost = second.energy - float(second.values.sum())  # what the sketch of A_2 does not hold counts as error
-    return min(_split_error(first, rows, k, rank) for k in sorted(tried)) + max(lost, 0.0)
+    return min(_split_error(first, second, common, k, rank) for k in sorted(tried)) + max(lost, 0.0)
 
 
-def _split_error(first: Sketch, rows: Tensor, k: int, rank: int) -> float:
-    leading = first.right[:k]
-    residual = rows - (rows @ leading.mT) @ leading
-    errors = truncated_svd(residual).errors
-    return first.error(k) + float(errors[min(rank - k, errors.shape[0] - 1)])
+def _split_error(first: Sketch, second: Sketch, common: Tensor, k: int, rank: int) -> float:
+    # The Gram matrix of the residual's rows: those of A_2's pairs are orthogonal, the projection takes C C^T from them.
+    gram = torch.diag(second.values) - common[:, :k] @ common[:, :k].mT
+    left = torch.linalg.eigvalsh(gram)[: max(gram.shape[0] - (rank - k), 0)]
+    return first.error(k) + float(left.clamp_min(0).sum())
 
 
 def _largest(blocks: Sequence[Sketch], rank: int) -> torch.return_types.topk:
