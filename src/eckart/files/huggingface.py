@@ -45,7 +45,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eckart.errors import EckartError, NumericalWarning
-from eckart.files.sharing import check_names, check_sharing, renamed, stored_name, tie, tied_keys, without_borrowed
+from eckart.files.sharing import (
+    borrowed,
+    check_names,
+    check_sharing,
+    renamed,
+    stored_name,
+    tie,
+    tied_keys,
+    without_borrowed,
+)
 from eckart.hosts import EmbeddingHost, Host, TiedHead, host, is_conv1d, leaf, map_of, offset_of, replace
 from eckart.maps import FAMILIES, LinearMap, LowRank, blank
 
@@ -165,8 +174,9 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the state dict with the sentinel and shared tensors once, for `save_pretrained`."""
-        layers = localized(model, self.quantization_config.layers)
-        state = without_borrowed(model, dict(model.state_dict()), layers)
+        state, layers = dict(model.state_dict()), self.quantization_config.layers
+        if borrowed(layers):
+            state = without_borrowed(model, state, localized(model, layers))
         if self.quantization_config.sentinel:
             state[self.quantization_config.sentinel] = torch.empty(0)
         return state, {"eckart_format": str(FORMAT)}

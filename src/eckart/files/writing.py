@@ -39,7 +39,7 @@ class LayerRecord:
     Attributes:
         name: its module name.
         entry: its entry in config.json.
-        structure: "lowrank", "pivoted", or the name of another family.
+        structure: "lowrank", "pivoted", or the name of another family; "shared lowrank" and the like.
         rank: rank of its map, or how much there is of another structure.
         numbers: floating numbers stored, bias included; those of a shared tensor with its owner.
         nbytes: bytes stored, index tensors included.
@@ -76,8 +76,7 @@ class LayerRecord:
             kind: "linear" or "embedding".
             padding_idx: of an embedding.
             planned: structure and rank of the option chosen, needed unless the map is `LowRank` or `Pivoted`.
-            shared: the layer that owns it, by the host's name of every tensor taken from another layer; empty for the
-                owner itself, None for a layer that shares nothing.
+            shared: the layer that owns it, by the host's name of every tensor taken from another layer.
         """
         spec = map_.spec()
         entry: dict[str, Any] = {"kind": kind, "map": spec}
@@ -88,12 +87,9 @@ class LayerRecord:
             held = host(map_).state_dict()
             own -= sum(held[key].numel() for key in shared)
         itemsize = map_.dtype.itemsize
+        structure, rank = planned or (type(map_).__name__.lower(), min(map_.shape))
         if isinstance(map_, LowRank | Pivoted):
-            structure, rank = type(map_).__name__.lower(), map_.rank
-        else:
-            structure, rank = planned or (type(map_).__name__.lower(), min(map_.shape))
-        if shared is not None:
-            structure = f"{SHARED} {structure.removeprefix(f'{SHARED} ')}"
+            rank = map_.rank  # less than planned, if the weight has less
         return LayerRecord(name, entry, structure, rank, map_.numbers + own, map_.nbytes + own * itemsize, loss)
 
 

@@ -7,21 +7,24 @@ shared tensor.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from eckart.atomic import write_tensors
 from eckart.budget import Candidates, Option, candidates
 from eckart.budget.candidates import Sized
 from eckart.errors import EckartError
+from eckart.files.sharing import borrowed
+from eckart.files.writing import LayerRecord
 from eckart.fit import Fit, Metric, error_of, metric, regress
 from eckart.fit.clustering import cluster
 from eckart.fit.shared import fit_shared, split_rows
+from eckart.hosts import map_of
 from eckart.linalg import psd_roots, sketch
 from eckart.maps import FAMILIES, LowRank, Product, from_spec, storage
 from eckart.methods.compress.job import Job
@@ -250,11 +253,13 @@ class GroupFits:
             for i, layer in enumerate(plan.group.members)
         }
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._at
+    def fit(self, layer: Layer, bias: Tensor | None) -> Fit | None:
+        """Return the fit of a layer, rounded to the dtype its weight is stored in, with its own bias.
 
-    def fit(self, layer: Layer, bias: Tensor | None) -> Fit:
-        """Return the fit of a layer, rounded to the dtype its weight is stored in, with its own bias."""
+        None for a layer that is in no group.
+        """
+        if layer.name not in self._at:
+            return None
         plan, path, i = self._at[layer.name]
         if not path.is_file():
             self._write(plan, path)
@@ -272,13 +277,21 @@ class GroupFits:
         tensors = {f"{i}|{name}": t.contiguous() for i, fit in enumerate(fits) for name, t in fit.map.tensors().items()}
         write_tensors(path, tensors, {"format": "pt", "fits": json.dumps(stated)})
 
-    def taken(self, name: str, fit: Fit) -> dict[str, str] | None:
-        """Return the owner by the host's name of what a layer takes from it, nothing for the owner; None if private."""
-        if name not in self._at:
-            return None
-        plan, _, i = self._at[name]
+    def taken(self, layer: Layer, fit: Fit) -> dict[str, str]:
+        """Return the owner by what a layer's host calls the tensor it takes from it; nothing for owners and others."""
+        if layer.name not in self._at:
+            return {}
+        plan, _, i = self._at[layer.name]
         return {SHARED_TENSOR[type(fit.map)]: plan.group.name} if i else {}
 
-    def shared_tensor(self, fit: Fit) -> str:
-        """Return what the host of a fit calls the tensor that its group shares."""
-        return SHARED_TENSOR[type(fit.map)]
+    def shared_parameters(self, block: nn.Module, index: int) -> list[nn.Parameter]:
+        """Return the parameters of a compressed block that are shared, by their owner or a taker."""
+        prefix = f"{self.job.parts.blocks[index]}."
+        hosts = [block.get_submodule(name.removeprefix(prefix)) for name in self._at if name.startswith(prefix)]
+        return [host.get_parameter(SHARED_TENSOR[type(map_of(host))]) for host in hosts]
+
+
+def without_borrowed(tensors: Mapping[str, Tensor], records: Sequence[LayerRecord]) -> dict[str, Tensor]:
+    """Return the tensors of a block without those that earlier blocks own."""
+    taken = borrowed({record.name: record.entry for record in records})
+    return {name: tensor for name, tensor in tensors.items() if name not in taken}

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from eckart.files.sharing import borrowed
 from eckart.files.writing import LayerRecord, Partial
 from eckart.hosts import Call, offset_of, replace
 from eckart.methods.compress.allocate import Allocation, is_dense
@@ -25,7 +24,7 @@ from eckart.methods.compress.fitting import (
     running_embedding,
     tied_head,
 )
-from eckart.methods.compress.groups import GroupFits
+from eckart.methods.compress.groups import GroupFits, without_borrowed
 from eckart.methods.compress.heal import heal
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import EMBEDDING, HEAD, Known, Layer, weights
@@ -150,7 +149,6 @@ class Sweep:
         job, name = self.job, self.job.parts.blocks[index]
         inside = {layer.name: layer for layer in self.layers if layer.block == index}
         records: list[LayerRecord] = []
-        shared: list[str] = []
         with job.runner.resident(name) as block:
             compressed = copy.deepcopy(block)
             for group in self._groups(block, name, index, pairs, inside):
@@ -159,34 +157,24 @@ class Sweep:
                     inner = layer.name.removeprefix(f"{name}.")
                     bias = offset_of(block.get_submodule(inner))
                     option = self.chosen[layer.name]
-                    if layer.name in self.groups:
-                        fit = self.groups.fit(layer, bias)
-                        shared.append(f"{inner}.{self.groups.shared_tensor(fit)}")
-                    else:
-                        fit = fit_layer(job, self.known, layer, weight, option, bias=bias, cross=cross)
-                    replace(compressed, inner, running(fit))
-                    records.append(
-                        LayerRecord.of(
-                            layer.name,
-                            fit.map,
-                            fit.bias,
-                            loss_of(self.known, fit),
-                            planned=(option.structure, option.rank),
-                            shared=self.groups.taken(layer.name, fit),
-                        )
+                    fit = self.groups.fit(layer, bias) or fit_layer(
+                        job, self.known, layer, weight, option, bias=bias, cross=cross
                     )
+                    replace(compressed, inner, running(fit))
+                    planned, taken = (option.structure, option.rank), self.groups.taken(layer, fit)
+                    loss = loss_of(self.known, fit)
+                    records.append(LayerRecord.of(layer.name, fit.map, fit.bias, loss, planned=planned, shared=taken))
             targets = self._advance_originals(block, index, pairs)
         # before the first compressed layer the error is zero, and healing would only decay the weights
         if job.recipe.heal and any(layer.block <= index for layer in self.layers):
-            self._heal(compressed, index, pairs["calibration"], targets, shared)
+            self._heal(compressed, index, pairs["calibration"], targets)
         tensors = self._rounded(name, compressed, inside)
         for pair in pairs.values():
             advance(job.runner, compressed, index, pair.compressed)
         for key, pair in pairs.items():
             save_hidden(self.streams, index + 1, pair.original.hidden, f"{key}-original")
             save_hidden(self.streams, index + 1, pair.compressed.hidden, f"{key}-compressed")
-        taken = borrowed({record.name: record.entry for record in records})
-        self.partial.save_block(index, {k: t for k, t in tensors.items() if k not in taken}, records)
+        self.partial.save_block(index, without_borrowed(tensors, records), records)
         for key in pairs:
             for stream in ("original", "compressed"):
                 self.streams.path(f"{key}-{stream}", index).unlink(missing_ok=True)
@@ -234,9 +222,7 @@ class Sweep:
             advance(self.job.runner, block, index, pair.original)
         return pairs["calibration"].original.hidden if "calibration" in pairs else []
 
-    def _heal(
-        self, compressed: nn.Module, index: int, pair: Pair, targets: list[Tensor], shared: Sequence[str]
-    ) -> None:
+    def _heal(self, compressed: nn.Module, index: int, pair: Pair, targets: list[Tensor]) -> None:
         recipe, count = self.job.recipe, len(self.job.parts.blocks)
         calls = [call[index] for call in pair.original.calls]
         heal(
@@ -245,7 +231,7 @@ class Sweep:
             calls,
             pair.compressed.hidden,
             targets,
-            fixed=[compressed.get_parameter(name) for name in shared],
+            fixed=self.groups.shared_parameters(compressed, index),
             epochs=recipe.heal,
             rate=recipe.heal_rate,
             seed=self.job.request.seed + index,
