@@ -6,6 +6,8 @@
   private; the paper found that sharing them costs too much.
 - `rounds` above 0 replaces the common moment by each layer's own, which the paper does not do: coefficients and basis
   are refitted in turn (fit/shared.py). `writers` shares o and down as well, which pays with such rounds.
+- Smaller is not faster here: sharing buys rank, and a layer of rank k multiplies k (m + n) numbers per token, which
+  for a group of 2 square layers is more than the dense m n above three quarters of the numbers.
 
 Structure: low rank with a shared right factor; o and down low rank of their own. Metric: input second moment, summed
 over a group. Budget: uniform, a group as one layer with one basis. Solver: SVD. Trained: nothing (the paper's LoRA
