@@ -88,6 +88,12 @@ class TemporaryDense(nn.Module):
             if buffer is not None:
                 state = buffer._version, buffer.data_ptr()
                 made_of.append((self._buffers, name, buffer, self._buffers, name, buffer, *state, {}, {}, {}))
+        for name, own in self._parameters.items():
+            if own is not None and name != "bias":
+                if own.is_inference():
+                    return None
+                state = own._version, own.data_ptr()
+                made_of.append((self._parameters, name, own, self._parameters, name, own, *state, {}, {}, {}))
         for name, leaf in self._modules.items():
             if leaf is None or not is_plain(leaf):
                 return None

@@ -30,6 +30,10 @@ from eckart.maps.pivoted import expands as expands
 from eckart.maps.pivoted import multiply_pivoted as multiply_pivoted
 from eckart.maps.pivoted import pivot as pivot
 from eckart.maps.pivoted import pivoted_numbers as pivoted_numbers
+from eckart.maps.quantized import BITS as BITS
+from eckart.maps.quantized import Quantized as Quantized
+from eckart.maps.quantized import pack as pack
+from eckart.maps.quantized import unpack as unpack
 from eckart.maps.rules import simplify as simplify
 from eckart.maps.sparse import NM as NM
 from eckart.maps.sparse import Sparse as Sparse
@@ -48,6 +52,6 @@ FAMILIES: dict[str, type[LinearMap]] = {
     cls.__name__: cls
     for cls in (
         Dense, LowRank, Pivoted, Diagonal, Permutation, Sparse, NM,
-        Bitmap, Sum, Product, Scaled, Blocks, RowNormalized, Masked,
+        Bitmap, Quantized, Sum, Product, Scaled, Blocks, RowNormalized, Masked,
     )
 }  # fmt: skip

@@ -91,7 +91,7 @@ def bitmap(matrix: Tensor, nonzeros: int) -> Bitmap:
 def packed(present: Tensor) -> Tensor:
     """Return booleans (m, n) as bits (m, ceil(n / 8)) uint8, lowest bit first."""
     m, n = present.shape
-    padded = F.pad(present.to(torch.uint8), (0, -n % 8)).view(m, -1, 8)
+    padded = F.pad(present.to(torch.uint8), (0, -n % 8)).view(m, -(-n // 8), 8)
     weights = 2 ** torch.arange(8, dtype=torch.uint8, device=present.device)
     return (padded * weights).sum(2, dtype=torch.uint8)
 
