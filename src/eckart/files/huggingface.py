@@ -44,7 +44,18 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eckart.errors import EckartError, NumericalWarning
-from eckart.hosts import EmbeddingHost, Host, TiedHead, host, is_conv1d, leaf, map_of, offset_of, replace
+from eckart.hosts import (
+    EmbeddingHost,
+    Host,
+    TiedHead,
+    embedding_host,
+    host,
+    is_conv1d,
+    leaf,
+    map_of,
+    offset_of,
+    replace,
+)
 from eckart.maps import FAMILIES, LinearMap, LowRank, blank
 
 QUANT_METHOD = "eckart"
@@ -249,7 +260,7 @@ def insert_blank_hosts(model: nn.Module, layers: Mapping[str, Any]) -> None:
             has, says = (f"{rows} x {columns}" for rows, columns in (shape, map_.shape))
             raise EckartError(f"layer {name!r} is {has} in this model, but its spec is {says}")
         if entry["kind"] == EMBEDDING:
-            made[name] = EmbeddingHost(map_, entry.get("padding_idx"))
+            made[name] = embedding_host(map_, entry.get("padding_idx"))
         else:
             bias = torch.empty(map_.shape[0], dtype=dtype, device="meta") if entry["bias"] else None
             made[name] = host(map_, bias)
@@ -316,7 +327,7 @@ def expected_tensors(layers: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             continue
         map_ = blank_map(name, entry, torch.float32)
         bias = torch.empty(map_.shape[0], device="meta") if entry.get("bias") else None
-        module = EmbeddingHost(map_) if entry["kind"] == EMBEDDING else host(map_, bias)
+        module = embedding_host(map_) if entry["kind"] == EMBEDDING else host(map_, bias)
         out.update({f"{name}.{key}": tuple(tensor.shape) for key, tensor in module.state_dict().items()})
     return out
 

@@ -30,7 +30,7 @@ from eckart.files.huggingface import (
 )
 from eckart.files.shards import Source, write_shards
 from eckart.files.writing import check_output
-from eckart.hosts import EmbeddingHost, host, is_conv1d, is_linear, map_of, offset_of
+from eckart.hosts import EmbeddingHost, embedding_host, host, is_conv1d, is_linear, map_of, offset_of
 from eckart.maps import rank_bound
 from eckart.progress import Progress, silent
 
@@ -48,7 +48,7 @@ class LayerContents:
         structure: class of its map in small letters, "lowrank" or "pivoted" for instance.
         shape: (out, in); (vocabulary, width) for an embedding.
         rank: largest rank the structure allows.
-        numbers: floating numbers stored, bias included.
+        numbers: numbers stored, bias and codes included.
         dense_numbers: the same of the dense layer.
         nbytes: bytes stored, index tensors included.
     """
@@ -71,7 +71,7 @@ class Contents:
         folder: the folder.
         architecture: class of the model.
         layers: the compressed layers, in the order of their names' numbers; none for a dense folder.
-        parameters: floating numbers stored, in compressed layers and elsewhere.
+        parameters: numbers stored, in compressed layers and elsewhere.
         dense_parameters: the same of the dense model.
         nbytes: bytes of all tensors.
         made_by: what config.json says of the run that made it: method, settings, figures.
@@ -109,8 +109,9 @@ def show(folder: str | Path) -> Contents:
         for name, entry in sorted(config.layers.items(), key=lambda item: _natural(item[0]))
         if entry["kind"] != TIED_HEAD
     )
-    sizes = {name: _count(tensors, [name]) for name in tensors.files}
-    parameters, nbytes = sum(size for size, _ in sizes.values()), sum(size for _, size in sizes.values())
+    held = {key for name, e in config.layers.items() if e["kind"] != TIED_HEAD for key in _keys(name, e)}
+    others = _count(tensors, [name for name in tensors.files if name not in held])[0]
+    parameters, nbytes = others + sum(layer.numbers for layer in layers), _count(tensors, list(tensors.files))[1]
     dense = parameters + sum(layer.dense_numbers - layer.numbers for layer in layers)
     return Contents(folder, type(model).__name__, layers, parameters, dense, nbytes, config.made_by)
 
@@ -209,7 +210,8 @@ def _require_shape(name: str, shape: tuple[int, int], module: nn.Module) -> None
 
 def _layer_contents(name: str, entry: Mapping[str, Any], tensors: TensorFile, model: nn.Module) -> LayerContents:
     map_ = blank_map(name, entry, torch.float32)
-    numbers, nbytes = _count(tensors, [f"{name}.{key}" for key in _blank_module(name, entry).state_dict()])
+    nbytes = _count(tensors, _keys(name, entry))[1]
+    numbers = map_.numbers + (map_.shape[0] if entry.get("bias") else 0)
     dense = sum(p.numel() for p in model.get_submodule(name).parameters())
     structure = str(entry["map"]["op"]).lower()
     return LayerContents(name, entry["kind"], structure, map_.shape, rank_bound(map_), numbers, dense, nbytes)
@@ -233,8 +235,13 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def _blank_module(name: str, entry: Mapping[str, Any]) -> nn.Module:
     map_ = blank_map(name, entry, torch.float32)
     if entry["kind"] == EMBEDDING:
-        return EmbeddingHost(map_, entry.get("padding_idx"))
+        return embedding_host(map_, entry.get("padding_idx"))
     return host(map_, torch.empty(map_.shape[0], device="meta") if entry["bias"] else None)
+
+
+def _keys(name: str, entry: Mapping[str, Any]) -> list[str]:
+    """Return the names of a compressed layer's tensors."""
+    return [f"{name}.{key}" for key in _blank_module(name, entry).state_dict()]
 
 
 def _bias_options(
@@ -281,10 +288,10 @@ def _sources(
     for name, entry in config.layers.items():
         if entry["kind"] == TIED_HEAD:
             continue
-        keys = [f"{name}.{key}" for key in _blank_module(name, entry).state_dict()]
+        keys = _keys(name, entry)
         used.update(keys)
         m, n = blank_map(name, entry, torch.float32).shape
-        itemsize = tensors.dtype(keys[0]).itemsize
+        itemsize = next((t for t in map(tensors.dtype, keys) if t.is_floating_point), torch.float32).itemsize
         transposed = is_conv1d(model.get_submodule(name))
         out[f"{name}.weight"] = Source(m * n * itemsize, partial(_weight, name, entry, tensors, transposed))
         if entry.get("bias"):

@@ -11,7 +11,7 @@ from eckart.errors import EckartError
 from eckart.fit import Fit, Metric, best_bias, error_of, regress
 from eckart.fit.families import Family
 from eckart.fit.refit import refit_up
-from eckart.hosts import EmbeddingHost, TiedHead, host
+from eckart.hosts import EmbeddingHost, TiedHead, embedding_host, host
 from eckart.maps import LinearMap, LowRank, pivot, storage
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import EMBEDDING, Known, Layer
@@ -92,7 +92,8 @@ def running(fit: Fit) -> nn.Module:
 def running_embedding(job: Job, fit: Fit) -> EmbeddingHost:
     """Return a fitted embedding as a module that computes in float32 with its rounded numbers."""
     name = job.parts.embedding or ""
-    return EmbeddingHost(fit.map.to(torch.float32), cast("int | None", job.model.model.get_submodule(name).padding_idx))
+    padding = cast("int | None", job.model.model.get_submodule(name).padding_idx)
+    return embedding_host(fit.map.to(torch.float32), padding)
 
 
 def tied_head(job: Job, embedding: EmbeddingHost) -> dict[str, nn.Module]:
