@@ -6,13 +6,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from eckart.budget import Option
+from eckart.budget import DENSE, Option
 from eckart.errors import EckartError
-from eckart.fit import Fit, Metric, best_bias, error_of, regress
+from eckart.fit import Coding, Fit, Metric, best_bias, coded, error_of, regress
 from eckart.fit.families import Family
 from eckart.fit.refit import refit_up
 from eckart.hosts import EmbeddingHost, TiedHead, embedding_host, host
-from eckart.maps import LinearMap, LowRank, pivot, storage
+from eckart.maps import Dense, LinearMap, LowRank, pivot, storage
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import EMBEDDING, Known, Layer
 from eckart.stats import CrossSum
@@ -48,9 +48,29 @@ def fit_layer(
         The fit; its map is rounded to the dtype. `loss_of` turns its error into the plan's unit.
     """
     recipe, dtype = job.recipe, dtype or job.weight_dtype(layer.name)
-    metric = known.metric(layer, weight, cross if recipe.sequential else None)
-    if metric is None:
+    metric, dense = known.metric(layer, weight, cross if recipe.sequential else None), option.structure == DENSE
+    if metric is None and not dense:
         raise EckartError(f"the calibration texts never reach {layer.name}, so it cannot be fitted")
+    metric = metric or Metric()
+    if dense:
+        fit = Fit(Dense(weight), bias, 0.0, 0.0)
+    else:
+        kept = dtype if recipe.coding is None else torch.float64
+        fit = _fit_structure(job, layer, weight, metric, option, bias, cross, kept)
+    return fit if recipe.coding is None else _as_codes(fit, layer, weight, metric, recipe.coding, bias, dtype)
+
+
+def _fit_structure(
+    job: Job,
+    layer: Layer,
+    weight: Tensor,
+    metric: Metric,
+    option: Option,
+    bias: Tensor | None,
+    cross: CrossSum | None,
+    dtype: torch.dtype,
+) -> Fit:
+    recipe = job.recipe
     family = recipe.family(option.structure)
     if family is not None:
         return _fit_family(weight, metric, family, option.rank, bias, dtype)
@@ -77,6 +97,25 @@ def _fit_family(
     change = best_bias(weight, rounded, metric)
     offset = bias if change is None else change if bias is None else bias.double() + change
     return Fit(rounded, None if offset is None else offset.to(dtype), error, error / zero if zero > 0 else 0.0)
+
+
+def _as_codes(
+    fit: Fit, layer: Layer, weight: Tensor, metric: Metric, coding: Coding, bias: Tensor | None, dtype: torch.dtype
+) -> Fit:
+    """Return a fit with its numbers stored as codes, and the error it then has."""
+    map_ = coded(fit.map, weight, metric, coding, dtype, table=layer.kind == EMBEDDING)
+    shown, zero = map_.to(torch.float64).dense(), error_of(weight, torch.zeros_like(weight), metric)
+    error = error_of(weight, shown, metric)
+    change = None if isinstance(fit.map, Dense) else best_bias(weight, map_, metric)
+    offset = bias if change is None else change if bias is None else bias.double() + change
+    return Fit(map_, None if offset is None else offset.to(dtype), error, error / zero if zero > 0 else 0.0)
+
+
+def structure_name(option: Option, coding: Coding | None) -> str:
+    """Return what a plan calls an option: "pivoted", "pivoted int4", "int4" for a dense matrix of codes."""
+    if coding is None:
+        return option.structure
+    return f"int{coding.bits}" if option.structure == DENSE else f"{option.structure} int{coding.bits}"
 
 
 def loss_of(known: Known, fit: Fit) -> float:

@@ -22,6 +22,7 @@ from eckart.methods.compress.fitting import (
     loss_of,
     running,
     running_embedding,
+    structure_name,
     tied_head,
 )
 from eckart.methods.compress.heal import heal
@@ -80,7 +81,7 @@ class Sweep:
         progress: Progress,
     ) -> None:
         self.job, self.known, self.chosen, self.partial, self.progress = job, known, chosen, partial, progress
-        self.layers = [layer for layer in layers if not is_dense(chosen[layer.name])]
+        self.layers = [layer for layer in layers if job.recipe.coding or not is_dense(chosen[layer.name])]
         self.streams = Store(partial.folder)
         recipe = job.recipe
         self.learns = recipe.sequential or recipe.update or recipe.heal > 0
@@ -112,6 +113,7 @@ class Sweep:
                     loss_of(self.known, fit),
                     kind=EMBEDDING,
                     padding_idx=module.padding_idx,
+                    planned=self._planned(layer),
                 )
                 self.partial.save(EMBEDDING, self._stored(layer.name, module), [record])
             return {layer.name: module}
@@ -155,9 +157,8 @@ class Sweep:
                     bias = offset_of(block.get_submodule(inner))
                     fit = fit_layer(job, self.known, layer, weight, self.chosen[layer.name], bias=bias, cross=cross)
                     replace(compressed, inner, running(fit))
-                    planned = self.chosen[layer.name].structure, self.chosen[layer.name].rank
                     loss = loss_of(self.known, fit)
-                    records.append(LayerRecord.of(layer.name, fit.map, fit.bias, loss, planned=planned))
+                    records.append(LayerRecord.of(layer.name, fit.map, fit.bias, loss, planned=self._planned(layer)))
             targets = self._advance_originals(block, index, pairs)
         # before the first compressed layer the error is zero, and healing would only decay the weights
         if job.recipe.heal and any(layer.block <= index for layer in self.layers):
@@ -172,6 +173,11 @@ class Sweep:
         for key in pairs:
             for stream in ("original", "compressed"):
                 self.streams.path(f"{key}-{stream}", index).unlink(missing_ok=True)
+
+    def _planned(self, layer: Layer) -> tuple[str, int]:
+        """Return what a layer becomes, as plans say it, and at which rank."""
+        option = self.chosen[layer.name]
+        return structure_name(option, self.job.recipe.coding), option.rank
 
     @property
     def _needs_cross(self) -> bool:
@@ -253,7 +259,8 @@ class Sweep:
             fit = fit_layer(self.job, self.known, layer, weight, self.chosen[layer.name], bias=bias, cross=cross)
             module = running(fit)
             if not self.partial.has(HEAD):
-                record = LayerRecord.of(layer.name, fit.map, fit.bias, loss_of(self.known, fit))
+                loss = loss_of(self.known, fit)
+                record = LayerRecord.of(layer.name, fit.map, fit.bias, loss, planned=self._planned(layer))
                 self.partial.save(HEAD, self._stored(layer.name, module), [record])
             return {layer.name: module}
         return {}
