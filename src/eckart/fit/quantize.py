@@ -253,11 +253,12 @@ def _learned_levels(weight: Tensor, plain: Grid, importance: Tensor) -> Tensor:
     count = 2**plain.bits
     unit = torch.where(plain.scale == 0, 0.0, (weight - plain.zero) / plain.scale)
     weights = importance * plain.scale.square()
-    uniform = torch.arange(count, dtype=unit.dtype, device=unit.device) - count // 2
+    uniform: Tensor = torch.arange(count, dtype=unit.dtype, device=unit.device) - count // 2
+    uniform = uniform.expand(unit.shape[0], -1)
     if not unit.shape[1]:
-        return uniform.expand(unit.shape[0], -1)
+        return uniform
     places = ((torch.arange(count, device=unit.device) + 0.5) / count * unit.shape[1]).long()
-    starts = uniform.expand(unit.shape[0], -1), unit.sort(dim=1).values[:, places]
+    starts = uniform, unit.sort(dim=1).values[:, places]
     found = [kmeans_rows(unit, weights, start.contiguous()) for start in starts]
     errors = [level_error(unit, weights, levels) for levels in found]
     better: Tensor = torch.where((errors[0] <= errors[1])[:, None], found[0], found[1])
