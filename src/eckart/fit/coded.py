@@ -13,6 +13,7 @@ Legend: W* (m, n) the unconstrained optimum of the metric, G the moment of what 
 import torch
 from torch import Tensor
 
+from eckart.fit.dictionary import best_atoms
 from eckart.fit.metric import Metric
 from eckart.fit.quantize import Coding, blank_quantized, quantize
 from eckart.fit.refit import refit_up
@@ -27,6 +28,7 @@ from eckart.maps import (
     Pivoted,
     Product,
     Quantized,
+    Scattered,
     Sum,
     inverse_order,
 )
@@ -42,12 +44,12 @@ def coded(
         weight: W (m, n).
         metric: what it was fitted under.
         coding: how numbers are stored.
-        dtype: of scales, zero points, levels, and of numbers that stay: the entries of sparse maps.
+        dtype: of scales, zero points and levels.
         table: whether rows will be looked up, so that groups must run along those of the first factor.
 
     Returns:
         `Quantized` for `Dense`; `Product(Quantized, Quantized)` for `LowRank`; a product of codes, `Permutation`s and
-        `Blocks` for `Pivoted`, in as many numbers.
+        `Blocks` for `Pivoted`; `Scattered` codes for sparse maps. All in as many numbers.
     """
     w = weight.double()
     target, axis = unconstrained(w, metric), "rows" if table else None
@@ -59,11 +61,13 @@ def coded(
         case Pivoted() if map_.rank:
             return _pivoted(target, map_, metric, coding, dtype, axis)
         case Sum((LowRank() as low, Bitmap() as sparse)):
-            kept = sparse.to(dtype)
+            entries = _entries(sparse, coding, dtype)
             rest = Metric(inputs=metric.seen, outputs=metric.outputs)
-            return Sum((coded(low, target - kept.to(torch.float64).dense(), rest, coding, dtype), kept))
-        case Product((Bitmap() as codes, Dense(atoms))):
-            return Product((codes.to(dtype), quantize(atoms, coding, metric.seen, dtype=dtype)))
+            return Sum((coded(low, target - entries.to(torch.float64).dense(), rest, coding, dtype), entries))
+        case Product((Bitmap() as sparse, Dense())):
+            entries = _entries(sparse, coding, dtype)
+            atoms = best_atoms(entries.to(torch.float64).dense(), target, metric.outputs)
+            return Product((entries, quantize(atoms, coding, metric.seen, dtype=dtype)))
     return map_.to(dtype)
 
 
@@ -82,9 +86,9 @@ def coded_blank(map_: LinearMap, coding: Coding, dtype: torch.dtype, *, table: b
         case Pivoted(basis, coefficients, order, axis) if map_.rank:
             return _joined(blank(basis, first if axis == "columns" else None), blank(coefficients), order, axis)
         case Sum((LowRank() as low, Bitmap() as sparse)):
-            return Sum((coded_blank(low, coding, dtype), sparse.to(dtype)))
-        case Product((Bitmap() as codes, Dense(atoms))):
-            return Product((codes.to(dtype), blank(atoms)))
+            return Sum((coded_blank(low, coding, dtype), Scattered(blank(sparse.values), sparse.bits, sparse.width)))
+        case Product((Bitmap() as sparse, Dense(atoms))):
+            return Product((Scattered(blank(sparse.values), sparse.bits, sparse.width), blank(atoms)))
     return map_.to(dtype)
 
 
@@ -138,6 +142,11 @@ def _joined(basis: Quantized, coefficients: Quantized, order: Tensor, axis: str)
     if axis == "rows":
         return Product((Permutation(order), Blocks(((identity,), (coefficients,))), basis))
     return Product((basis, Blocks(((identity, coefficients),)), Permutation(order)))
+
+
+def _entries(sparse: Bitmap, coding: Coding, dtype: torch.dtype) -> Scattered:
+    """Return a sparse matrix with its entries as codes; neighbours in a row have no common inputs to make up for."""
+    return Scattered(quantize(sparse.values, coding, dtype=dtype), sparse.bits, sparse.width)
 
 
 def _balance(factors: LowRank, second: Tensor) -> Tensor:

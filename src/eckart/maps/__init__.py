@@ -10,6 +10,7 @@ from eckart.maps.base import linear_map as linear_map
 from eckart.maps.base import require as require
 from eckart.maps.base import require_shape as require_shape
 from eckart.maps.bitmap import Bitmap as Bitmap
+from eckart.maps.bitmap import Scattered as Scattered
 from eckart.maps.bitmap import bitmap as bitmap
 from eckart.maps.bitmap import compressed_rows as compressed_rows
 from eckart.maps.dense import Dense as Dense
@@ -52,6 +53,6 @@ FAMILIES: dict[str, type[LinearMap]] = {
     cls.__name__: cls
     for cls in (
         Dense, LowRank, Pivoted, Diagonal, Permutation, Sparse, NM,
-        Bitmap, Quantized, Sum, Product, Scaled, Blocks, RowNormalized, Masked,
+        Bitmap, Scattered, Quantized, Sum, Product, Scaled, Blocks, RowNormalized, Masked,
     )
 }  # fmt: skip

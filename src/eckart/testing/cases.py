@@ -25,6 +25,7 @@ from eckart.maps import (
     Quantized,
     RowNormalized,
     Scaled,
+    Scattered,
     Sparse,
     Sum,
 )
@@ -129,6 +130,19 @@ def _bitmap(normal: Normal, generator: Generator) -> Made:
                 bits[i, j // 8] += 2 ** (j % 8)
                 w[i, j] = values[i, slot]
         yield f"{m}x{n} {count} per row", Bitmap(values, bits, n, count), w
+
+
+def _scattered(normal: Normal, generator: Generator) -> Made:
+    for label, held, w in _bitmap(normal, generator):
+        if not isinstance(held, Bitmap):
+            raise AssertionError("the cases of Bitmap are bitmaps")
+        values: LinearMap = Dense(held.values)
+        yield label, Scattered(values, held.bits, held.width), w
+        if label.startswith("13x11"):
+            up, down = normal(13, 2), normal(2, 5)
+            matrix = torch.zeros_like(w)
+            matrix[w != 0] = (up @ down).flatten()
+            yield f"{label}, low rank", Scattered(LowRank(up, down), held.bits, held.width), matrix
 
 
 def _quantized(normal: Normal, generator: Generator) -> Made:
@@ -262,6 +276,7 @@ MAKERS: dict[str, Callable[[Normal, Generator], Made]] = {
     "Sparse": _sparse,
     "NM": _nm,
     "Bitmap": _bitmap,
+    "Scattered": _scattered,
     "Quantized": _quantized,
     "Sum": _sum,
     "Product": _product,

@@ -24,6 +24,7 @@ from eckart.maps import (
     Quantized,
     RowNormalized,
     Scaled,
+    Scattered,
     Sparse,
     Sum,
 )
@@ -52,6 +53,7 @@ def golden_maps() -> dict[str, LinearMap]:
         "Sparse": Sparse(_grid(3), columns, starts, 4),
         "NM": NM(_grid(2, 2, 2, dtype=torch.float16), places, 4),
         "Bitmap": Bitmap(_grid(2, 2), torch.tensor([[6, 0], [1, 2]], dtype=torch.uint8), 10, 2),
+        "Scattered": Scattered(lowrank, torch.tensor([[6, 0], [1, 2], [3, 0]], dtype=torch.uint8), 10),
         "Quantized": Quantized(codes, _grid(2, 2), None, _grid(2, 8), 5, 3, 4),
         "Sum": Sum((dense, lowrank)),
         "Product": Product((dense, Diagonal(_grid(2)))),
