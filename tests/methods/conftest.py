@@ -19,6 +19,7 @@ FEWER = {
     "cospadi": {"iterations": 1},
     "compot": {"iterations": 2},
     "oats": {"iterations": 2},
+    "lrq": {"heal": 1},
     "eckart-mixed": {"iterations": 1},
 }
 

@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM
 import eckart
 from eckart.errors import EckartError
 from eckart.files.inspect import densify, show
+from eckart.fit.quantize import Coding, quantize
+from eckart.methods.compress.rounding import LearnedRounding
 
 IDS = torch.arange(1, 49).view(2, 24)
 # Dense codes; factors, one of them looked up; pivots, likewise; a table per row.
@@ -102,3 +104,47 @@ def test_gptq_beats_rounding_and_needs_no_more_bytes(demo, text, tmp_path):
         found[method] = outcome.measured.after - outcome.measured.before, outcome.plan.bytes_after
     assert found["gptq"][0] < 0.8 * found["rtn"][0]
     assert found["gptq"][1] == found["rtn"][1]
+
+
+def test_learned_codes_beat_those_they_start_from_and_are_plain_codes(demo, text, tmp_path):
+    arguments = {"method": "lrq", "calibration": text, "samples": 16, "length": 64}
+    found = {}
+    for epochs in (0, 30):
+        outcome = eckart.compress(demo, tmp_path / str(epochs), settings={"bits": 3, "heal": epochs}, **arguments)
+        found[epochs] = outcome.measured.after - outcome.measured.before, outcome.plan.bytes_after
+    assert found[30][0] < 0.9 * found[0][0]
+    assert found[30][1] == found[0][1]
+    first, second = (load_file(tmp_path / str(epochs) / "model.safetensors") for epochs in (0, 30))
+    assert first.keys() == second.keys()
+    norms = [key for key in first if key.endswith("norm.weight")]
+    assert norms
+    assert all(first[key].equal(second[key]) for key in norms)  # nothing but codes and scales is trained
+
+
+def test_learned_rounding_starts_at_its_codes_and_has_gradients():
+    torch.manual_seed(0)
+    weight, x = torch.randn(12, 40), torch.randn(5, 40)
+    start = quantize(weight, Coding(3, 16, "nearest"), axis="rows")
+    module = LearnedRounding(weight, start, torch.randn(12), 4, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(module(x), start(x) + module.bias, atol=1e-5, rtol=1e-5)
+    assert module.result(torch.float32) == start
+    module(x).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in module.parameters())
+    assert all(p.grad.abs().sum() > 0 for name, p in module.named_parameters() if name != "right")  # times L = 0
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    learned = module.result(torch.float32)
+    assert not learned.codes.equal(start.codes)
+    torch.testing.assert_close(module(x), learned(x) + module.bias, atol=1e-5, rtol=1e-5)
+
+
+def test_sparse_maps_of_codes_take_what_the_plan_says(demo, text, tmp_path):
+    settings = {"bits": 4, "iterations": 2}
+    arguments = {"method": "oats", "keep": 0.7, "calibration": text, "samples": 4, "length": 48, "settings": settings}
+    outcome = eckart.compress(demo, tmp_path / "out", **arguments)
+    held = load_file(tmp_path / "out" / "model.safetensors")
+    stored = sum(t.nbytes for t in held.values())
+    assert eckart.plan(demo, **arguments).bytes_after == outcome.plan.bytes_after == stored
+    assert outcome.plan.kept <= 0.7
+    assert any(key.endswith("values.codes") for key in held)

@@ -70,6 +70,8 @@ def test_published_defaults():
         ("oats", {"rank_share": 1.0}, r"rank_share must lie in \[0, 1\), got 1.0"),
         ("svd", {"bits": 5}, "bits must be one of 2, 3, 4, 8, or 0 for no codes, got 5"),
         ("eckart", {"group": 0}, "group is the number of entries that share a scale, at least 1, got 0"),
+        ("lrq", {"levels": "learned"}, "codes are learned for uniform levels only; give levels=uniform"),
+        ("lrq", {"rank": 0}, "rank must be at least 1, got 0"),
         ("gptq", {"bits": 0}, "bits=0 leaves this method nothing to do; give 2, 3, 4 or 8"),
         ("rocket", {"balance": 2}, r"balance must lie in \[0, 1\], got 2"),
     ],
@@ -119,7 +121,7 @@ def truncated(matrix: torch.Tensor, rank: int) -> torch.Tensor:
 def by_the_paper(method: str, w: torch.Tensor, x: torch.Tensor, known: Known, rank: int) -> torch.Tensor:
     """The formula of each paper, written out."""
     g = x.mT @ x / x.shape[0]
-    if method in ("svd", "welore", "rtn"):
+    if method in ("svd", "welore", "rtn", "lrq"):
         return truncated(w, rank)
     if method in ("asvd", "any4"):
         scale = x.abs().mean(0)

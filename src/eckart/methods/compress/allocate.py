@@ -11,9 +11,9 @@ from eckart.budget.calibrate import calibrated, probe_option
 from eckart.errors import EckartError
 from eckart.fit import coded_blank
 from eckart.maps import Dense, LinearMap, storage
-from eckart.methods.compress.fitting import fit_layer, loss_of, structure_name
+from eckart.methods.compress.fitting import by_rows, fit_layer, loss_of, structure_name
 from eckart.methods.compress.job import Job
-from eckart.methods.compress.layers import EMBEDDING, Known, Layer, foreseen, surveyed, unit_of, weights
+from eckart.methods.compress.layers import Known, Layer, foreseen, surveyed, unit_of, weights
 from eckart.methods.compress.outcome import LayerPlan, Plan
 from eckart.methods.compress.probe import levels, probe, remembered
 from eckart.progress import Progress
@@ -182,7 +182,7 @@ def stored(job: Job, layer: Layer, option: Option) -> Option:
         blank: LinearMap = Dense(torch.empty(layer.shape, device="meta"))
     else:
         blank = (family or storage(recipe.storage)).blank(layer.shape, option.rank)
-    map_ = coded_blank(blank, recipe.coding, dtype, table=layer.kind == EMBEDDING)
+    map_ = coded_blank(blank, recipe.coding, dtype, table=by_rows(job, layer))
     # What is not in the matrix is the bias.
     nbytes = map_.nbytes + (option.numbers - map_.numbers) * dtype.itemsize
     return dataclasses.replace(option, structure=structure_name(option, recipe.coding), nbytes=nbytes)

@@ -57,7 +57,9 @@ def fit_layer(
     else:
         kept = dtype if recipe.coding is None else torch.float64
         fit = _fit_structure(job, layer, weight, metric, option, bias, cross, kept)
-    return fit if recipe.coding is None else _as_codes(fit, layer, weight, metric, recipe.coding, bias, dtype)
+    if recipe.coding is None:
+        return fit
+    return _as_codes(fit, weight, metric, recipe.coding, bias, dtype, table=by_rows(job, layer))
 
 
 def _fit_structure(
@@ -100,15 +102,27 @@ def _fit_family(
 
 
 def _as_codes(
-    fit: Fit, layer: Layer, weight: Tensor, metric: Metric, coding: Coding, bias: Tensor | None, dtype: torch.dtype
+    fit: Fit, weight: Tensor, metric: Metric, coding: Coding, bias: Tensor | None, dtype: torch.dtype, *, table: bool
 ) -> Fit:
     """Return a fit with its numbers stored as codes, and the error it then has."""
-    map_ = coded(fit.map, weight, metric, coding, dtype, table=layer.kind == EMBEDDING)
+    map_ = coded(fit.map, weight, metric, coding, dtype, table=table)
     shown, zero = map_.to(torch.float64).dense(), error_of(weight, torch.zeros_like(weight), metric)
     error = error_of(weight, shown, metric)
     change = None if isinstance(fit.map, Dense) else best_bias(weight, map_, metric)
     offset = bias if change is None else change if bias is None else bias.double() + change
     return Fit(map_, None if offset is None else offset.to(dtype), error, error / zero if zero > 0 else 0.0)
+
+
+def loss_of_map(job: Job, known: Known, layer: Layer, weight: Tensor, map_: LinearMap) -> float:
+    """Return the predicted loss of a layer whose codes were learned, in the unit of its job's plan."""
+    metric = known.metric(layer, weight) or Metric()
+    error, zero = (error_of(weight, w, metric) for w in (map_.to(torch.float64).dense(), torch.zeros_like(weight)))
+    return loss_of(known, Fit(map_, None, error, error / zero if zero > 0 else 0.0))
+
+
+def by_rows(job: Job, layer: Layer) -> bool:
+    """Tell whether groups must run along rows: those of an embedding are looked up, and learned codes expect it."""
+    return layer.kind == EMBEDDING or job.recipe.scale_rank > 0
 
 
 def structure_name(option: Option, coding: Coding | None) -> str:

@@ -83,6 +83,8 @@ class Recipe:
         levels: "uniform", or "learned" per row (any4).
         symmetric: whether scales come without zero points.
         clip: whether scales are searched for instead of covering the extremes.
+        scale_rank: if not 0, healing trains which code each weight takes, through divisors of that rank, and nothing
+            else (LRQ).
     """
 
     metric: Callable[[LayerData], Metric]
@@ -111,6 +113,7 @@ class Recipe:
     levels: Levels = "uniform"
     symmetric: bool = False
     clip: bool = True
+    scale_rank: int = 0
 
     def __post_init__(self) -> None:
         if self.round_to < 1:
@@ -129,6 +132,8 @@ class Recipe:
         if self.allocation == "threshold" and self.score is None:
             raise EckartError("allocation=threshold needs a method that scores spectra, such as welore")
         Coding(self.bits or 8, self.group)
+        if self.scale_rank and self.levels != "uniform":
+            raise EckartError("codes are learned for uniform levels only; give levels=uniform")
         if not self.reduces and not self.bits:
             raise EckartError("bits=0 leaves this method nothing to do; give 2, 3, 4 or 8")
 

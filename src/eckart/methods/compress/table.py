@@ -20,6 +20,7 @@ from eckart.methods.compress.fwsvd import fwsvd
 from eckart.methods.compress.gptq import gptq
 from eckart.methods.compress.kfac import kfac
 from eckart.methods.compress.lord import lord
+from eckart.methods.compress.lrq import lrq
 from eckart.methods.compress.oats import oats
 from eckart.methods.compress.recipe import COMMON, Recipe, overridden
 from eckart.methods.compress.rocket import rocket
@@ -48,6 +49,7 @@ METHODS: dict[str, Page] = {
     "rtn": rtn,
     "gptq": gptq,
     "any4": any4,
+    "lrq": lrq,
     "eckart": eckart,
     "eckart-mixed": eckart_mixed,
 }
