@@ -111,3 +111,11 @@ def test_every_kind_has_cases():
     assert {map_.bits for map_ in held} == set(BITS)
     assert {map_.axis for map_ in held} == {"rows", "columns"}
     assert {(map_.zero is None, map_.levels is None) for map_ in held} == {(a, b) for a in (0, 1) for b in (0, 1)}
+
+
+def test_a_host_made_for_inference_computes():
+    map_ = random_map(6, 9, 4, 4)
+    with torch.inference_mode():
+        module = host(map_.apply(torch.clone))
+        x = torch.randn(2, 9)
+        torch.testing.assert_close(module(x), map_(x))

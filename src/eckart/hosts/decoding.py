@@ -86,6 +86,8 @@ class TemporaryDense(nn.Module):
         made_of: list[_Part] = []
         for name, buffer in self._buffers.items():
             if buffer is not None:
+                if buffer.is_inference():  # does not count its versions
+                    return None
                 state = buffer._version, buffer.data_ptr()
                 made_of.append((self._buffers, name, buffer, self._buffers, name, buffer, *state, {}, {}, {}))
         for name, own in self._parameters.items():
@@ -98,7 +100,7 @@ class TemporaryDense(nn.Module):
             if leaf is None or not is_plain(leaf):
                 return None
             weight = cast(Tensor, leaf._parameters["weight"])
-            if weight.is_inference():  # does not count its versions
+            if weight.is_inference():
                 return None
             store, hooks = leaf._parameters, (leaf._forward_hooks, leaf._forward_pre_hooks)
             state = weight._version, weight.data_ptr()

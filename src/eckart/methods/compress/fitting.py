@@ -94,11 +94,17 @@ def _fit_family(
     weight: Tensor, metric: Metric, family: Family, size: int, bias: Tensor | None, dtype: torch.dtype
 ) -> Fit:
     map_ = family.fit(weight, metric, size)
-    error, zero = error_of(weight, map_.dense(), metric), error_of(weight, torch.zeros_like(weight), metric)
-    rounded = map_.to(dtype)
+    errors, rounded = _errors(weight, map_, metric), map_.to(dtype)
     change = best_bias(weight, rounded, metric)
     offset = bias if change is None else change if bias is None else bias.double() + change
-    return Fit(rounded, None if offset is None else offset.to(dtype), error, error / zero if zero > 0 else 0.0)
+    return Fit(rounded, None if offset is None else offset.to(dtype), *errors)
+
+
+def _errors(weight: Tensor, map_: LinearMap, metric: Metric) -> tuple[float, float]:
+    """Return the error of a map, and its share of that of the zero map."""
+    error = error_of(weight, map_.to(torch.float64).dense(), metric)
+    zero = error_of(weight, torch.zeros_like(weight), metric)
+    return error, error / zero if zero > 0 else 0.0
 
 
 def _as_codes(
@@ -106,18 +112,14 @@ def _as_codes(
 ) -> Fit:
     """Return a fit with its numbers stored as codes, and the error it then has."""
     map_ = coded(fit.map, weight, metric, coding, dtype, table=table)
-    shown, zero = map_.to(torch.float64).dense(), error_of(weight, torch.zeros_like(weight), metric)
-    error = error_of(weight, shown, metric)
     change = None if isinstance(fit.map, Dense) else best_bias(weight, map_, metric)
     offset = bias if change is None else change if bias is None else bias.double() + change
-    return Fit(map_, None if offset is None else offset.to(dtype), error, error / zero if zero > 0 else 0.0)
+    return Fit(map_, None if offset is None else offset.to(dtype), *_errors(weight, map_, metric))
 
 
 def loss_of_map(job: Job, known: Known, layer: Layer, weight: Tensor, map_: LinearMap) -> float:
     """Return the predicted loss of a layer whose codes were learned, in the unit of its job's plan."""
-    metric = known.metric(layer, weight) or Metric()
-    error, zero = (error_of(weight, w, metric) for w in (map_.to(torch.float64).dense(), torch.zeros_like(weight)))
-    return loss_of(known, Fit(map_, None, error, error / zero if zero > 0 else 0.0))
+    return loss_of(known, Fit(map_, None, *_errors(weight, map_, known.metric(layer, weight) or Metric())))
 
 
 def by_rows(job: Job, layer: Layer) -> bool:

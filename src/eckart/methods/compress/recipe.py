@@ -131,7 +131,7 @@ class Recipe:
             raise EckartError("update refits low-rank maps only")
         if self.allocation == "threshold" and self.score is None:
             raise EckartError("allocation=threshold needs a method that scores spectra, such as welore")
-        Coding(self.bits or 8, self.group)
+        Coding(self.bits or 8, self.group)  # refuses what cannot be
         if self.scale_rank and self.levels != "uniform":
             raise EckartError("codes are learned for uniform levels only; give levels=uniform")
         if not self.reduces and not self.bits:
