@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import eckart
 from eckart.errors import EckartError
+from eckart.files.inspect import show
 from eckart.fit import regress
 from eckart.methods.compress.job import Request, open_job, statistics_store
 from eckart.methods.compress.layers import Known, layers_of, weights
@@ -55,7 +56,7 @@ def test_published_defaults():
     assert settings_of("kfac")["input_shrinkage"].default == 0.1
     assert settings_of("kfac")["output_shrinkage"].default == 0.3
     assert settings_of("asvd")["alpha"].default == 0.5
-    assert {m for m in NAMES if not recipe_of(m).needs_text} == {"svd", "welore"}
+    assert {m for m in NAMES if not recipe_of(m).needs_text} == {"svd", "welore", "rtn"}
     assert {m for m in NAMES if recipe_of(m).uses_gradients} == {"fwsvd", "kfac", "eckart", "eckart-mixed"}
 
 
@@ -67,6 +68,11 @@ def test_published_defaults():
         ("cospadi", {"ratio": 0.5}, "ratio must be at least 1, got 0.5"),
         ("compot", {"iterations": -1}, "iterations must be at least 0, got -1"),
         ("oats", {"rank_share": 1.0}, r"rank_share must lie in \[0, 1\), got 1.0"),
+        ("svd", {"bits": 5}, "bits must be one of 2, 3, 4, 8, or 0 for no codes, got 5"),
+        ("eckart", {"group_size": 0}, "group_size is the number of entries that share a scale, at least 1, got 0"),
+        ("lrq", {"levels": "learned"}, "codes are learned for uniform levels only; give levels=uniform"),
+        ("lrq", {"rank": 0}, "rank must be at least 1, got 0"),
+        ("gptq", {"bits": 0}, "bits=0 leaves this method nothing to do; give 2, 3, 4 or 8"),
         ("rocket", {"balance": 2}, r"balance must lie in \[0, 1\], got 2"),
         ("basis-sharing", {"group": 1}, "group must be at least 2, got 1"),
         ("basis-sharing", {"rounds": -1}, "rounds must be at least 0, got -1"),
@@ -90,7 +96,7 @@ def test_only_common_answers_are_overridden():
 
 def known_of(demo, text, method: str, folder, **settings) -> Known:
     """The statistics a method asks for, of a few samples."""
-    job = open_job(Request(demo, method, 0.7, text, 4, 48, 0, settings), silent)
+    job = open_job(Request(demo, method, recipe_of(method).usual_keep, text, 4, 48, 0, settings), silent)
     store, boundaries = statistics_store(job, folder), Store(folder / "boundaries")
     if job.recipe.needs_text:
         collect_inputs(job.runner, job.calibration, store, boundaries=boundaries)
@@ -122,12 +128,14 @@ def truncated(matrix: torch.Tensor, rank: int) -> torch.Tensor:
 def by_the_paper(method: str, w: torch.Tensor, x: torch.Tensor, known: Known, rank: int) -> torch.Tensor:
     """The formula of each paper, written out."""
     g = x.mT @ x / x.shape[0]
-    if method in ("svd", "welore"):
+    if method in ("svd", "welore", "rtn", "lrq"):
         return truncated(w, rank)
-    if method == "asvd":
-        scale = x.abs().mean(0).sqrt()
+    if method in ("asvd", "any4"):
+        scale = x.abs().mean(0)
+        scale = scale.sqrt() if method == "asvd" else scale
         return truncated(w * scale, rank) / scale
-    if method in ("svd-llm", "basis-sharing", "concatenated-svd", "aa-svd", "cospadi", "compot", "rocket", "oats"):
+    shared = ("basis-sharing", "concatenated-svd")
+    if method in ("svd-llm", *shared, "aa-svd", "cospadi", "compot", "rocket", "oats", "gptq"):
         root = torch.linalg.cholesky(g)
         return torch.linalg.solve_triangular(root, truncated(w @ root, rank), upper=False, left=False)
     if method in ("afm", "lord"):
@@ -196,17 +204,27 @@ OVERRIDES = [
     {"embeddings": True, "storage": "pivoted", "allocation": "knapsack"},
     {"round_to": 8},
     {"heal": 1},
+    {"bits": 8},
+    {"bits": 4, "heal": 1},
+    {"bits": 4, "embeddings": True, "storage": "pivoted"},
+    {"bits": 3, "embeddings": True, "levels": "learned", "symmetric": True},
 ]
 
 
 @pytest.mark.parametrize("settings", OVERRIDES, ids=lambda s: "-".join(f"{k}={v}" for k, v in s.items()))
 def test_any_answer_can_be_replaced(settings, demo, text, tmp_path):
     arguments = {"calibration": text, "samples": 2, "length": 32, "keep": 0.7, "settings": settings}
+    bits = settings.get("bits", 0)
     outcome = eckart.compress(demo, tmp_path / "out", method="svd-llm", **arguments)
-    compressed = [layer for layer in outcome.plan.layers if layer.structure != "dense"]
+    compressed = [layer for layer in outcome.plan.layers if layer.structure not in ("dense", f"int{bits}")]
     assert 0.685 <= outcome.plan.kept <= 0.7
     assert all(layer.numbers < layer.dense_numbers for layer in compressed)
-    assert {layer.structure for layer in compressed} == {settings.get("storage", "lowrank")}
+    named = settings.get("storage", "lowrank") + (f" int{bits}" if bits else "")
+    assert {layer.structure for layer in compressed} == {named}
+    held = load_file(outcome.out / "model.safetensors")
+    assert sum(t.nbytes for t in held.values()) == outcome.plan.bytes_after == show(outcome.out).nbytes
+    planned = eckart.plan(demo, method="svd-llm", **arguments)
+    assert planned.bytes_after == outcome.plan.bytes_after
     if settings.get("embeddings"):
         assert outcome.plan.layers[0].kind == "embedding"
         assert outcome.plan.layers[0].structure != "dense"

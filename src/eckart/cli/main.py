@@ -45,7 +45,13 @@ def _main(
 @guarded(CONTINUES)
 def compress(
     model: Annotated[Path, typer.Argument(help="Folder of a Hugging Face decoder or encoder.")],
-    keep: Annotated[float, typer.Option(help="Share of the whole model's parameters that remains, in (0, 1].")],
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the whole model's parameters that remains, in (0, 1].  "
+            "[default: 0.6, or 1 for methods that only quantize]"
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; must not hold anything yet.")] = None,
     method: Annotated[str, typer.Option(help="Name of a method; `eckart methods` lists them.")] = "eckart",
     calibration: Annotated[Path | None, typer.Option(help="Text the method learns the layers' inputs from.")] = None,
@@ -66,7 +72,7 @@ def compress(
     if out is None and not only_plan:
         raise typer.BadParameter("give a folder to write, or --plan to write nothing", param_hint="--out")
     _require_model(model)
-    if not 0.0 < keep <= 1.0:
+    if keep is not None and not 0.0 < keep <= 1.0:
         raise EckartError(f"keep is the share of parameters that remains and must lie in (0, 1], got {keep:g}")
     if calibration is not None and not calibration.is_file():
         raise EckartError(f"there is no text file {calibration}")

@@ -55,7 +55,18 @@ from eckart.files.sharing import (
     tied_keys,
     without_borrowed,
 )
-from eckart.hosts import EmbeddingHost, Host, TiedHead, host, is_conv1d, leaf, map_of, offset_of, replace
+from eckart.hosts import (
+    EmbeddingHost,
+    Host,
+    TiedHead,
+    embedding_host,
+    host,
+    is_conv1d,
+    leaf,
+    map_of,
+    offset_of,
+    replace,
+)
 from eckart.maps import FAMILIES, LinearMap, LowRank, blank
 
 QUANT_METHOD = "eckart"
@@ -267,7 +278,7 @@ def insert_blank_hosts(model: nn.Module, layers: Mapping[str, Any]) -> None:
             has, says = (f"{rows} x {columns}" for rows, columns in (shape, map_.shape))
             raise EckartError(f"layer {name!r} is {has} in this model, but its spec is {says}")
         if entry["kind"] == EMBEDDING:
-            made[name] = EmbeddingHost(map_, entry.get("padding_idx"))
+            made[name] = embedding_host(map_, entry.get("padding_idx"))
         else:
             bias = torch.empty(map_.shape[0], dtype=dtype, device="meta") if entry["bias"] else None
             made[name] = host(map_, bias)
@@ -334,7 +345,7 @@ def blank_module(name: str, entry: Mapping[str, Any]) -> nn.Module:
     """
     map_ = blank_map(name, entry, torch.float32)
     if entry["kind"] == EMBEDDING:
-        return EmbeddingHost(map_, entry.get("padding_idx"))
+        return embedding_host(map_, entry.get("padding_idx"))
     return host(map_, torch.empty(map_.shape[0], device="meta") if entry["bias"] else None)
 
 

@@ -50,7 +50,7 @@ class LayerContents:
         structure: class of its map in small letters, "lowrank" or "shared lowrank" for instance.
         shape: (out, in); (vocabulary, width) for an embedding.
         rank: largest rank the structure allows.
-        numbers: floating numbers stored, bias included; those of a shared tensor with its owner.
+        numbers: numbers stored, bias and codes included; those of a shared tensor with its owner.
         dense_numbers: the same of the dense layer.
         nbytes: bytes stored, index tensors included.
     """
@@ -73,7 +73,7 @@ class Contents:
         folder: the folder.
         architecture: class of the model.
         layers: the compressed layers, in the order of their names' numbers; none for a dense folder.
-        parameters: floating numbers stored, in compressed layers and elsewhere.
+        parameters: numbers stored, in compressed layers and elsewhere.
         dense_parameters: the same of the dense model.
         nbytes: bytes of all tensors.
         made_by: what config.json says of the run that made it: method, settings, figures.
@@ -112,8 +112,9 @@ def show(folder: str | Path) -> Contents:
         for name, entry in sorted(config.layers.items(), key=lambda item: _natural(item[0]))
         if entry["kind"] != TIED_HEAD
     )
-    sizes = {name: _count(tensors, [name]) for name in tensors.files}
-    parameters, nbytes = sum(size for size, _ in sizes.values()), sum(size for _, size in sizes.values())
+    held = {key for name, e in config.layers.items() if e["kind"] != TIED_HEAD for key in _stored(name, e)}
+    others = _count(tensors, [name for name in tensors.files if name not in held])[0]
+    parameters, nbytes = others + sum(layer.numbers for layer in layers), _count(tensors, list(tensors.files))[1]
     dense = parameters + sum(layer.dense_numbers - layer.numbers for layer in layers)
     return Contents(folder, type(model).__name__, layers, parameters, dense, nbytes, config.made_by)
 
@@ -214,8 +215,12 @@ def _layer_contents(
     name: str, entry: Mapping[str, Any], tensors: TensorFile, model: nn.Module, lends: bool
 ) -> LayerContents:
     map_ = blank_map(name, entry, torch.float32)
-    own = [key for key in blank_module(name, entry).state_dict() if key not in entry.get(SHARED, {})]
-    numbers, nbytes = _count(tensors, [f"{name}.{key}" for key in own])
+    taken = entry.get(SHARED, {})
+    module = blank_module(name, entry)
+    own = [key for key in module.state_dict() if key not in taken]
+    nbytes = _count(tensors, [f"{name}.{key}" for key in own])[1]
+    numbers = map_.numbers + (map_.shape[0] if entry.get("bias") else 0)
+    numbers -= sum(module.get_parameter(key).numel() for key in taken)
     dense = sum(p.numel() for p in model.get_submodule(name).parameters())
     structure = f"{SHARED} " * (lends or SHARED in entry) + str(entry["map"]["op"]).lower()
     return LayerContents(name, entry["kind"], structure, map_.shape, rank_bound(map_), numbers, dense, nbytes)
@@ -234,6 +239,11 @@ def _count(tensors: TensorFile, names: Sequence[str]) -> tuple[int, int]:
 def _natural(name: str) -> list[tuple[int, str]]:
     """Sort "layers.2" before "layers.10"."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _stored(name: str, entry: Mapping[str, Any]) -> list[str]:
+    """Return the names under which a compressed layer's tensors are stored."""
+    return [stored_name(name, entry, key) for key in blank_module(name, entry).state_dict()]
 
 
 def _bias_options(
@@ -280,10 +290,10 @@ def _sources(
     for name, entry in config.layers.items():
         if entry["kind"] == TIED_HEAD:
             continue
-        keys = [stored_name(name, entry, key) for key in blank_module(name, entry).state_dict()]
+        keys = _stored(name, entry)
         used.update(keys)
         m, n = blank_map(name, entry, torch.float32).shape
-        itemsize = tensors.dtype(keys[0]).itemsize
+        itemsize = next((t for t in map(tensors.dtype, keys) if t.is_floating_point), torch.float32).itemsize
         transposed = is_conv1d(model.get_submodule(name))
         out[f"{name}.weight"] = Source(m * n * itemsize, partial(_weight, name, entry, tensors, transposed))
         if entry.get("bias"):

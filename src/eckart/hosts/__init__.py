@@ -10,6 +10,7 @@ from eckart.hosts.blockwise import Call as Call
 from eckart.hosts.blockwise import release as release
 from eckart.hosts.embedding import EmbeddingHost as EmbeddingHost
 from eckart.hosts.embedding import TiedHead as TiedHead
+from eckart.hosts.embedding import embedding_host as embedding_host
 from eckart.hosts.host import host as host
 from eckart.hosts.host import is_conv1d as is_conv1d
 from eckart.hosts.host import is_linear as is_linear

@@ -4,12 +4,17 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
+import torch
+
 from eckart.budget import DENSE, Candidates, Option, knapsack, smallest_numbers, threshold, uniform, uniform_rank
 from eckart.budget.calibrate import calibrated, probe_option
 from eckart.errors import EckartError
+from eckart.fit import coded_blank
+from eckart.maps import Dense, LinearMap, storage
+from eckart.methods.compress.fitting import by_rows, fit_layer, loss_of, structure_name
 from eckart.methods.compress.groups import Group, SharedPlan, fit_group, group_candidates, groups_of, member_plans
 from eckart.methods.compress.job import Job
-from eckart.methods.compress.layers import Known, Layer, foreseen, surveyed, unit_of
+from eckart.methods.compress.layers import Known, Layer, foreseen, surveyed, unit_of, weights
 from eckart.methods.compress.outcome import LayerPlan, Plan
 from eckart.methods.compress.probe import levels, probe, remembered
 from eckart.progress import Progress
@@ -57,8 +62,10 @@ def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, prog
     table += [group_candidates(job, known, group, errors=errors) for group in groups]
     budget = _budget(job, table)
     if budget >= sum(layer.dense.numbers for layer in table):  # nothing is gained by dropping even what seems useless
+        chosen = {layer.name: layer.dense for layer in table}
+        chosen = _with_codes(job, layers, known, chosen, progress) if predict else chosen
         progress("plan", len(layers), len(layers))
-        return _unfolded(job, groups, Allocation({layer.name: layer.dense for layer in table}, table))
+        return _unfolded(job, groups, Allocation(chosen, table))
     if allocation == "sensitivity":
         table = _sensitivities(job, layers, known, table, progress)
     elif allocation == "calibrated":
@@ -72,7 +79,9 @@ def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, prog
         "knapsack": knapsack,
     }
     chosen = solve[allocation](table, budget)
-    if predict and not errors:
+    if predict and job.recipe.coding is not None:
+        chosen = _with_codes(job, layers, known, chosen, progress)
+    elif predict and not errors:
         chosen = foreseen(job, alone, known, chosen) | _foreseen_groups(job, known, groups, chosen)
     progress("plan", len(layers), len(layers))
     return _unfolded(job, groups, Allocation(chosen, table))
@@ -104,6 +113,20 @@ def _share(job: Job, layers: Sequence[Layer]) -> float:
     """Return the share of the layers' dense numbers that the budget leaves them together."""
     dense = sum(math.prod(layer.shape) + layer.bias for layer in layers)
     return (job.request.keep * job.model.numel - (job.model.numel - dense)) / dense
+
+
+def _with_codes(
+    job: Job, layers: list[Layer], known: Known, chosen: dict[str, Option], progress: Progress
+) -> dict[str, Option]:
+    """Return chosen options with the losses they have once their numbers are codes, if they become such."""
+    if job.recipe.coding is None:
+        return chosen
+    out = {}
+    for i, (layer, weight) in enumerate(weights(job, layers)):
+        progress("plan", i, len(layers))
+        loss = loss_of(known, fit_layer(job, known, layer, weight, chosen[layer.name]))
+        out[layer.name] = dataclasses.replace(chosen[layer.name], loss=loss)
+    return out
 
 
 def _budget(job: Job, table: Sequence[Candidates]) -> int:
@@ -168,21 +191,11 @@ def _calibrated(
 
 def plan_of(job: Job, layers: Sequence[Layer], chosen: dict[str, Option], table: Sequence[Candidates]) -> Plan:
     """Return the plan that a choice of options makes."""
-    dense = {c.name: c.dense for c in table}
-    rows = [
-        LayerPlan(
-            layer.name,
-            layer.kind,
-            layer.shape,
-            chosen[layer.name].structure,
-            chosen[layer.name].rank,
-            chosen[layer.name].numbers,
-            dense[layer.name].numbers,
-            chosen[layer.name].nbytes,
-            chosen[layer.name].loss,
-        )
-        for layer in layers
-    ]
+    dense, rows = {c.name: c.dense for c in table}, []
+    for layer in layers:
+        option, before = stored(job, layer, chosen[layer.name]), dense[layer.name].numbers
+        what = option.structure, option.rank, option.numbers
+        rows.append(LayerPlan(layer.name, layer.kind, layer.shape, *what, before, option.nbytes, option.loss))
     return plan_from(job, rows, dense)
 
 
@@ -203,6 +216,22 @@ def plan_from(job: Job, rows: Sequence[LayerPlan], dense: dict[str, Option]) -> 
         unit_of(job),
         tuple(rows),
     )
+
+
+def stored(job: Job, layer: Layer, option: Option) -> Option:
+    """Return an option as it is stored: its name and bytes where numbers become codes."""
+    recipe, dtype = job.recipe, job.weight_dtype(layer.name)
+    if recipe.coding is None:
+        return option
+    family = recipe.family(option.structure)
+    if is_dense(option):
+        blank: LinearMap = Dense(torch.empty(layer.shape, device="meta"))
+    else:
+        blank = (family or storage(recipe.storage)).blank(layer.shape, option.rank)
+    map_ = coded_blank(blank, recipe.coding, dtype, table=by_rows(job, layer))
+    # What is not in the matrix is the bias.
+    nbytes = map_.nbytes + (option.numbers - map_.numbers) * dtype.itemsize
+    return dataclasses.replace(option, structure=structure_name(option, recipe.coding), nbytes=nbytes)
 
 
 def is_dense(option: Option) -> bool:

@@ -30,12 +30,13 @@ def heal(
     rate: float,
     seed: int,
     progress: Callable[[int], None],
+    parameters: Sequence[nn.Parameter] | None = None,
 ) -> None:
     """Train a block in place.
 
     Args:
         runner: the model.
-        block: the compressed block; all of its floating parameters are trained but the fixed ones.
+        block: the compressed block.
         calls: the block's call, per batch.
         inputs: its inputs in the compressed model, (b, t, d) per batch.
         targets: the original block's outputs, (b, t, d) per batch.
@@ -44,9 +45,11 @@ def heal(
         rate: largest learning rate.
         seed: seed of the order of batches.
         progress: called with the number of epochs done.
+        parameters: what is trained; None for all floating parameters of the block.
     """
     held = {id(p) for p in fixed}
-    trained = [p.requires_grad_(True) for p in block.parameters() if p.is_floating_point() and id(p) not in held]
+    chosen = [p for p in parameters or block.parameters() if p.is_floating_point() and id(p) not in held]
+    trained = [p.requires_grad_(True) for p in chosen]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=WEIGHT_DECAY)
     steps = epochs * len(inputs)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))

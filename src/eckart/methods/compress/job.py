@@ -116,6 +116,11 @@ def open_job(request: Request, progress: Progress) -> Job:
     """
     _check_numbers(request)
     recipe = recipe_of(request.method, request.settings)
+    if not recipe.reduces and request.keep != 1:
+        raise EckartError(
+            f"{request.method} stores all parameters in fewer bits and removes none, so keep must be 1, got "
+            f"{request.keep:g}; leave keep out, or take a method that removes parameters and give it bits={recipe.bits}"
+        )
     check_model_folder(request.model)
     if recipe.needs_text and request.calibration is None:
         raise EckartError(f"{request.method} needs a calibration text; give one with --calibration FILE")

@@ -14,9 +14,10 @@ class LayerPlan:
         kind: "linear", "embedding" (with the head tied to it, if it is) or "head".
         shape: (out, in); (vocabulary, width) for an embedding.
         structure: "dense", "lowrank", "pivoted" or the name of another family; "shared lowrank" and the like where
-            layers have one factor together, whose numbers are counted with its owner.
+            layers have one factor together, whose numbers are counted with its owner; with "int4" for codes of 4 bits,
+            "int4" alone for dense ones.
         rank: rank of the weight (full for dense).
-        numbers: floating numbers stored, bias included.
+        numbers: numbers stored, bias and codes included.
         dense_numbers: the same before compression.
         nbytes: bytes stored, index tensors included.
         loss: predicted increase of the loss, in the plan's unit.

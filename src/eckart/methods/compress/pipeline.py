@@ -19,7 +19,7 @@ from eckart.methods.compress.job import Job, Request, open_job, statistics_store
 from eckart.methods.compress.layers import Known, Layer, check_layers, layers_of
 from eckart.methods.compress.outcome import Measured, Outcome, Plan
 from eckart.methods.compress.sweep import Sweep
-from eckart.methods.compress.table import settings_of, summary_of
+from eckart.methods.compress.table import recipe_of, settings_of, summary_of
 from eckart.progress import Progress, silent
 from eckart.stats import Store, collect_gradients, collect_inputs
 
@@ -29,7 +29,7 @@ def compress(
     out: str | Path,
     *,
     method: str = "eckart",
-    keep: float = 0.6,
+    keep: float | None = None,
     calibration: str | Path | None = None,
     samples: int | None = None,
     length: int | None = None,
@@ -47,7 +47,8 @@ def compress(
         model: folder of a decoder or encoder with safetensors weights.
         out: folder to write; must not hold anything yet.
         method: one of `eckart.METHODS`.
-        keep: share of the whole model's parameters that remains, in (0, 1].
+        keep: share of the whole model's parameters that remains, in (0, 1]; by default 0.6, or 1 for methods that only
+            store parameters in fewer bits, which take nothing else.
         calibration: text file; methods that use no data do without.
         samples: calibration samples; by default 128 windows for decoders, 2,048 lines for encoders, or what the text
             has.
@@ -107,7 +108,7 @@ def plan(
     model: str | Path,
     *,
     method: str = "eckart",
-    keep: float = 0.6,
+    keep: float | None = None,
     calibration: str | Path | None = None,
     samples: int | None = None,
     length: int | None = None,
@@ -133,7 +134,7 @@ def plan(
 def _request(
     model: str | Path,
     method: str,
-    keep: float,
+    keep: float | None,
     calibration: str | Path | None,
     samples: int | None,
     length: int | None,
@@ -141,7 +142,8 @@ def _request(
     settings: Mapping[str, Any] | None,
 ) -> Request:
     text = None if calibration is None else Path(calibration)
-    return Request(Path(model), method, keep, text, samples, length, seed, dict(settings or {}))
+    share = recipe_of(method, settings).usual_keep if keep is None else keep
+    return Request(Path(model), method, share, text, samples, length, seed, dict(settings or {}))
 
 
 def _collect(job: Job, store: Store, boundaries: Store, progress: Progress) -> None:

@@ -1,8 +1,9 @@
 """What a compression method says: five answers, kept apart, from which the pipeline does the rest.
 
-Structure (`storage`, `embeddings`), metric (`metric`), budget (`allocation`), solver (`sequential`, `anchor`, `update`)
-and what is trained afterwards (`heal`). A method's page returns a `Recipe` with its paper's answers; any answer can be
-overridden, which is how unpublished combinations are made.
+Structure (`storage`, `embeddings`, and `bits` for how its numbers are stored), metric (`metric`), budget
+(`allocation`), solver (`sequential`, `anchor`, `update`) and what is trained afterwards (`heal`). A method's page
+returns a `Recipe` with its paper's answers; any answer can be overridden, which is how unpublished combinations are
+made.
 """
 
 import dataclasses
@@ -14,15 +15,18 @@ import torch
 from torch import Tensor
 
 from eckart.errors import EckartError
-from eckart.fit import Metric, Regression
+from eckart.fit import Coding, Metric, Regression
 from eckart.fit import metric as build_metric
 from eckart.fit.families import Family
+from eckart.fit.quantize import Levels, Rounding
 from eckart.methods.compress.sharing import Sharing
 from eckart.stats import CrossMoments, Gradients, Moments
 
 Allocation = Literal["uniform", "uniform-rank", "threshold", "sensitivity", "calibrated", "knapsack"]
 Labels = Literal["sampled", "observed"]
 StorageName = Literal["lowrank", "pivoted"]
+# Share of the parameters that remains if nothing is said.
+USUAL_KEEP = 0.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,15 @@ class Recipe:
         gamma: weight of the depth factor of "calibrated".
         score: scores for "threshold".
         sharing: which layers have one right factor together; None where every layer has its own.
+        reduces: whether fewer parameters remain; a method that only stores them in fewer bits runs at keep 1.
+        bits: bits per number of every compressed layer, dense ones among them; 0 to store numbers as they were.
+        group_size: numbers that share a scale.
+        rounding: "nearest", or "feedback" of errors into what is not rounded yet (GPTQ).
+        levels: "uniform", or "learned" per row (any4).
+        symmetric: whether scales come without zero points.
+        clip: whether scales are searched for instead of covering the extremes.
+        scale_rank: if not 0, healing trains which code each weight takes, through divisors of that rank, and nothing
+            else (LRQ).
     """
 
     metric: Callable[[LayerData], Metric]
@@ -96,6 +109,14 @@ class Recipe:
     gamma: float = 0.0
     score: Score | None = None
     sharing: Sharing | None = None
+    reduces: bool = True
+    bits: int = 0
+    group_size: int = 128
+    rounding: Rounding = "feedback"
+    levels: Levels = "uniform"
+    symmetric: bool = False
+    clip: bool = True
+    scale_rank: int = 0
 
     def __post_init__(self) -> None:
         if self.round_to < 1:
@@ -113,6 +134,11 @@ class Recipe:
             raise EckartError("update refits low-rank maps only")
         if self.allocation == "threshold" and self.score is None:
             raise EckartError("allocation=threshold needs a method that scores spectra, such as welore")
+        Coding(self.bits or 8, self.group_size)  # refuses what cannot be
+        if self.scale_rank and self.levels != "uniform":
+            raise EckartError("codes are learned for uniform levels only; give levels=uniform")
+        if not self.reduces and not self.bits:
+            raise EckartError("bits=0 leaves this method nothing to do; give 2, 3, 4 or 8")
 
         if self.sharing is not None:
             self._check_sharing()
@@ -124,10 +150,24 @@ class Recipe:
             raise EckartError("layers share a factor under the uncentred moments of their original inputs only")
         if len(self.families) + self.mixed > 1:
             raise EckartError("layers that share a factor are of one structure")
+        if self.bits:
+            raise EckartError("the factor that layers share is not stored in codes; leave bits at 0")
 
     def family(self, name: str) -> Family | None:
         """Return the family of that name, None for low-rank maps and dense layers."""
         return next((f for f in self.families if f.name == name), None)
+
+    @property
+    def coding(self) -> Coding | None:
+        """How the numbers of compressed layers are stored, or None if as they were."""
+        if not self.bits:
+            return None
+        return Coding(self.bits, self.group_size, self.rounding, self.levels, self.symmetric, self.clip)
+
+    @property
+    def usual_keep(self) -> float:
+        """The share of parameters that remains if nothing else is asked for."""
+        return USUAL_KEEP if self.reduces else 1.0
 
     @property
     def needs_text(self) -> bool:
@@ -137,7 +177,10 @@ class Recipe:
 
 
 # Answers that may be overridden for any method, beside the method's own settings.
-COMMON = ("allocation", "storage", "embeddings", "round_to", "heal", "heal_rate", "gamma")
+COMMON = (
+    *("allocation", "storage", "embeddings", "round_to", "heal", "heal_rate", "gamma"),
+    *("bits", "group_size", "rounding", "levels", "symmetric", "clip"),
+)
 
 
 def overridden(recipe: Recipe, **answers: object) -> Recipe:

@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 from eckart.errors import EckartError
 from eckart.methods.compress.aa_svd import aa_svd
 from eckart.methods.compress.afm import afm
+from eckart.methods.compress.any4 import any4
 from eckart.methods.compress.asvd import asvd
 from eckart.methods.compress.basis_sharing import basis_sharing
 from eckart.methods.compress.compot import compot
@@ -18,11 +19,14 @@ from eckart.methods.compress.cospadi import cospadi
 from eckart.methods.compress.eckart import eckart
 from eckart.methods.compress.eckart_mixed import eckart_mixed
 from eckart.methods.compress.fwsvd import fwsvd
+from eckart.methods.compress.gptq import gptq
 from eckart.methods.compress.kfac import kfac
 from eckart.methods.compress.lord import lord
+from eckart.methods.compress.lrq import lrq
 from eckart.methods.compress.oats import oats
 from eckart.methods.compress.recipe import COMMON, Recipe, overridden
 from eckart.methods.compress.rocket import rocket
+from eckart.methods.compress.rtn import rtn
 from eckart.methods.compress.svd import svd
 from eckart.methods.compress.svd_llm import svd_llm
 from eckart.methods.compress.welore import welore
@@ -46,6 +50,10 @@ METHODS: dict[str, Page] = {
     "compot": compot,
     "rocket": rocket,
     "oats": oats,
+    "rtn": rtn,
+    "gptq": gptq,
+    "any4": any4,
+    "lrq": lrq,
     "eckart": eckart,
     "eckart-mixed": eckart_mixed,
 }
