@@ -34,6 +34,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lord": ("lord", {}),
     "afm": ("afm", {}),
     "svd-llm": ("svd-llm", {}),
+    "svd-llm, no update": ("svd-llm", {"update": False}),
+    "svd-llm-v2": ("svd-llm-v2", {}),
     "svd-llm, eckart's structure": ("svd-llm", {"storage": "pivoted", "embeddings": True}),
     "kfac": ("kfac", {}),
     "aa-svd": ("aa-svd", {"heal": 0}),

@@ -16,16 +16,30 @@ from eckart.budget import (
     candidates,
     knapsack,
     probe_option,
+    proportional,
     smallest_numbers,
     threshold,
     uniform,
     uniform_rank,
+    weights_by_loss,
 )
 from eckart.budget.knapsack import hull
 from eckart.errors import EckartError
 from eckart.maps import storage
 
-ALLOCATORS = {"knapsack": knapsack, "threshold": threshold, "uniform": uniform, "uniform-rank": uniform_rank}
+
+def by_position(layers: list[Candidates], budget: int) -> dict[str, Option]:
+    """Removed shares 1 : 2 : 3 ..., the first layer's next to none."""
+    return proportional(layers, budget, {c.name: i + 1e-12 for i, c in enumerate(layers)})
+
+
+ALLOCATORS = {
+    "knapsack": knapsack,
+    "threshold": threshold,
+    "uniform": uniform,
+    "uniform-rank": uniform_rank,
+    "proportional": by_position,
+}
 
 
 def layer(name: str, numbers: list[int], losses: list[float]) -> Candidates:
@@ -288,3 +302,36 @@ def test_largest_rank_of_a_storage_fits():
             assert stored.numbers((20, 30), rank) <= numbers
             assert rank == 20 or stored.numbers((20, 30), rank + 1) > numbers
     assert math.isfinite(storage("lowrank").numbers((1, 1), 1))
+
+
+def finely(name: str) -> Candidates:
+    """A layer of 1,000 numbers with an option for every one of them."""
+    return layer(name, [*range(1, 1000), 1000], [float(1000 - i) for i in range(1, 1001)])
+
+
+@given(st.lists(st.floats(0.2, 5), min_size=2, max_size=4), st.floats(0.05, 0.95))
+@settings(max_examples=50, deadline=None)
+def test_removed_shares_are_proportional_until_a_layer_is_used_up(weights, kept):
+    names = [f"l{i}" for i in range(len(weights))]
+    budget = max(round(kept * 1000 * len(names)), len(names))
+    chosen = proportional([finely(n) for n in names], budget, dict(zip(names, weights, strict=True)))
+    removed = {n: 1 - chosen[n].numbers / 1000 for n in names}
+    assert budget - len(names) <= total(chosen) <= budget
+    ratios = [removed[n] / w for n, w in zip(names, weights, strict=True) if removed[n] < 0.998]
+    assert max(ratios, default=0) - min(ratios, default=0) <= 0.004 / min(weights)
+
+
+@given(st.dictionaries(st.sampled_from("abcdef"), st.floats(0, 1e7), min_size=1))
+def test_weights_by_loss_are_those_of_the_paper_where_its_formula_is_defined(losses):
+    groups = {name: "vowel" if name in "ae" else "consonant" for name in losses}
+    weights = weights_by_loss(losses, groups)
+    for group in set(groups.values()):
+        names = [name for name in losses if groups[name] == group]
+        assert sum(weights[n] for n in names) == pytest.approx(len(names))
+        assert all(weights[n] > 0 for n in names)
+        by_loss = sorted(names, key=lambda n: losses[n])
+        assert all(weights[a] >= weights[b] - 1e-12 for a, b in itertools.pairwise(by_loss))
+        if min(losses[n] for n in names) >= math.e:
+            scores = {n: 1 / math.log(losses[n]) for n in names}
+            for n in names:
+                assert weights[n] == pytest.approx(len(names) * scores[n] / sum(scores.values()))

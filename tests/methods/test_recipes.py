@@ -120,7 +120,7 @@ def by_the_paper(method: str, w: torch.Tensor, x: torch.Tensor, known: Known, ra
     if method == "asvd":
         scale = x.abs().mean(0).sqrt()
         return truncated(w * scale, rank) / scale
-    if method in ("svd-llm", "aa-svd", "cospadi", "compot", "rocket", "oats"):
+    if method in ("svd-llm", "svd-llm-v2", "aa-svd", "cospadi", "compot", "rocket", "oats"):
         root = torch.linalg.cholesky(g)
         return torch.linalg.solve_triangular(root, truncated(w @ root, rank), upper=False, left=False)
     if method in ("afm", "lord"):
@@ -185,6 +185,7 @@ OVERRIDES = [
     {"allocation": "calibrated"},
     {"allocation": "calibrated", "gamma": 0.5},
     {"allocation": "uniform-rank"},
+    {"allocation": "log-loss"},
     {"embeddings": True},
     {"embeddings": True, "storage": "pivoted", "allocation": "knapsack"},
     {"round_to": 8},

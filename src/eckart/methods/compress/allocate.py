@@ -4,11 +4,22 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-from eckart.budget import DENSE, Candidates, Option, knapsack, smallest_numbers, threshold, uniform, uniform_rank
+from eckart.budget import (
+    DENSE,
+    Candidates,
+    Option,
+    knapsack,
+    proportional,
+    smallest_numbers,
+    threshold,
+    uniform,
+    uniform_rank,
+    weights_by_loss,
+)
 from eckart.budget.calibrate import calibrated, probe_option
 from eckart.errors import EckartError
 from eckart.methods.compress.job import Job
-from eckart.methods.compress.layers import Known, Layer, foreseen, surveyed, unit_of
+from eckart.methods.compress.layers import Known, Layer, errors_at, foreseen, surveyed, type_of, unit_of
 from eckart.methods.compress.outcome import LayerPlan, Plan
 from eckart.methods.compress.probe import levels, probe, remembered
 from eckart.progress import Progress
@@ -52,6 +63,9 @@ def allocate(
         "sensitivity": threshold,
         "calibrated": knapsack,
         "knapsack": knapsack,
+        "log-loss": lambda table, budget: proportional(
+            table, budget, _log_loss_weights(job, layers, known, table, budget)
+        ),
     }
     chosen = solve[allocation](table, budget)
     if predict and not errors:
@@ -118,6 +132,16 @@ def _calibrated(
     return calibrated(
         table, {name: value for (name, _), value in measured.items()}, depth=depth, gamma=job.recipe.gamma
     )
+
+
+def _log_loss_weights(
+    job: Job, layers: list[Layer], known: Known, table: Sequence[Candidates], budget: int
+) -> dict[str, float]:
+    """Return SVD-LLM v2's weights: every layer's error at the common share of numbers that meets the budget."""
+    errors = errors_at(job, layers, known, uniform(table, budget))
+    vectors = sum(batch.numel() for batch in job.calibration)
+    losses = {name: math.sqrt(vectors * error) for name, error in errors.items()}
+    return weights_by_loss(losses, {layer.name: type_of(layer) for layer in layers})
 
 
 def plan_of(job: Job, layers: Sequence[Layer], chosen: dict[str, Option], table: Sequence[Candidates]) -> Plan:

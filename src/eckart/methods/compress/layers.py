@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from eckart.budget import Candidates, Option, candidates
+from eckart.budget import DENSE, Candidates, Option, candidates
 from eckart.errors import EckartError
 from eckart.fit import Metric, Regression, error_of, regress
 from eckart.fit import metric as build_metric
@@ -148,6 +148,11 @@ def _smoothed(frequencies: Tensor) -> Tensor:
     return (1 - FREQUENCY_SMOOTHING) * frequencies + FREQUENCY_SMOOTHING / frequencies.shape[0]
 
 
+def type_of(layer: Layer) -> str:
+    """Return what layers of one kind in different blocks share: the name without its numbers."""
+    return ".".join(part for part in layer.name.split(".") if not part.isdigit())
+
+
 def unit_of(job: Job) -> str:
     """Return what predicted losses are measured in."""
     return job.objective.unit if job.recipe.output_metric else "relative squared error"
@@ -239,6 +244,22 @@ def foreseen(job: Job, layers: list[Layer], known: Known, chosen: dict[str, Opti
         family, metric = job.recipe.family(option.structure), known.metric(layer, weight)
         if family is not None and metric is not None:
             out[layer.name] = replace(option, loss=_fitted_loss(job, known, weight, metric, family, option.rank))
+    return out
+
+
+def errors_at(job: Job, layers: list[Layer], known: Known, chosen: dict[str, Option]) -> dict[str, float]:
+    """Return E | T (W x - W' x^) |^2 of every layer at its chosen option; 0 for layers left dense, or never reached."""
+    out = {}
+    for layer, weight in weights(job, layers):
+        option = chosen[layer.name]
+        metric = None if option.structure == DENSE else known.metric(layer, weight)
+        family = job.recipe.family(option.structure)
+        if metric is None:
+            out[layer.name] = 0.0
+        elif family is None:
+            out[layer.name] = float(regress(weight, metric).errors()[option.rank])
+        else:
+            out[layer.name] = error_of(weight, family.fit(weight, metric, option.rank).dense(), metric)
     return out
 
 

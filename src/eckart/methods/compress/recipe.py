@@ -19,7 +19,7 @@ from eckart.fit import metric as build_metric
 from eckart.fit.families import Family
 from eckart.stats import CrossMoments, Gradients, Moments
 
-Allocation = Literal["uniform", "uniform-rank", "threshold", "sensitivity", "calibrated", "knapsack"]
+Allocation = Literal["uniform", "uniform-rank", "threshold", "sensitivity", "calibrated", "knapsack", "log-loss"]
 Labels = Literal["sampled", "observed"]
 StorageName = Literal["lowrank", "pivoted"]
 
@@ -53,8 +53,8 @@ class Recipe:
         metric: builds the metric of a layer from its data.
         allocation: "uniform" (one share of numbers), "uniform-rank" (one share of ranks), "threshold" (one threshold on
             `score`), "sensitivity" (one threshold on the loss measured with one layer compressed, at several levels),
-            "calibrated" (knapsack on errors scaled by one such measurement per layer) or "knapsack" (on predicted
-            loss).
+            "calibrated" (knapsack on errors scaled by one such measurement per layer), "knapsack" (on predicted loss)
+            or "log-loss" (shares by the logarithm of each layer's error among those of its type).
         storage: of low-rank maps: "lowrank", k (m + n) numbers, or "pivoted", k (m + n - k).
         families: what a linear layer may become instead of a low-rank map; several only with "knapsack".
         mixed: whether low-rank maps stay among the choices beside the families.
@@ -101,7 +101,7 @@ class Recipe:
             raise EckartError(f"heal is a number of epochs and must not be negative, got {self.heal}")
         if not self.heal_rate > 0:
             raise EckartError(f"heal_rate must be positive, got {self.heal_rate}")
-        if self.families and self.allocation not in ("uniform", "uniform-rank", "knapsack"):
+        if self.families and self.allocation not in ("uniform", "uniform-rank", "knapsack", "log-loss"):
             names = ", ".join(family.name for family in self.families)
             raise EckartError(f"allocation={self.allocation} knows low-rank maps only, and this method uses {names}")
         if len(self.families) + self.mixed > 1 and self.allocation != "knapsack":
@@ -118,7 +118,7 @@ class Recipe:
     @property
     def needs_text(self) -> bool:
         """Whether the recipe cannot run without calibration text."""
-        measured = self.allocation in ("sensitivity", "calibrated")
+        measured = self.allocation in ("sensitivity", "calibrated", "log-loss")
         return self.uses_inputs or self.uses_gradients or self.sequential or self.update or self.heal > 0 or measured
 
 

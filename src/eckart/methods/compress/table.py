@@ -23,6 +23,7 @@ from eckart.methods.compress.recipe import COMMON, Recipe, overridden
 from eckart.methods.compress.rocket import rocket
 from eckart.methods.compress.svd import svd
 from eckart.methods.compress.svd_llm import svd_llm
+from eckart.methods.compress.svd_llm_v2 import svd_llm_v2
 from eckart.methods.compress.welore import welore
 
 Page = Callable[..., Recipe]
@@ -33,6 +34,7 @@ METHODS: dict[str, Page] = {
     "fwsvd": fwsvd,
     "asvd": asvd,
     "svd-llm": svd_llm,
+    "svd-llm-v2": svd_llm_v2,
     "afm": afm,
     "lord": lord,
     "welore": welore,
