@@ -39,6 +39,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "svd-llm, eckart's structure": ("svd-llm", {"storage": "pivoted", "embeddings": True}),
     "kfac": ("kfac", {}),
     "aa-svd": ("aa-svd", {"heal": 0}),
+    "zs-svd": ("zs-svd", {}),
     "cospadi": ("cospadi", {}),
     "compot": ("compot", {}),
     "rocket": ("rocket", {}),

@@ -22,6 +22,7 @@ from eckart.budget import (
     uniform,
     uniform_rank,
     weights_by_loss,
+    zero_sum,
 )
 from eckart.budget.knapsack import hull
 from eckart.errors import EckartError
@@ -335,3 +336,48 @@ def test_weights_by_loss_are_those_of_the_paper_where_its_formula_is_defined(los
             scores = {n: 1 / math.log(losses[n]) for n in names}
             for n in names:
                 assert weights[n] == pytest.approx(len(names) * scores[n] / sum(scores.values()))
+
+
+def scored(name: str, changes: list[float]) -> Candidates:
+    """A layer of 8 x 8 whose values i = 0 ... 7 change the loss by that when dropped; 16 numbers per rank."""
+    curve = [sum(changes[k:]) for k in range(9)]
+    options = tuple(Option("lowrank", k, 16 * k, 64 * k, curve[k]) for k in (1, 2, 3))
+    return Candidates(name, (8, 8), (*options, Option(DENSE, 8, 64, 256, 0.0)), tuple(curve))
+
+
+def by_the_rule(changes: dict[str, list[float]], budget: int, least: int) -> dict[str, int]:
+    """The paper's rule with a search instead of heaps; ranks above 3 are dense."""
+    ranks, total = dict.fromkeys(changes, 8), 0.0
+    while sum(64 if k > 3 else 16 * k for k in ranks.values()) > budget:
+        tails = [(abs(changes[n][k - 1]), i, n) for i, (n, k) in enumerate(ranks.items()) if k > least]
+        if not tails:
+            least = 1
+            continue
+        preferred = [t for t in tails if (changes[t[2]][ranks[t[2]] - 1] >= 0) == (total <= 0)]
+        _, _, name = min(preferred or tails)
+        total += changes[name][ranks[name] - 1]
+        ranks[name] -= 1
+    return ranks
+
+
+@given(
+    st.lists(st.lists(st.integers(-50, 50), min_size=8, max_size=8), min_size=1, max_size=4),
+    st.floats(0, 1),
+    st.sampled_from([0.0, 0.4, 0.9]),
+)
+@settings(max_examples=200, deadline=None)
+def test_zero_sum_follows_the_rule(lists, share, floor):
+    changes = {f"l{i}": list(map(float, values)) for i, values in enumerate(lists)}
+    layers = [scored(name, values) for name, values in changes.items()]
+    budget = round(len(layers) * (16 + share * 48))
+    chosen = zero_sum(layers, budget, floor)
+    expected = by_the_rule(changes, budget, max(1, math.ceil(3 * floor)))
+    assert total(chosen) <= budget
+    assert {n: o.rank for n, o in chosen.items()} == {n: k if k <= 3 else 8 for n, k in expected.items()}
+
+
+def test_zero_sum_leaves_layers_without_a_curve_alone():
+    chosen = zero_sum([scored("a", [1.0] * 8), layer("b", [5, 12], [2.0, 0.0])], 60)
+    assert (chosen["a"].rank, chosen["b"].structure) == (3, DENSE)
+    with pytest.raises(EckartError, match="cheapest options"):
+        zero_sum([scored("a", [1.0] * 8)], 15)

@@ -20,6 +20,7 @@ from eckart.stats import (
     objective,
     streaming,
     token_counts,
+    weight_gradients_of,
 )
 
 MODELS = ["llama", "gpt2", "bert", "bert-mlm"]
@@ -196,6 +197,24 @@ def test_row_fisher_is_the_squared_gradient_of_every_row(name, tiny, streamed, s
                 rows = gradient if isinstance(module, nn.Linear) else gradient.mT  # Conv1D holds (in, out)
                 sums += rows.double().square().sum(1)
             torch.testing.assert_close(known[layer].row_fisher, sums / len(sequences), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_weight_gradients_are_those_of_the_whole_model(name, tiny, streamed, samples, tmp_path):
+    model, store, boundaries = tiny(name), Store(tmp_path / "s"), Store(tmp_path / "b")
+    runner = streamed(model)
+    goal = goal_of(runner, "observed")
+    collect_inputs(runner, samples, store, boundaries=boundaries)
+    collect_gradients(runner, samples, goal, store, boundaries)
+    assert not store.has(f"weight-gradients-{goal.name}", 1)  # only if asked for
+    collect_gradients(runner, samples, goal, store, boundaries, weights=True)
+    sum(goal.scalar(model(ids), ids, torch.Generator()) for ids in samples).backward()
+    for index, layers in enumerate(layers_by_block(model, runner)):
+        known = weight_gradients_of(store, goal, index)
+        assert known.keys() == layers.keys()
+        for layer, module in layers.items():
+            expected = module.weight.grad if isinstance(module, nn.Linear) else module.weight.grad.mT
+            torch.testing.assert_close(known[layer] * 55, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert-mlm", "bert"])

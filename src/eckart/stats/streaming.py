@@ -231,13 +231,15 @@ def collect_gradients(
     boundaries: Store,
     *,
     seed: int = 0,
+    weights: bool = False,
     progress: Progress = silent,
 ) -> None:
     """Run all blocks backward from the objective and store the output-gradient moments of every layer.
 
     Needs the boundaries that `collect_inputs` stored. Writes kind "gradients-<objective>", one file per block with a
     part per layer, and kind "ends-<objective>" with the parts "embedding" (second moment of the gradient at its output,
-    and token counts) and, if the model has a head, "head" (second moment of its input, mean probability of tokens).
+    and token counts) and, if the model has a head, "head" (second moment of its input, mean probability of tokens);
+    with `weights` also kind "weight-gradients-<objective>", the mean gradient of every layer's weight.
     """
     count, kind = len(runner.parts.blocks), f"gradients-{objective.name}"
     ends = _Ends(runner)
@@ -249,11 +251,17 @@ def collect_gradients(
         inputs = load_hidden(boundaries, index, runner.device)
         with runner.resident(name) as block:
             layers = linear_layers(block, name)
-            sums = {layer: GradientSum(_fan_out(module), runner.device) for layer, module in layers.items()}
+            sums = {
+                layer: GradientSum(_fan_out(module), runner.device, _fan_in(module) if weights else None)
+                for layer, module in layers.items()
+            }
             with _recording_gradients(layers, sums):
                 for i, calls in enumerate(stream.calls):
                     gradients[i] = _backward(runner, block, inputs[i], calls[index], gradients[i])
-        store.save(kind, index, {layer: s.result(layer).tensors() for layer, s in sums.items() if s.count})
+        reached = {layer: s for layer, s in sums.items() if s.count}
+        store.save(kind, index, {layer: s.result(layer).tensors() for layer, s in reached.items()})
+        if weights:
+            store.save(f"weight-{kind}", index, {layer: {"mean": s.of_weight()} for layer, s in reached.items()})
     ends.into_embedding(samples, gradients)
     store.save(f"ends-{objective.name}", 0, ends.parts(samples))
     progress("backward", count + 1, count + 1)
@@ -385,6 +393,11 @@ def token_counts(samples: Sequence[Tensor], vocabulary: int) -> Tensor:
 def gradients_of(store: Store, objective: Objective, index: int) -> dict[str, Gradients]:
     """Load the gradient moments of one block by layer name."""
     return {layer: Gradients.of(t) for layer, t in store.load(f"gradients-{objective.name}", index).items()}
+
+
+def weight_gradients_of(store: Store, objective: Objective, index: int) -> dict[str, Tensor]:
+    """Load the mean gradients of one block's weights, (m, n) by layer name."""
+    return {layer: t["mean"] for layer, t in store.load(f"weight-gradients-{objective.name}", index).items()}
 
 
 def inputs_of(store: Store, index: int) -> dict[str, Moments]:

@@ -15,6 +15,7 @@ from eckart.budget import (
     uniform,
     uniform_rank,
     weights_by_loss,
+    zero_sum,
 )
 from eckart.budget.calibrate import calibrated, probe_option
 from eckart.errors import EckartError
@@ -45,7 +46,7 @@ def allocate(
     """
     allocation = job.recipe.allocation
     # The errors of low-rank maps come together, those of other families one by one: then only for what is chosen.
-    compares = allocation in ("threshold", "knapsack", "calibrated")
+    compares = job.recipe.scores or allocation in ("knapsack", "calibrated")
     errors = compares or (predict and not job.recipe.families)
     table = surveyed(job, layers, known, errors=errors, progress=lambda i: progress("plan", i, len(layers)))
     budget = _budget(job, table)
@@ -66,9 +67,10 @@ def allocate(
         "log-loss": lambda table, budget: proportional(
             table, budget, _log_loss_weights(job, layers, known, table, budget)
         ),
+        "zero-sum": lambda table, budget: zero_sum(table, budget, job.recipe.floor),
     }
     chosen = solve[allocation](table, budget)
-    if predict and not errors:
+    if predict and (job.recipe.scores or not errors):
         chosen = foreseen(job, layers, known, chosen)
     progress("plan", len(layers), len(layers))
     return chosen, table

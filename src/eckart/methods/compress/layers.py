@@ -25,7 +25,7 @@ from eckart.hosts import linear_layers, map_of, offset_of
 from eckart.maps import Storage, storage
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.recipe import LayerData
-from eckart.stats import CrossMoments, Gradients, Moments, Store, gradients_of, inputs_of, token_counts
+from eckart.stats import CrossMoments, Gradients, Moments, Store, gradients_of, inputs_of, token_counts, weight_gradients_of
 
 # Share of the uniform distribution in token frequencies: tokens that the calibration text lacks still count.
 FREQUENCY_SMOOTHING = 0.05
@@ -138,6 +138,16 @@ class Known:
         data = get(layer, weight, cross)
         return None if data is None else self.job.recipe.metric(data)
 
+    def scores(self, layer: Layer, weight: Tensor, regression: Regression) -> Tensor:
+        """Return the scores of rank 0, 1, ... that the recipe's allocation compares."""
+        recipe = self.job.recipe
+        if recipe.score is None:
+            raise AssertionError("checked when the recipe was made")
+        gradient = None
+        if recipe.uses_weight_gradients:
+            gradient = weight_gradients_of(self.store, self.job.objective, layer.block)[layer.name]
+        return recipe.score(LayerData(weight, weight_gradient=gradient), regression)
+
     def scale(self) -> float:
         """Return the factor from a fit's error to the predicted increase, in the objective's unit."""
         batches = self.job.calibration
@@ -199,9 +209,7 @@ def surveyed(
             out.append(_with_options(_candidates(job, layer, [0.0]), fitted))
             continue
         regression = regress(weight, metric)
-        score = job.recipe.score
-        use_score = job.recipe.allocation == "threshold" and score is not None
-        losses = score(weight, regression) if use_score and score is not None else predicted(known, regression)
+        losses = known.scores(layer, weight, regression) if job.recipe.scores else predicted(known, regression)
         out.append(_with_options(_candidates(job, layer, losses, storage(job.recipe.storage)), fitted))
     return out
 
@@ -237,13 +245,19 @@ def _fitted_loss(job: Job, known: Known, weight: Tensor, metric: Metric, family:
 
 
 def foreseen(job: Job, layers: list[Layer], known: Known, chosen: dict[str, Option]) -> dict[str, Option]:
-    """Return chosen options of linear layers with their predicted losses, which an allocation did without."""
+    """Return chosen options with their predicted losses, which an allocation did without."""
     out = dict(chosen)
     for layer, weight in weights(job, layers):
         option = chosen[layer.name]
-        family, metric = job.recipe.family(option.structure), known.metric(layer, weight)
-        if family is not None and metric is not None:
-            out[layer.name] = replace(option, loss=_fitted_loss(job, known, weight, metric, family, option.rank))
+        metric = None if option.structure == DENSE else known.metric(layer, weight)
+        if metric is None:
+            continue
+        family = job.recipe.family(option.structure)
+        if family is None:
+            loss = float(predicted(known, regress(weight, metric))[option.rank])
+        else:
+            loss = _fitted_loss(job, known, weight, metric, family, option.rank)
+        out[layer.name] = replace(option, loss=loss)
     return out
 
 

@@ -147,9 +147,10 @@ def _request(
 def _collect(job: Job, store: Store, boundaries: Store, progress: Progress) -> None:
     """Gather the statistics that the recipe reads and the store does not have yet."""
     count, recipe = len(job.parts.blocks), job.recipe
-    wants_gradients = recipe.uses_gradients and not (
-        store.has(f"gradients-{job.objective.name}", count) and store.has(f"ends-{job.objective.name}", 1)
-    )
+    kinds = [f"gradients-{job.objective.name}"] if recipe.uses_gradients else []
+    kinds += [f"weight-gradients-{job.objective.name}"] if recipe.uses_weight_gradients else []
+    ends = store.has(f"ends-{job.objective.name}", 1)
+    wants_gradients = bool(kinds) and not (ends and all(store.has(kind, count) for kind in kinds))
     has_inputs = store.has("inputs", count) and (job.parts.head is None or store.has("head-inputs", 1))
     if wants_gradients or (recipe.uses_inputs and not has_inputs):
         collect_inputs(
@@ -157,7 +158,14 @@ def _collect(job: Job, store: Store, boundaries: Store, progress: Progress) -> N
         )
     if wants_gradients:
         collect_gradients(
-            job.runner, job.calibration, job.objective, store, boundaries, seed=job.request.seed, progress=progress
+            job.runner,
+            job.calibration,
+            job.objective,
+            store,
+            boundaries,
+            seed=job.request.seed,
+            weights=recipe.uses_weight_gradients,
+            progress=progress,
         )
     boundaries.clear()
 

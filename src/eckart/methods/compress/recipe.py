@@ -19,7 +19,9 @@ from eckart.fit import metric as build_metric
 from eckart.fit.families import Family
 from eckart.stats import CrossMoments, Gradients, Moments
 
-Allocation = Literal["uniform", "uniform-rank", "threshold", "sensitivity", "calibrated", "knapsack", "log-loss"]
+Allocation = Literal[
+    "uniform", "uniform-rank", "threshold", "sensitivity", "calibrated", "knapsack", "log-loss", "zero-sum"
+]
 Labels = Literal["sampled", "observed"]
 StorageName = Literal["lowrank", "pivoted"]
 
@@ -33,16 +35,18 @@ class LayerData:
         inputs: moments of the original input, if asked for.
         gradients: moments of the output gradient, if asked for.
         cross: moments of the input inside the compressed model; only in the pass of a sequential recipe.
+        weight_gradient: mean gradient of the loss with respect to the weight, (m, n), for scores.
     """
 
     weight: Tensor
     inputs: Moments | None = None
     gradients: Gradients | None = None
     cross: CrossMoments | None = None
+    weight_gradient: Tensor | None = None
 
 
 # Scores of rank 0, 1, ... for an allocation that does not use predicted errors.
-Score = Callable[[Tensor, Regression], Tensor]
+Score = Callable[[LayerData, Regression], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +57,9 @@ class Recipe:
         metric: builds the metric of a layer from its data.
         allocation: "uniform" (one share of numbers), "uniform-rank" (one share of ranks), "threshold" (one threshold on
             `score`), "sensitivity" (one threshold on the loss measured with one layer compressed, at several levels),
-            "calibrated" (knapsack on errors scaled by one such measurement per layer), "knapsack" (on predicted loss)
-            or "log-loss" (shares by the logarithm of each layer's error among those of its type).
+            "calibrated" (knapsack on errors scaled by one such measurement per layer), "knapsack" (on predicted loss),
+            "log-loss" (shares by the logarithm of each layer's error among those of its type) or "zero-sum" (singular
+            values dropped so that the changes of the loss in `score` cancel).
         storage: of low-rank maps: "lowrank", k (m + n) numbers, or "pivoted", k (m + n - k).
         families: what a linear layer may become instead of a low-rank map; several only with "knapsack".
         mixed: whether low-rank maps stay among the choices beside the families.
@@ -62,6 +67,7 @@ class Recipe:
         round_to: ranks are multiples of this.
         uses_inputs: whether the metric reads input moments.
         uses_gradients: whether it reads gradient moments.
+        uses_weight_gradients: whether its scores read the mean gradients of the weights.
         labels: labels of the gradients: "sampled" from the model or "observed" in the text.
         output_metric: whether predicted errors are in units of the loss (the metric has a full output moment).
         embedding_shrinkage: share of the isotropic moment in the metric of an embedding's coordinates.
@@ -71,7 +77,8 @@ class Recipe:
         heal: epochs of blockwise reconstruction after each block is compressed; 0 for none.
         heal_rate: its learning rate, per AdamW step.
         gamma: weight of the depth factor of "calibrated".
-        score: scores for "threshold".
+        score: scores for "threshold" and "zero-sum".
+        floor: share of the break-even rank below which "zero-sum" truncates no layer while others can be.
     """
 
     metric: Callable[[LayerData], Metric]
@@ -83,6 +90,7 @@ class Recipe:
     round_to: int = 1
     uses_inputs: bool = False
     uses_gradients: bool = False
+    uses_weight_gradients: bool = False
     labels: Labels = "observed"
     output_metric: bool = False
     embedding_shrinkage: float = 0.01
@@ -93,6 +101,7 @@ class Recipe:
     heal_rate: float = 1e-4
     gamma: float = 0.0
     score: Score | None = None
+    floor: float = 0.0
 
     def __post_init__(self) -> None:
         if self.round_to < 1:
@@ -110,16 +119,26 @@ class Recipe:
             raise EckartError("update refits low-rank maps only")
         if self.allocation == "threshold" and self.score is None:
             raise EckartError("allocation=threshold needs a method that scores spectra, such as welore")
+        if self.allocation == "zero-sum" and not self.uses_weight_gradients:
+            raise EckartError("allocation=zero-sum needs the gradients of the weights, which zs-svd collects")
+        if self.uses_weight_gradients and self.embeddings:
+            raise EckartError("zero-sum scores know linear layers only; leave embeddings=false")
 
     def family(self, name: str) -> Family | None:
         """Return the family of that name, None for low-rank maps and dense layers."""
         return next((f for f in self.families if f.name == name), None)
 
     @property
+    def scores(self) -> bool:
+        """Whether its allocation compares scores instead of predicted losses."""
+        return self.allocation in ("threshold", "zero-sum")
+
+    @property
     def needs_text(self) -> bool:
         """Whether the recipe cannot run without calibration text."""
         measured = self.allocation in ("sensitivity", "calibrated", "log-loss")
-        return self.uses_inputs or self.uses_gradients or self.sequential or self.update or self.heal > 0 or measured
+        gradients = self.uses_gradients or self.uses_weight_gradients
+        return self.uses_inputs or gradients or self.sequential or self.update or self.heal > 0 or measured
 
 
 # Answers that may be overridden for any method, beside the method's own settings.
@@ -181,7 +200,7 @@ def check_share(name: str, value: float) -> float:
     return value
 
 
-def normalized_spectrum(weight: Tensor, regression: Regression) -> Tensor:
+def normalized_spectrum(data: LayerData, regression: Regression) -> Tensor:
     """Score each rank by the largest singular value it drops, min-max normalized over the matrix (WeLore).
 
     Returns:

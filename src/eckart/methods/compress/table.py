@@ -25,6 +25,7 @@ from eckart.methods.compress.svd import svd
 from eckart.methods.compress.svd_llm import svd_llm
 from eckart.methods.compress.svd_llm_v2 import svd_llm_v2
 from eckart.methods.compress.welore import welore
+from eckart.methods.compress.zs_svd import zs_svd
 
 Page = Callable[..., Recipe]
 
@@ -40,6 +41,7 @@ METHODS: dict[str, Page] = {
     "welore": welore,
     "kfac": kfac,
     "aa-svd": aa_svd,
+    "zs-svd": zs_svd,
     "cospadi": cospadi,
     "compot": compot,
     "rocket": rocket,
