@@ -44,6 +44,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "compot": ("compot", {}),
     "rocket": ("rocket", {}),
     "oats": ("oats", {}),
+    "modegpt": ("modegpt", {}),
     "eckart": ("eckart", {}),
     "eckart-mixed": ("eckart-mixed", {}),
     "aa-svd healed": ("aa-svd", {"heal": 25}),

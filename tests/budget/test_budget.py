@@ -21,6 +21,7 @@ from eckart.budget import (
     threshold,
     uniform,
     uniform_rank,
+    weights_by_influence,
     weights_by_loss,
     zero_sum,
 )
@@ -381,3 +382,10 @@ def test_zero_sum_leaves_layers_without_a_curve_alone():
     assert (chosen["a"].rank, chosen["b"].structure) == (3, DENSE)
     with pytest.raises(EckartError, match="cheapest options"):
         zero_sum([scored("a", [1.0] * 8)], 15)
+
+
+@given(st.lists(st.floats(-1, 2), min_size=1, max_size=6), st.floats(0.01, 10))
+def test_weights_by_influence_are_a_softmax_with_mean_one(influence, temperature):
+    weights = torch.tensor(weights_by_influence(influence, temperature), dtype=torch.float64)
+    expected = len(influence) * (-torch.tensor(influence, dtype=torch.float64) / temperature).softmax(0)
+    torch.testing.assert_close(weights, expected)

@@ -67,6 +67,8 @@ def test_published_defaults():
         ("cospadi", {"ratio": 0.5}, "ratio must be at least 1, got 0.5"),
         ("compot", {"iterations": -1}, "iterations must be at least 0, got -1"),
         ("oats", {"rank_share": 1.0}, r"rank_share must lie in \[0, 1\), got 1.0"),
+        ("modegpt", {"allocation": "knapsack"}, "allocation=knapsack does not know hidden units; use uniform or infl"),
+        ("modegpt", {"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ("svd", {"allocation": "zero-sum"}, "allocation=zero-sum needs the gradients of the weights, which zs-svd"),
         ("zs-svd", {"embeddings": True}, "zero-sum scores know linear layers only; leave embeddings=false"),
         ("rocket", {"balance": 2}, r"balance must lie in \[0, 1\], got 2"),
@@ -124,7 +126,7 @@ def by_the_paper(method: str, w: torch.Tensor, x: torch.Tensor, known: Known, ra
     if method == "asvd":
         scale = x.abs().mean(0).sqrt()
         return truncated(w * scale, rank) / scale
-    if method in ("svd-llm", "svd-llm-v2", "zs-svd", "aa-svd", "cospadi", "compot", "rocket", "oats"):
+    if method in ("svd-llm", "svd-llm-v2", "zs-svd", "modegpt", "aa-svd", "cospadi", "compot", "rocket", "oats"):
         root = torch.linalg.cholesky(g)
         return torch.linalg.solve_triangular(root, truncated(w @ root, rank), upper=False, left=False)
     if method in ("afm", "lord"):
@@ -190,6 +192,7 @@ OVERRIDES = [
     {"allocation": "calibrated", "gamma": 0.5},
     {"allocation": "uniform-rank"},
     {"allocation": "log-loss"},
+    {"allocation": "influence"},
     {"embeddings": True},
     {"embeddings": True, "storage": "pivoted", "allocation": "knapsack"},
     {"round_to": 8},

@@ -66,6 +66,18 @@ def test_input_moments_are_those_of_the_whole_model(name, tiny, streamed, sample
             torch.testing.assert_close(known[layer].second, rows.mT @ rows / 55, **CLOSE)
 
 
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_influence_is_how_far_a_block_turns_its_input(name, tiny, streamed, samples, tmp_path):
+    model, store = tiny(name), Store(tmp_path)
+    collect_inputs(streamed(model), samples, store)
+    with torch.no_grad():
+        states = [model(ids, output_hidden_states=True).hidden_states for ids in samples]
+    for index in range(2):  # what transformers gives last is behind the final norm
+        cosines = [torch.cosine_similarity(h[index], h[index + 1], dim=-1).flatten() for h in states]
+        expected = 1 - torch.cat(cosines).double().mean()
+        torch.testing.assert_close(store.load("influence", index)["block"]["influence"], expected)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert-mlm"])
 def test_head_moments_are_those_of_the_whole_model(name, tiny, streamed, samples, tmp_path):
     model, store = tiny(name), Store(tmp_path)

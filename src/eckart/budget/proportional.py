@@ -42,6 +42,20 @@ def proportional(layers: Sequence[Candidates], budget: int, weights: Mapping[str
     return filled(layers, within(layers, shares), shares, budget)
 
 
+def weights_by_influence(influence: Sequence[float], temperature: float) -> list[float]:
+    """Return the weights of MoDeGPT: softmax(-BI / epsilon) over the blocks, times their number.
+
+    Args:
+        influence: BI of every block, 1 - E cos(x, y) of its input and output.
+        temperature: epsilon, positive; the larger, the more even.
+
+    Source: Lin et al. 2024, "MoDeGPT", section 3.3: the optimum of sum BI (1 - r) + epsilon H(r) at a given mean.
+    """
+    least = min(influence)
+    scores = [math.exp((least - value) / temperature) for value in influence]
+    return [len(scores) * score / sum(scores) for score in scores]
+
+
 def weights_by_loss(losses: Mapping[str, float], groups: Mapping[str, str]) -> dict[str, float]:
     """Return the weights of SVD-LLM v2: 1 / log L, with mean one in every group.
 

@@ -28,6 +28,7 @@ from eckart.files.huggingface import (
     check_contents,
     check_files,
 )
+from eckart.files.neurons import full_shape, padded
 from eckart.files.shards import Source, write_shards
 from eckart.files.writing import check_output
 from eckart.hosts import EmbeddingHost, host, is_conv1d, is_linear, map_of, offset_of
@@ -188,7 +189,7 @@ def _skeleton(folder: Path, raw: Mapping[str, Any], config: EckartConfig | None)
         if name not in modules:
             raise EckartError(f"{type(model).__name__} has no layer {name!r} that the config of {folder} names")
         if entry["kind"] != TIED_HEAD:
-            _require_shape(name, blank_map(name, entry, torch.float32).shape, modules[name])
+            _require_shape(name, full_shape(entry, blank_map(name, entry, torch.float32).shape), modules[name])
     return model
 
 
@@ -211,7 +212,7 @@ def _layer_contents(name: str, entry: Mapping[str, Any], tensors: TensorFile, mo
     map_ = blank_map(name, entry, torch.float32)
     numbers, nbytes = _count(tensors, [f"{name}.{key}" for key in _blank_module(name, entry).state_dict()])
     dense = sum(p.numel() for p in model.get_submodule(name).parameters())
-    structure = str(entry["map"]["op"]).lower()
+    structure = "neurons" if "neurons" in entry else str(entry["map"]["op"]).lower()
     return LayerContents(name, entry["kind"], structure, map_.shape, rank_bound(map_), numbers, dense, nbytes)
 
 
@@ -283,7 +284,7 @@ def _sources(
             continue
         keys = [f"{name}.{key}" for key in _blank_module(name, entry).state_dict()]
         used.update(keys)
-        m, n = blank_map(name, entry, torch.float32).shape
+        m, n = full_shape(entry, blank_map(name, entry, torch.float32).shape)
         itemsize = tensors.dtype(keys[0]).itemsize
         transposed = is_conv1d(model.get_submodule(name))
         out[f"{name}.weight"] = Source(m * n * itemsize, partial(_weight, name, entry, tensors, transposed))
@@ -309,12 +310,12 @@ def _weight(name: str, entry: Mapping[str, Any], tensors: TensorFile, transposed
     module = _filled(name, entry, tensors)
     map_ = module.held_map() if isinstance(module, EmbeddingHost) else map_of(module)
     # In float32 whatever is stored, so that the only rounding is the one of the result.
-    weight = map_.to(torch.float32).dense().to(map_.dtype)
+    weight = padded(entry, map_.to(torch.float32).dense().to(map_.dtype))
     return (weight.mT if transposed else weight).contiguous()
 
 
 def _bias(name: str, entry: Mapping[str, Any], tensors: TensorFile) -> Tensor:
-    return cast(Tensor, offset_of(_filled(name, entry, tensors))).detach()
+    return padded(entry, cast(Tensor, offset_of(_filled(name, entry, tensors))).detach())
 
 
 @contextmanager

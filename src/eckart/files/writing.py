@@ -62,6 +62,7 @@ class LayerRecord:
         kind: str = LINEAR,
         padding_idx: int | None = None,
         planned: tuple[str, int] | None = None,
+        neurons: Mapping[str, Any] | None = None,
     ) -> "LayerRecord":
         """Describe a fitted layer.
 
@@ -73,10 +74,12 @@ class LayerRecord:
             kind: "linear" or "embedding".
             padding_idx: of an embedding.
             planned: structure and rank of the option chosen, needed unless the map is `LowRank` or `Pivoted`.
+            neurons: what the entry says of its hidden units, if it has fewer.
         """
         spec = map_.spec()
         entry: dict[str, Any] = {"kind": kind, "map": spec}
         entry |= {"padding_idx": padding_idx} if kind == EMBEDDING else {"bias": bias is not None}
+        entry |= {} if neurons is None else {"neurons": dict(neurons)}
         own = 0 if bias is None else bias.numel()
         itemsize = map_.dtype.itemsize
         if isinstance(map_, LowRank | Pivoted):

@@ -14,13 +14,24 @@ from eckart.budget import (
     threshold,
     uniform,
     uniform_rank,
+    weights_by_influence,
     weights_by_loss,
     zero_sum,
 )
 from eckart.budget.calibrate import calibrated, probe_option
 from eckart.errors import EckartError
 from eckart.methods.compress.job import Job
-from eckart.methods.compress.layers import Known, Layer, errors_at, foreseen, surveyed, type_of, unit_of
+from eckart.methods.compress.layers import (
+    LINEAR,
+    NEURONS,
+    Known,
+    Layer,
+    errors_at,
+    foreseen,
+    surveyed,
+    type_of,
+    unit_of,
+)
 from eckart.methods.compress.outcome import LayerPlan, Plan
 from eckart.methods.compress.probe import levels, probe, remembered
 from eckart.progress import Progress
@@ -67,6 +78,7 @@ def allocate(
         "log-loss": lambda table, budget: proportional(
             table, budget, _log_loss_weights(job, layers, known, table, budget)
         ),
+        "influence": lambda table, budget: proportional(table, budget, _influence_weights(job, layers, known)),
         "zero-sum": lambda table, budget: zero_sum(table, budget, job.recipe.floor),
     }
     chosen = solve[allocation](table, budget)
@@ -146,32 +158,45 @@ def _log_loss_weights(
     return weights_by_loss(losses, {layer.name: type_of(layer) for layer in layers})
 
 
-def plan_of(job: Job, layers: Sequence[Layer], chosen: dict[str, Option], table: Sequence[Candidates]) -> Plan:
+def _influence_weights(job: Job, layers: list[Layer], known: Known) -> dict[str, float]:
+    """Return MoDeGPT's weights: one per block, for all its layers; embeddings and heads are as an average block."""
+    count = len(job.parts.blocks)
+    influence = [float(known.store.load("influence", i)["block"]["influence"]) for i in range(count)]
+    by_block = weights_by_influence(influence, job.recipe.temperature)
+    return {layer.name: by_block[layer.block] if 0 <= layer.block < count else 1.0 for layer in layers}
+
+
+def plan_of(job: Job, layers: Sequence[Layer], chosen: dict[str, Option]) -> Plan:
     """Return the plan that a choice of options makes."""
-    dense = {c.name: c.dense for c in table}
-    rows = [
-        LayerPlan(
-            layer.name,
-            layer.kind,
-            layer.shape,
-            chosen[layer.name].structure,
-            chosen[layer.name].rank,
-            chosen[layer.name].numbers,
-            dense[layer.name].numbers,
-            chosen[layer.name].nbytes,
-            chosen[layer.name].loss,
-        )
-        for layer in layers
-    ]
-    return plan_from(job, rows, dense)
+    return plan_from(job, [row for layer in layers for row in _rows(job, layer, chosen[layer.name])])
 
 
-def plan_from(job: Job, rows: Sequence[LayerPlan], dense: dict[str, Option]) -> Plan:
+def _rows(job: Job, layer: Layer, option: Option) -> list[LayerPlan]:
+    """Return the row of a layer; of hidden units, a row for every layer around them, the error with their reader."""
+    if layer.kind != NEURONS:
+        dense = layer.shape[0] * layer.shape[1] + layer.bias
+        numbers, nbytes = option.numbers, option.nbytes
+        return [
+            LayerPlan(
+                layer.name, layer.kind, layer.shape, option.structure, option.rank, numbers, dense, nbytes, option.loss
+            )
+        ]
+    rows = []
+    for member in layer.members:
+        numbers, dense = (member.narrow_numbers(units, layer) for units in (option.rank, layer.shape[1]))
+        nbytes = numbers * job.weight_dtype(member.name).itemsize
+        rank = min(member.shape) if option.structure == DENSE else option.rank
+        loss = option.loss if member.name == layer.name else 0.0
+        rows.append(LayerPlan(member.name, LINEAR, member.shape, option.structure, rank, numbers, dense, nbytes, loss))
+    return rows
+
+
+def plan_from(job: Job, rows: Sequence[LayerPlan]) -> Plan:
     """Return the plan of given rows, with the whole model's figures."""
     total = job.model.numel
     sizes = (math.prod(s) * job.model.stored_dtype(name).itemsize for name, s in job.model.parameters.items())
-    saved = sum(dense[row.name].numbers - row.numbers for row in rows)
-    saved_bytes = sum(dense[row.name].nbytes - row.nbytes for row in rows)
+    saved = sum(row.dense_numbers - row.numbers for row in rows)
+    saved_bytes = sum(row.dense_numbers * job.weight_dtype(row.name).itemsize - row.nbytes for row in rows)
     nbytes = sum(sizes)
     return Plan(
         job.request.method,

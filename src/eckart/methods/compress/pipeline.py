@@ -126,8 +126,8 @@ def plan(
     with tempfile.TemporaryDirectory(prefix="eckart-") as scratch:
         store = statistics_store(job, None if cache else Path(scratch))
         _collect(job, store, Store(Path(scratch) / "boundaries"), progress)
-        chosen, table = allocate(job, layers, Known(job, store), predict=True, progress=progress)
-    return plan_of(job, layers, chosen, table)
+        chosen, _ = allocate(job, layers, Known(job, store), predict=True, progress=progress)
+    return plan_of(job, layers, chosen)
 
 
 def _request(
@@ -152,7 +152,8 @@ def _collect(job: Job, store: Store, boundaries: Store, progress: Progress) -> N
     ends = store.has(f"ends-{job.objective.name}", 1)
     wants_gradients = bool(kinds) and not (ends and all(store.has(kind, count) for kind in kinds))
     has_inputs = store.has("inputs", count) and (job.parts.head is None or store.has("head-inputs", 1))
-    if wants_gradients or (recipe.uses_inputs and not has_inputs):
+    has_inputs = has_inputs and store.has("influence", count)
+    if wants_gradients or ((recipe.uses_inputs or recipe.allocation == "influence") and not has_inputs):
         collect_inputs(
             job.runner, job.calibration, store, boundaries=boundaries if wants_gradients else None, progress=progress
         )
@@ -172,9 +173,7 @@ def _collect(job: Job, store: Store, boundaries: Store, progress: Progress) -> N
 
 def _as_stored(job: Job, layers: list[Layer], table: list[Candidates], records: list[LayerRecord]) -> Plan:
     """Return the plan with the ranks, numbers and errors of what was written."""
-    dense = {c.name: c.dense for c in table}
-    chosen = {c.name: c.dense for c in table}
-    base = plan_of(job, layers, chosen, table)
+    base = plan_of(job, layers, {c.name: c.dense for c in table})
     written = {record.name: record for record in records}
     rows = [
         replace(row, structure=r.structure, rank=r.rank, numbers=r.numbers, nbytes=r.nbytes, loss=r.loss)
@@ -182,7 +181,7 @@ def _as_stored(job: Job, layers: list[Layer], table: list[Candidates], records: 
         else row
         for row in base.layers
     ]
-    return plan_from(job, rows, dense)
+    return plan_from(job, rows)
 
 
 def _described(job: Job) -> dict[str, Any]:

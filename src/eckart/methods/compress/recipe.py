@@ -20,7 +20,15 @@ from eckart.fit.families import Family
 from eckart.stats import CrossMoments, Gradients, Moments
 
 Allocation = Literal[
-    "uniform", "uniform-rank", "threshold", "sensitivity", "calibrated", "knapsack", "log-loss", "zero-sum"
+    "uniform",
+    "uniform-rank",
+    "threshold",
+    "sensitivity",
+    "calibrated",
+    "knapsack",
+    "log-loss",
+    "zero-sum",
+    "influence",
 ]
 Labels = Literal["sampled", "observed"]
 StorageName = Literal["lowrank", "pivoted"]
@@ -58,11 +66,13 @@ class Recipe:
         allocation: "uniform" (one share of numbers), "uniform-rank" (one share of ranks), "threshold" (one threshold on
             `score`), "sensitivity" (one threshold on the loss measured with one layer compressed, at several levels),
             "calibrated" (knapsack on errors scaled by one such measurement per layer), "knapsack" (on predicted loss),
-            "log-loss" (shares by the logarithm of each layer's error among those of its type) or "zero-sum" (singular
-            values dropped so that the changes of the loss in `score` cancel).
+            "log-loss" (shares by the logarithm of each layer's error among those of its type), "zero-sum" (singular
+            values dropped so that the changes of the loss in `score` cancel) or "influence" (shares by how far each
+            block turns its input).
         storage: of low-rank maps: "lowrank", k (m + n) numbers, or "pivoted", k (m + n - k).
         families: what a linear layer may become instead of a low-rank map; several only with "knapsack".
         mixed: whether low-rank maps stay among the choices beside the families.
+        neurons: whether the layers of an MLP get fewer hidden units instead of maps.
         embeddings: whether token embedding and output head may be compressed as well.
         round_to: ranks are multiples of this.
         uses_inputs: whether the metric reads input moments.
@@ -79,6 +89,8 @@ class Recipe:
         gamma: weight of the depth factor of "calibrated".
         score: scores for "threshold" and "zero-sum".
         floor: share of the break-even rank below which "zero-sum" truncates no layer while others can be.
+        temperature: of "influence"; the larger, the more even the shares.
+        ridge: of the leverage scores that hidden units are kept by, over their mean square.
     """
 
     metric: Callable[[LayerData], Metric]
@@ -86,6 +98,7 @@ class Recipe:
     storage: StorageName = "lowrank"
     families: tuple[Family, ...] = ()
     mixed: bool = False
+    neurons: bool = False
     embeddings: bool = False
     round_to: int = 1
     uses_inputs: bool = False
@@ -102,6 +115,8 @@ class Recipe:
     gamma: float = 0.0
     score: Score | None = None
     floor: float = 0.0
+    temperature: float = 0.1
+    ridge: float = 1.0
 
     def __post_init__(self) -> None:
         if self.round_to < 1:
@@ -110,7 +125,7 @@ class Recipe:
             raise EckartError(f"heal is a number of epochs and must not be negative, got {self.heal}")
         if not self.heal_rate > 0:
             raise EckartError(f"heal_rate must be positive, got {self.heal_rate}")
-        if self.families and self.allocation not in ("uniform", "uniform-rank", "knapsack", "log-loss"):
+        if self.families and self.allocation not in ("uniform", "uniform-rank", "knapsack", "log-loss", "influence"):
             names = ", ".join(family.name for family in self.families)
             raise EckartError(f"allocation={self.allocation} knows low-rank maps only, and this method uses {names}")
         if len(self.families) + self.mixed > 1 and self.allocation != "knapsack":
@@ -121,6 +136,11 @@ class Recipe:
             raise EckartError("allocation=threshold needs a method that scores spectra, such as welore")
         if self.allocation == "zero-sum" and not self.uses_weight_gradients:
             raise EckartError("allocation=zero-sum needs the gradients of the weights, which zs-svd collects")
+        if self.neurons and self.allocation not in ("uniform", "influence"):
+            raise EckartError(f"allocation={self.allocation} does not know hidden units; use uniform or influence")
+        for name in ("temperature", "ridge"):
+            if not getattr(self, name) > 0:
+                raise EckartError(f"{name} must be positive, got {getattr(self, name)}")
         if self.uses_weight_gradients and self.embeddings:
             raise EckartError("zero-sum scores know linear layers only; leave embeddings=false")
 
@@ -136,7 +156,7 @@ class Recipe:
     @property
     def needs_text(self) -> bool:
         """Whether the recipe cannot run without calibration text."""
-        measured = self.allocation in ("sensitivity", "calibrated", "log-loss")
+        measured = self.allocation in ("sensitivity", "calibrated", "log-loss", "influence")
         gradients = self.uses_gradients or self.uses_weight_gradients
         return self.uses_inputs or gradients or self.sequential or self.update or self.heal > 0 or measured
 

@@ -20,6 +20,7 @@ from eckart.hosts import Call, offset_of, replace
 from eckart.methods.compress.allocate import is_dense
 from eckart.methods.compress.fitting import (
     fit_layer,
+    fit_narrowed,
     loss_of,
     running,
     running_embedding,
@@ -27,7 +28,7 @@ from eckart.methods.compress.fitting import (
 )
 from eckart.methods.compress.heal import heal
 from eckart.methods.compress.job import Job
-from eckart.methods.compress.layers import EMBEDDING, HEAD, Known, Layer, weights
+from eckart.methods.compress.layers import EMBEDDING, HEAD, NEURONS, Known, Layer, weights
 from eckart.methods.compress.measure import divergence, next_token_loss
 from eckart.methods.compress.outcome import Measured
 from eckart.progress import Progress
@@ -152,7 +153,10 @@ class Sweep:
             compressed = copy.deepcopy(block)
             for group in self._groups(block, name, index, pairs, inside):
                 cross = self._cross(block, compressed, group[0], name, index, pairs) if self._needs_cross else None
-                for layer, weight in weights(job, [inside[member] for member in group]):
+                narrowed = [inside[member] for member in group if inside[member].kind == NEURONS]
+                for layer in narrowed:
+                    records += self._narrow(layer, block, compressed, name, cross)
+                for layer, weight in weights(job, [inside[m] for m in group if inside[m].kind != NEURONS]):
                     inner = layer.name.removeprefix(f"{name}.")
                     bias = offset_of(block.get_submodule(inner))
                     fit = fit_layer(job, self.known, layer, weight, self.chosen[layer.name], bias=bias, cross=cross)
@@ -174,6 +178,21 @@ class Sweep:
         for key in pairs:
             for stream in ("original", "compressed"):
                 self.streams.path(f"{key}-{stream}", index).unlink(missing_ok=True)
+
+    def _narrow(
+        self, layer: Layer, block: nn.Module, compressed: nn.Module, name: str, cross: CrossSum | None
+    ) -> list[LayerRecord]:
+        """Put fewer hidden units in a compressed block; return the records of the layers around them."""
+        inner = {member.name: member.name.removeprefix(f"{name}.") for member in layer.members}
+        biases = {full: offset_of(block.get_submodule(short)) for full, short in inner.items()}
+        option, records = self.chosen[layer.name], []
+        for part in fit_narrowed(self.job, self.known, layer, option, biases, cross=cross):
+            replace(compressed, inner[part.layer.name], running(part.fit))
+            loss, planned = loss_of(self.known, part.fit), (option.structure, option.rank)
+            records.append(
+                LayerRecord.of(part.layer.name, part.fit.map, part.fit.bias, loss, planned=planned, neurons=part.entry)
+            )
+        return records
 
     @property
     def _needs_cross(self) -> bool:
@@ -236,10 +255,10 @@ class Sweep:
     @torch.no_grad()
     def _rounded(self, name: str, compressed: nn.Module, inside: dict[str, Layer]) -> dict[str, Tensor]:
         """Round a block's numbers to the dtypes they are stored in; return them by full name."""
-        out = {}
+        out, members = {}, [member.name for layer in inside.values() for member in layer.members]
         for key, tensor in compressed.state_dict(keep_vars=True).items():
             full = f"{name}.{key}"
-            owner = next((layer for layer in inside if full.startswith(f"{layer}.")), None)
+            owner = next((member for member in members if full.startswith(f"{member}.")), None)
             dtype = self.job.weight_dtype(owner) if owner else self.job.model.stored_dtype(full)
             stored = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach().clone()
             if tensor.is_floating_point():

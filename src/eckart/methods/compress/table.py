@@ -18,6 +18,7 @@ from eckart.methods.compress.eckart_mixed import eckart_mixed
 from eckart.methods.compress.fwsvd import fwsvd
 from eckart.methods.compress.kfac import kfac
 from eckart.methods.compress.lord import lord
+from eckart.methods.compress.modegpt import modegpt
 from eckart.methods.compress.oats import oats
 from eckart.methods.compress.recipe import COMMON, Recipe, overridden
 from eckart.methods.compress.rocket import rocket
@@ -46,6 +47,7 @@ METHODS: dict[str, Page] = {
     "compot": compot,
     "rocket": rocket,
     "oats": oats,
+    "modegpt": modegpt,
     "eckart": eckart,
     "eckart-mixed": eckart_mixed,
 }
