@@ -45,6 +45,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rocket": ("rocket", {}),
     "oats": ("oats", {}),
     "modegpt": ("modegpt", {}),
+    "slicegpt": ("slicegpt", {}),
+    "slicegpt, tied": ("slicegpt", {"untie": False}),
     "eckart": ("eckart", {}),
     "eckart-mixed": ("eckart-mixed", {}),
     "aa-svd healed": ("aa-svd", {"heal": 25}),

@@ -128,7 +128,7 @@ DAMAGES = {
     ),
     "of another model": (
         lambda c: [e["neurons"].update(of=99) for e in entries(c).values() if "neurons" in e],
-        "is 64 x 172 in this model, but its spec is 64 x 99",
+        "is 172 x 64 in this model, but its spec is 99 x 64",
     ),
 }
 

@@ -68,6 +68,7 @@ def test_published_defaults():
         ("compot", {"iterations": -1}, "iterations must be at least 0, got -1"),
         ("oats", {"rank_share": 1.0}, r"rank_share must lie in \[0, 1\), got 1.0"),
         ("modegpt", {"allocation": "knapsack"}, "allocation=knapsack does not know hidden units; use uniform or infl"),
+        ("slicegpt", {"storage": "pivoted"}, "slicing changes the whole model at once: leave allocation, storage"),
         ("modegpt", {"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ("svd", {"allocation": "zero-sum"}, "allocation=zero-sum needs the gradients of the weights, which zs-svd"),
         ("zs-svd", {"embeddings": True}, "zero-sum scores know linear layers only; leave embeddings=false"),
@@ -118,6 +119,13 @@ def truncated(matrix: torch.Tensor, rank: int) -> torch.Tensor:
     return (u[:, :rank] * s[:rank]) @ v[:rank]
 
 
+# Whose metric is the input's second moment, whatever else they do.
+WHITENED = {
+    *("svd-llm", "svd-llm-v2", "zs-svd", "modegpt", "slicegpt"),
+    *("aa-svd", "cospadi", "compot", "rocket", "oats"),
+}
+
+
 def by_the_paper(method: str, w: torch.Tensor, x: torch.Tensor, known: Known, rank: int) -> torch.Tensor:
     """The formula of each paper, written out."""
     g = x.mT @ x / x.shape[0]
@@ -126,7 +134,18 @@ def by_the_paper(method: str, w: torch.Tensor, x: torch.Tensor, known: Known, ra
     if method == "asvd":
         scale = x.abs().mean(0).sqrt()
         return truncated(w * scale, rank) / scale
-    if method in ("svd-llm", "svd-llm-v2", "zs-svd", "modegpt", "aa-svd", "cospadi", "compot", "rocket", "oats"):
+    if method in (
+        "svd-llm",
+        "svd-llm-v2",
+        "zs-svd",
+        "modegpt",
+        "slicegpt",
+        "aa-svd",
+        "cospadi",
+        "compot",
+        "rocket",
+        "oats",
+    ):
         root = torch.linalg.cholesky(g)
         return torch.linalg.solve_triangular(root, truncated(w @ root, rank), upper=False, left=False)
     if method in ("afm", "lord"):

@@ -150,6 +150,14 @@ class Partial:
                 out += [LayerRecord(**record) for record in json.loads(handle.metadata()["records"])]
         return out
 
+    def fresh_folder(self) -> Path:
+        """Return an empty folder for the output."""
+        folder = self.folder / "folder"
+        if folder.exists():
+            shutil.rmtree(folder)  # left by a run stopped while writing
+        folder.mkdir()
+        return folder
+
     def discard(self) -> None:
         """Delete everything."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -242,10 +250,7 @@ def write_folder(
         texts: further text files by name, such as the model card.
         progress: told of the stage "write".
     """
-    folder = partial.folder / "folder"
-    if folder.exists():
-        shutil.rmtree(folder)  # left by a run stopped while writing
-    folder.mkdir()
+    folder = partial.fresh_folder()
     sources = _sources(partial, model, blocks, _replaced(entries))
     sentinel = sentinel_name(entries)
     if sentinel:

@@ -19,8 +19,8 @@ from eckart.errors import EckartError
 from eckart.fit.error import error_of
 from eckart.fit.metric import Metric
 
-# Relative weight of the identity in the normal equations: units that never fire, or fire alike, stay finite.
-JITTER = 1e-10
+# Weights of the identity in the normal equations, over the mean square: for units that never fire, or fire alike.
+JITTERS = (1e-10, 1e-8, 1e-6, 1e-4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def leverage_scores(second: Tensor, ridge: float = 1.0) -> Tensor:
     damped = c.clone()
     damped.diagonal().add_(amount)
     # C (C + lambda I)^-1 = I - lambda (C + lambda I)^-1
-    return 1 - amount * torch.cholesky_inverse(torch.linalg.cholesky(damped)).diagonal()
+    return 1 - amount * torch.cholesky_inverse(_factor(damped)).diagonal()
 
 
 def fit_neurons(weight: Tensor, metric: Metric, count: int, *, ridge: float = 1.0) -> NeuronFit:
@@ -84,6 +84,20 @@ def best_columns(weight: Tensor, metric: Metric, kept: Tensor) -> Tensor:
     if metric.seen is None:
         raise EckartError("fitting columns needs the units' second moment, but the metric has none")
     cross = metric.seen if metric.cross is None else metric.cross  # E[h h^^T]
-    normal = metric.seen[kept][:, kept].clone()
-    normal.diagonal().add_(JITTER * normal.diagonal().mean().clamp_min(torch.finfo(normal.dtype).tiny))
-    return torch.cholesky_solve((weight.double() @ cross[:, kept]).mT, torch.linalg.cholesky(normal)).mT
+    return torch.cholesky_solve((weight.double() @ cross[:, kept]).mT, _factor(metric.seen[kept][:, kept])).mT
+
+
+def _factor(moment: Tensor) -> Tensor:
+    """Return the Cholesky factor of a moment with the least of some jitters that makes it regular.
+
+    Moments are sums of float32 products: eigenvalues that should be zero are that much away from it, to either side.
+    """
+    level = moment.diagonal().mean().clamp_min(torch.finfo(moment.dtype).tiny)
+    for jitter in JITTERS:
+        damped = moment.clone()
+        damped.diagonal().add_(jitter * level)
+        factor: Tensor
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            return factor
+    raise EckartError("the second moment of the hidden units is not positive; the calibration run lost its precision")

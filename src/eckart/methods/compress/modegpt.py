@@ -4,11 +4,11 @@
     gate and up keep the rows S,    W_down' = W_down C_(:,S) C_(S,S)^-1
     share removed of block b:  B R softmax(-BI / epsilon)_b,    BI_b = 1 - E cos(x_b, x_(b+1))
 
-Deviations from the paper. Its second and third modules shrink heads: pairs of rotary channels of queries and keys, an SVD
-of values and output per head. A plain transformers class reshapes by one head size and rotates all its channels, so here
-the attention's matrices become low-rank maps, each under the second moment of its input, at the share of their block.
-lambda is given over the mean square of the units. Shares are cut off where nothing is left and R rises until the budget
-is met. An MLP whose units cannot be found (gate and up in one matrix) gets low-rank maps as well.
+Deviations from the paper. Its second and third modules shrink heads: pairs of rotary channels of queries and keys, an
+SVD of values and output per head. A plain transformers class reshapes by one head size and rotates all its channels, so
+here the attention's matrices become low-rank maps, each under the second moment of its input, at the share of their
+block. lambda is given over the mean square of the units. Shares are cut off where nothing is left and R rises until the
+budget is met. An MLP whose units cannot be found (gate and up in one matrix) gets low-rank maps as well.
 
 The narrow layers are `nn.Linear` modules: nothing is multiplied twice, nothing gathered, at run time.
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from eckart.atomic import write_text
 from eckart.budget import Candidates
 from eckart.errors import EckartError
 from eckart.files.card import inherited, model_card
@@ -18,6 +19,7 @@ from eckart.methods.compress.allocate import allocate, plan_from, plan_of
 from eckart.methods.compress.job import Job, Request, open_job, statistics_store, trim_cache
 from eckart.methods.compress.layers import Known, Layer, check_layers, layers_of
 from eckart.methods.compress.outcome import Measured, Outcome, Plan
+from eckart.methods.compress.slicing import measured_folder, principal_axes, residual_axis, sliced_plan, write_sliced
 from eckart.methods.compress.sweep import Sweep
 from eckart.methods.compress.table import settings_of, summary_of
 from eckart.progress import Progress, silent
@@ -63,9 +65,11 @@ def compress(
     started, target = time.perf_counter(), Path(out)
     check_output(target)
     job = open_job(_request(model, method, keep, calibration, samples, length, seed, settings), progress)
+    partial = Partial(target.absolute().with_name(f".{target.absolute().name}.eckart-{job.key[:8]}"))
+    if job.recipe.sliced:
+        return _sliced(job, target, partial, started, progress)
     layers = layers_of(job)
     check_layers(job, layers)
-    partial = Partial(target.absolute().with_name(f".{target.absolute().name}.eckart-{job.key[:8]}"))
     try:
         partial.begin({"out": str(target), "settings": _described(job)})
         store = statistics_store(job, None if cache else partial.folder)
@@ -80,6 +84,26 @@ def compress(
     partial.discard()
     if cache:
         trim_cache(store)
+    return outcome
+
+
+def _sliced(job: Job, target: Path, partial: Partial, started: float, progress: Progress) -> Outcome:
+    """Write a sliced model: beside the target while it is made, then in one rename."""
+    axis = residual_axis(job)
+    kept, planned = sliced_plan(job, axis)
+    partial.begin({"out": str(target), "settings": _described(job)})
+    try:
+        basis = principal_axes(job, axis, progress)[:, :kept]
+        folder = partial.fresh_folder()
+        write_sliced(job, axis, basis, folder, progress)
+        measured = measured_folder(job, folder)
+        seconds = time.perf_counter() - started
+        outcome = Outcome(planned, target, measured, seconds, _peak_memory(), _described(job))
+        for name, text in _texts(job, outcome).items():
+            write_text(folder / name, text)
+        publish(folder, target)
+    finally:
+        partial.discard()
     return outcome
 
 
@@ -98,8 +122,8 @@ def _publish(job: Job, partial: Partial, outcome: Outcome, progress: Progress) -
     """Write the finished parts as a model folder, and give it its name."""
     head = job.parts.head if job.parts.tied else None
     entries = layer_entries(partial.records(), job.parts.embedding, head)
-    texts = {"README.md": _card(job, outcome), "eckart.json": _report(outcome)}
-    folder = write_folder(partial, job.model, job.parts.blocks, entries, _made_by(outcome), texts, progress)
+    made_by, texts = _made_by(outcome), _texts(job, outcome)
+    folder = write_folder(partial, job.model, job.parts.blocks, entries, made_by, texts, progress)
     publish(folder, outcome.out)
 
 
@@ -121,6 +145,8 @@ def plan(
     Args and errors are those of `compress`.
     """
     job = open_job(_request(model, method, keep, calibration, samples, length, seed, settings), progress)
+    if job.recipe.sliced:
+        return sliced_plan(job, residual_axis(job))[1]
     layers = layers_of(job)
     check_layers(job, layers)
     with tempfile.TemporaryDirectory(prefix="eckart-") as scratch:
@@ -227,6 +253,11 @@ def _peak_memory() -> int:
 
 def _measured(measured: Measured | None) -> dict[str, Any] | None:
     return None if measured is None else asdict(measured)
+
+
+def _texts(job: Job, outcome: Outcome) -> dict[str, str]:
+    """Return the text files that every folder gets."""
+    return {"README.md": _card(job, outcome), "eckart.json": _report(outcome)}
 
 
 def _card(job: Job, outcome: Outcome) -> str:

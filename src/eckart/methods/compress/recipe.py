@@ -73,6 +73,8 @@ class Recipe:
         families: what a linear layer may become instead of a low-rank map; several only with "knapsack".
         mixed: whether low-rank maps stay among the choices beside the families.
         neurons: whether the layers of an MLP get fewer hidden units instead of maps.
+        sliced: whether the whole model gets fewer residual coordinates; nothing else is done then.
+        untie: whether slicing gives a tied head a matrix of its own.
         embeddings: whether token embedding and output head may be compressed as well.
         round_to: ranks are multiples of this.
         uses_inputs: whether the metric reads input moments.
@@ -99,6 +101,8 @@ class Recipe:
     families: tuple[Family, ...] = ()
     mixed: bool = False
     neurons: bool = False
+    sliced: bool = False
+    untie: bool = True
     embeddings: bool = False
     round_to: int = 1
     uses_inputs: bool = False
@@ -138,11 +142,30 @@ class Recipe:
             raise EckartError("allocation=zero-sum needs the gradients of the weights, which zs-svd collects")
         if self.neurons and self.allocation not in ("uniform", "influence"):
             raise EckartError(f"allocation={self.allocation} does not know hidden units; use uniform or influence")
+        if self.sliced and (self.allocation, self.storage, self.embeddings, self.heal) != (
+            "uniform",
+            "lowrank",
+            False,
+            0,
+        ):
+            raise EckartError(
+                "slicing changes the whole model at once; allocation, storage, embeddings and heal are fixed"
+            )
         for name in ("temperature", "ridge"):
             if not getattr(self, name) > 0:
                 raise EckartError(f"{name} must be positive, got {getattr(self, name)}")
         if self.uses_weight_gradients and self.embeddings:
             raise EckartError("zero-sum scores know linear layers only; leave embeddings=false")
+
+    def _check_narrowing(self) -> None:
+        if self.neurons and self.allocation not in ("uniform", "influence"):
+            raise EckartError(f"allocation={self.allocation} does not know hidden units; use uniform or influence")
+        answers = self.allocation, self.storage, self.embeddings, self.heal
+        if self.sliced and answers != ("uniform", "lowrank", False, 0):
+            raise EckartError("slicing changes the whole model at once: leave allocation, storage, embeddings and heal")
+        for name in ("temperature", "ridge"):
+            if not getattr(self, name) > 0:
+                raise EckartError(f"{name} must be positive, got {getattr(self, name)}")
 
     def family(self, name: str) -> Family | None:
         """Return the family of that name, None for low-rank maps and dense layers."""

@@ -22,6 +22,7 @@ from eckart.methods.compress.modegpt import modegpt
 from eckart.methods.compress.oats import oats
 from eckart.methods.compress.recipe import COMMON, Recipe, overridden
 from eckart.methods.compress.rocket import rocket
+from eckart.methods.compress.slicegpt import slicegpt
 from eckart.methods.compress.svd import svd
 from eckart.methods.compress.svd_llm import svd_llm
 from eckart.methods.compress.svd_llm_v2 import svd_llm_v2
@@ -48,6 +49,7 @@ METHODS: dict[str, Page] = {
     "rocket": rocket,
     "oats": oats,
     "modegpt": modegpt,
+    "slicegpt": slicegpt,
     "eckart": eckart,
     "eckart-mixed": eckart_mixed,
 }
