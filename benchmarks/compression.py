@@ -46,7 +46,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "oats": ("oats", {}),
     "modegpt": ("modegpt", {}),
     "slicegpt": ("slicegpt", {}),
-    "slicegpt, tied": ("slicegpt", {"untie": False}),
+    "slicegpt, untied": ("slicegpt", {"untie": True}),
     "eckart": ("eckart", {}),
     "eckart-mixed": ("eckart-mixed", {}),
     "aa-svd healed": ("aa-svd", {"heal": 25}),

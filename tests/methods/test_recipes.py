@@ -134,18 +134,7 @@ def by_the_paper(method: str, w: torch.Tensor, x: torch.Tensor, known: Known, ra
     if method == "asvd":
         scale = x.abs().mean(0).sqrt()
         return truncated(w * scale, rank) / scale
-    if method in (
-        "svd-llm",
-        "svd-llm-v2",
-        "zs-svd",
-        "modegpt",
-        "slicegpt",
-        "aa-svd",
-        "cospadi",
-        "compot",
-        "rocket",
-        "oats",
-    ):
+    if method in WHITENED:
         root = torch.linalg.cholesky(g)
         return torch.linalg.solve_triangular(root, truncated(w @ root, rank), upper=False, left=False)
     if method in ("afm", "lord"):

@@ -13,8 +13,8 @@ class LayerPlan:
         name: its module name.
         kind: "linear", "embedding" (with the head tied to it, if it is) or "head".
         shape: (out, in); (vocabulary, width) for an embedding.
-        structure: "dense", "lowrank" or "pivoted".
-        rank: rank of the weight (full for dense).
+        structure: "dense", "lowrank", "pivoted", "neurons", "sliced" or the name of a family.
+        rank: rank of the weight (full for dense), or how much there is of another structure.
         numbers: floating numbers stored, bias included.
         dense_numbers: the same before compression.
         nbytes: bytes stored, index tensors included.

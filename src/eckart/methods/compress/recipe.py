@@ -102,7 +102,7 @@ class Recipe:
     mixed: bool = False
     neurons: bool = False
     sliced: bool = False
-    untie: bool = True
+    untie: bool = False
     embeddings: bool = False
     round_to: int = 1
     uses_inputs: bool = False
@@ -140,20 +140,7 @@ class Recipe:
             raise EckartError("allocation=threshold needs a method that scores spectra, such as welore")
         if self.allocation == "zero-sum" and not self.uses_weight_gradients:
             raise EckartError("allocation=zero-sum needs the gradients of the weights, which zs-svd collects")
-        if self.neurons and self.allocation not in ("uniform", "influence"):
-            raise EckartError(f"allocation={self.allocation} does not know hidden units; use uniform or influence")
-        if self.sliced and (self.allocation, self.storage, self.embeddings, self.heal) != (
-            "uniform",
-            "lowrank",
-            False,
-            0,
-        ):
-            raise EckartError(
-                "slicing changes the whole model at once; allocation, storage, embeddings and heal are fixed"
-            )
-        for name in ("temperature", "ridge"):
-            if not getattr(self, name) > 0:
-                raise EckartError(f"{name} must be positive, got {getattr(self, name)}")
+        self._check_narrowing()
         if self.uses_weight_gradients and self.embeddings:
             raise EckartError("zero-sum scores know linear layers only; leave embeddings=false")
 

@@ -9,10 +9,10 @@ length its result shrinks by sqrt(d' / d), which its new weight undoes.
 Deviation from the paper: one Q for the whole model. The paper has one per block, and a matrix Q_(l-1)^T Q_l on every
 skip connection, which a model class of transformers has no place for. So these matrices are identities here, and the
 folder is loaded by plain transformers, without eckart, at the speed of its size; but axes that fit all blocks fit each
-one less well. A head tied to the embedding is untied, as in the authors' code, since it takes in the last norm's weight;
-that costs numbers, which the budget counts. With `untie=false` it stays tied, and the last norm keeps the diagonal of
-Q^T diag(g) Q. The width is a multiple of the number of heads (a rule of transformers): in a narrow model the budget is
-met only within such a step.
+one less well. A head tied to the embedding stays tied, and the last norm keeps the diagonal of Q^T diag(g) Q; with
+`untie=true`, as in the authors' code, the head takes in g and becomes a matrix of its own, which the budget counts. The
+width is a multiple of the number of heads, a rule of transformers: a budget is met only within one such step, a large
+one in a narrow model.
 
 Structure: fewer residual coordinates. Metric: second moment of the normalized stream. Budget: one width for all.
 Solver: PCA. Trained: nothing. Decoders with RMSNorm whose config states the size of heads.
@@ -23,7 +23,7 @@ Source: Ashkboos et al. 2024, "SliceGPT: Compress large language models by delet
 from eckart.methods.compress.recipe import Recipe, input_moment
 
 
-def slicegpt(*, untie: bool = True) -> Recipe:
+def slicegpt(*, untie: bool = False) -> Recipe:
     """PCA of the residual stream, one rotation for the whole model, written as a plain narrower model.
 
     Args:

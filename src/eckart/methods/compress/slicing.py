@@ -145,7 +145,7 @@ def sliced_plan(job: Job, axis: Axis) -> tuple[int, Plan]:
         sum(row.numbers for row in rows),
         before,
         sum(row.nbytes for row in rows),
-        "relative squared error",
+        "not predicted",
         tuple(rows),
     )
 
@@ -154,7 +154,7 @@ def _rows(job: Job, axis: Axis, kept: int) -> list[LayerPlan]:
     """Return a row for every parameter; an untied head is one that the dense model lacks."""
     basis = torch.empty(axis.width, kept, dtype=torch.float64, device="meta")
     ends, out = {job.parts.embedding: "embedding", job.parts.head: "head"}, []
-    for name, source in _names(job, kept < axis.width).items():
+    for name, source in _names(job, kept != axis.width).items():
         shape = job.model.parameters[source]
         small = _changed(
             job, axis, basis, name, {n: torch.empty(s, device="meta") for n, s in _needed(job, axis, name)}
