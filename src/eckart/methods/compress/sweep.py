@@ -180,7 +180,7 @@ class Sweep:
                 self.streams.path(f"{key}-{stream}", index).unlink(missing_ok=True)
 
     def _narrow(
-        self, layer: Layer, block: nn.Module, compressed: nn.Module, name: str, cross: CrossSum | None
+        self, layer: Layer, block: nn.Module, compressed: nn.Module, name: str, cross: CrossMoments | None
     ) -> list[LayerRecord]:
         """Put fewer hidden units in a compressed block; return the records of the layers around them."""
         inner = {member.name: member.name.removeprefix(f"{name}.") for member in layer.members}
