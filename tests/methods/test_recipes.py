@@ -13,7 +13,7 @@ from eckart.files.inspect import show
 from eckart.fit import regress
 from eckart.methods.compress.job import Request, open_job, statistics_store
 from eckart.methods.compress.layers import Known, layers_of, weights
-from eckart.methods.compress.recipe import COMMON, Recipe, normalized_spectrum, overridden
+from eckart.methods.compress.recipe import COMMON, LayerData, Recipe, normalized_spectrum, overridden
 from eckart.methods.compress.table import METHODS, recipe_of, settings_of, source_of, summary_of
 from eckart.progress import silent
 from eckart.stats import CrossSum, Store, collect_gradients, collect_inputs
@@ -73,6 +73,11 @@ def test_published_defaults():
         ("lrq", {"levels": "learned"}, "codes are learned for uniform levels only; give levels=uniform"),
         ("lrq", {"rank": 0}, "rank must be at least 1, got 0"),
         ("gptq", {"bits": 0}, "bits=0 leaves this method nothing to do; give 2, 3, 4 or 8"),
+        ("modegpt", {"allocation": "knapsack"}, "allocation=knapsack does not know hidden units; use uniform or infl"),
+        ("slicegpt", {"storage": "pivoted"}, "slicing changes the whole model at once: leave allocation, storage"),
+        ("modegpt", {"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ("svd", {"allocation": "zero-sum"}, "allocation=zero-sum needs the gradients of the weights, which zs-svd"),
+        ("zs-svd", {"embeddings": True}, "zero-sum scores know linear layers only; leave embeddings=false"),
         ("rocket", {"balance": 2}, r"balance must lie in \[0, 1\], got 2"),
         ("basis-sharing", {"group": 1}, "group must be at least 2, got 1"),
         ("basis-sharing", {"rounds": -1}, "rounds must be at least 0, got -1"),
@@ -100,8 +105,10 @@ def known_of(demo, text, method: str, folder, **settings) -> Known:
     store, boundaries = statistics_store(job, folder), Store(folder / "boundaries")
     if job.recipe.needs_text:
         collect_inputs(job.runner, job.calibration, store, boundaries=boundaries)
-    if job.recipe.uses_gradients:
-        collect_gradients(job.runner, job.calibration, job.objective, store, boundaries)
+    if job.recipe.uses_gradients or job.recipe.uses_weight_gradients:
+        collect_gradients(
+            job.runner, job.calibration, job.objective, store, boundaries, weights=job.recipe.uses_weight_gradients
+        )
     return Known(job, store)
 
 
@@ -125,6 +132,13 @@ def truncated(matrix: torch.Tensor, rank: int) -> torch.Tensor:
     return (u[:, :rank] * s[:rank]) @ v[:rank]
 
 
+# Whose metric is the input's second moment, whatever else they do.
+WHITENED = {
+    *("svd-llm", "svd-llm-v2", "zs-svd", "modegpt", "slicegpt"),
+    *("basis-sharing", "concatenated-svd", "aa-svd", "cospadi", "compot", "rocket", "oats", "gptq"),
+}
+
+
 def by_the_paper(method: str, w: torch.Tensor, x: torch.Tensor, known: Known, rank: int) -> torch.Tensor:
     """The formula of each paper, written out."""
     g = x.mT @ x / x.shape[0]
@@ -134,8 +148,7 @@ def by_the_paper(method: str, w: torch.Tensor, x: torch.Tensor, known: Known, ra
         scale = x.abs().mean(0)
         scale = scale.sqrt() if method == "asvd" else scale
         return truncated(w * scale, rank) / scale
-    shared = ("basis-sharing", "concatenated-svd")
-    if method in ("svd-llm", *shared, "aa-svd", "cospadi", "compot", "rocket", "oats", "gptq"):
+    if method in WHITENED:
         root = torch.linalg.cholesky(g)
         return torch.linalg.solve_triangular(root, truncated(w @ root, rank), upper=False, left=False)
     if method in ("afm", "lord"):
@@ -189,7 +202,7 @@ def test_the_anchored_metric_regresses_on_what_the_layer_sees(demo, text, inputs
 def test_spectra_are_normalized_as_in_welore():
     weight = torch.randn(12, 9, dtype=torch.float64)
     values = torch.linalg.svdvals(weight)
-    score = normalized_spectrum(weight, regress(weight, recipe_of("svd").metric(None)))
+    score = normalized_spectrum(LayerData(weight), regress(weight, recipe_of("svd").metric(None)))
     expected = torch.cat([(values - values[-1]) / (values[0] - values[-1]), torch.zeros(1)])
     torch.testing.assert_close(score, expected.double(), atol=1e-7, rtol=0)
 
@@ -200,6 +213,8 @@ OVERRIDES = [
     {"allocation": "calibrated"},
     {"allocation": "calibrated", "gamma": 0.5},
     {"allocation": "uniform-rank"},
+    {"allocation": "log-loss"},
+    {"allocation": "influence"},
     {"embeddings": True},
     {"embeddings": True, "storage": "pivoted", "allocation": "knapsack"},
     {"round_to": 8},
@@ -270,3 +285,25 @@ def test_the_update_of_svd_llm_fits_what_the_compressed_model_sees(demo, text, t
     before, after = (load_file(tmp_path / str(u) / "model.safetensors") for u in (False, True))
     torch.testing.assert_close(before[first], after[first], atol=1e-3, rtol=1e-3)
     assert loss[True] < loss[False] - 0.05
+
+
+def test_zero_sum_scores_are_the_first_order_change_of_the_loss(demo, text, tmp_path):
+    """The score of a rank is the slope of the calibration loss on the way from W to W without the values dropped."""
+    known = known_of(demo, text, "zs-svd", tmp_path)
+    ((layer, weight),) = weights(known.job, [layer_of(known)])
+    regression = regress(weight, known.metric(layer, weight))
+    scores = known.scores(layer, weight, regression)
+    assert scores.shape == (min(weight.shape) + 1,)
+    assert scores[-1] == 0
+    model = AutoModelForCausalLM.from_pretrained(demo, dtype=torch.float64).eval()
+    parameter = model.get_submodule(NAME).weight
+    tokens = sum(ids.numel() for ids in known.job.calibration)
+    for rank in (0, 20, 50):
+        dropped = weight.double() - regression.factors(rank).dense().double()
+        losses = []
+        for step in (0.01, -0.01):
+            with torch.no_grad():
+                parameter.copy_(weight.double() - step * dropped)
+                losses.append(sum(float(known.job.objective.scalar(model(i), i, None)) for i in known.job.calibration))
+        slope = (losses[0] - losses[1]) / 0.02 / tokens
+        assert slope == pytest.approx(float(scores[rank]), rel=0.02, abs=2e-5)

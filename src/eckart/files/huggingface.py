@@ -9,7 +9,7 @@ A compressed model is a normal Hugging Face folder. Its config.json holds
         "<module name>": {"kind": "linear",    "map": <spec>, "bias": true | false},
         "<module name>": {"kind": "embedding", "map": <spec>, "padding_idx": null | int},
         "<module name>": {"kind": "tied-head", "embedding": "<module name>"}
-      },
+      },                  (layers with fewer hidden units say so: eckart.files.neurons)
       "sentinel": "<module name>.weight",
       "made_by": {...}
     }
@@ -45,6 +45,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eckart.errors import EckartError, NumericalWarning
+from eckart.files.neurons import check_neurons, full_shape, padded
 from eckart.files.sharing import (
     borrowed,
     check_names,
@@ -126,12 +127,16 @@ def check_entries(layers: Any) -> dict[str, Any]:
         if lacking:
             raise EckartError(f"the spec of layer {name!r} is invalid: it has no {lacking[0]!r}")
         check_names(name, entry)
+    check_neurons(layers)
     return dict(layers)
 
 
 def sentinel_name(layers: Mapping[str, Any]) -> str | None:
-    """Return the sentinel's name: config.json sorts its keys, so the smallest linear layer, never the first."""
-    linear = [name for name, entry in layers.items() if entry["kind"] == LINEAR]
+    """Return the sentinel's name: config.json sorts its keys, so the smallest linear layer, never the first.
+
+    Layers with fewer hidden units need none: they hold a weight of the wrong shape.
+    """
+    linear = [name for name, entry in layers.items() if entry["kind"] == LINEAR and "neurons" not in entry]
     names = linear or [name for name, entry in layers.items() if entry["kind"] == EMBEDDING]
     return f"{min(names)}.weight" if names else None
 
@@ -208,6 +213,8 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
     def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
         """Point tensor-parallel rules at the factors: the wide side is sharded, the rank is replicated."""
         for name, entry in localized(model, self.quantization_config.layers).items():
+            if "neurons" in entry:
+                continue  # sharded like the dense layer
             wildcard = re.sub(r"\.\d+(?=\.|$)", ".*", name)
             style = plan.pop(wildcard, None)
             if style is not None and entry["kind"] == LINEAR and entry["map"]["op"] == LowRank.__name__:
@@ -274,8 +281,8 @@ def insert_blank_hosts(model: nn.Module, layers: Mapping[str, Any]) -> None:
             continue
         map_ = blank_map(name, entry, dtype)
         shape = _module_shape(old)
-        if map_.shape != shape:
-            has, says = (f"{rows} x {columns}" for rows, columns in (shape, map_.shape))
+        if full_shape(entry, map_.shape) != shape:
+            has, says = (f"{rows} x {columns}" for rows, columns in (shape, full_shape(entry, map_.shape)))
             raise EckartError(f"layer {name!r} is {has} in this model, but its spec is {says}")
         if entry["kind"] == EMBEDDING:
             made[name] = embedding_host(map_, entry.get("padding_idx"))
@@ -392,13 +399,13 @@ def densify_hosts(model: nn.Module, layers: Mapping[str, Any], conv1d: Collectio
         layers: the entries of its compressed layers.
         conv1d: names of those that stand for the transposed `Conv1D` of transformers.
     """
-    for name in layers:
+    for name, entry in layers.items():
         module = model.get_submodule(name)
         if isinstance(module, EmbeddingHost):
             weight = module.dense().detach().contiguous()
             dense: nn.Module = nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=module.padding_idx)
-        elif isinstance(module, Host):
-            dense = _dense_layer(module, name in conv1d)
+        elif isinstance(module, Host) or "neurons" in entry:
+            dense = _dense_layer(module, entry, name in conv1d)
         else:
             continue
         replace(model, name, dense)
@@ -415,10 +422,10 @@ def densify_hosts(model: nn.Module, layers: Mapping[str, Any], conv1d: Collectio
     return model
 
 
-def _dense_layer(module: Host, conv1d: bool) -> nn.Module:
-    """Return the dense layer that a host stands for."""
-    weight, offset = module.dense().detach().contiguous(), offset_of(module)
-    bias = None if offset is None else offset.detach().clone()
+def _dense_layer(module: nn.Module, entry: Mapping[str, Any], conv1d: bool) -> nn.Module:
+    """Return the dense layer that a host, or a layer with fewer hidden units, stands for."""
+    weight, offset = padded(entry, map_of(module).dense().detach()).contiguous(), offset_of(module)
+    bias = None if offset is None else padded(entry, offset.detach().clone())
     if not conv1d:
         return leaf(weight, bias)
     dense: nn.Module = Conv1D(1, 1)

@@ -29,6 +29,7 @@ from eckart.files.huggingface import (
     check_contents,
     check_files,
 )
+from eckart.files.neurons import full_shape, padded
 from eckart.files.shards import Source, write_shards
 from eckart.files.sharing import SHARED, stored_name
 from eckart.files.writing import check_output
@@ -192,7 +193,7 @@ def _skeleton(folder: Path, raw: Mapping[str, Any], config: EckartConfig | None)
         if name not in modules:
             raise EckartError(f"{type(model).__name__} has no layer {name!r} that the config of {folder} names")
         if entry["kind"] != TIED_HEAD:
-            _require_shape(name, blank_map(name, entry, torch.float32).shape, modules[name])
+            _require_shape(name, full_shape(entry, blank_map(name, entry, torch.float32).shape), modules[name])
     return model
 
 
@@ -222,7 +223,8 @@ def _layer_contents(
     numbers = map_.numbers + (map_.shape[0] if entry.get("bias") else 0)
     numbers -= sum(module.get_parameter(key).numel() for key in taken)
     dense = sum(p.numel() for p in model.get_submodule(name).parameters())
-    structure = f"{SHARED} " * (lends or SHARED in entry) + str(entry["map"]["op"]).lower()
+    structure = "neurons" if "neurons" in entry else str(entry["map"]["op"]).lower()
+    structure = f"{SHARED} " * (lends or SHARED in entry) + structure
     return LayerContents(name, entry["kind"], structure, map_.shape, rank_bound(map_), numbers, dense, nbytes)
 
 
@@ -292,7 +294,7 @@ def _sources(
             continue
         keys = _stored(name, entry)
         used.update(keys)
-        m, n = blank_map(name, entry, torch.float32).shape
+        m, n = full_shape(entry, blank_map(name, entry, torch.float32).shape)
         itemsize = next((t for t in map(tensors.dtype, keys) if t.is_floating_point), torch.float32).itemsize
         transposed = is_conv1d(model.get_submodule(name))
         out[f"{name}.weight"] = Source(m * n * itemsize, partial(_weight, name, entry, tensors, transposed))
@@ -319,12 +321,12 @@ def _weight(name: str, entry: Mapping[str, Any], tensors: TensorFile, transposed
     module = _filled(name, entry, tensors)
     map_ = module.held_map() if isinstance(module, EmbeddingHost) else map_of(module)
     # In float32 whatever is stored, so that the only rounding is the one of the result.
-    weight = map_.to(torch.float32).dense().to(map_.dtype)
+    weight = padded(entry, map_.to(torch.float32).dense().to(map_.dtype))
     return (weight.mT if transposed else weight).contiguous()
 
 
 def _bias(name: str, entry: Mapping[str, Any], tensors: TensorFile) -> Tensor:
-    return cast(Tensor, offset_of(_filled(name, entry, tensors))).detach()
+    return padded(entry, cast(Tensor, offset_of(_filled(name, entry, tensors))).detach())
 
 
 @contextmanager

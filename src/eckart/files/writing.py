@@ -65,6 +65,7 @@ class LayerRecord:
         padding_idx: int | None = None,
         planned: tuple[str, int] | None = None,
         shared: Mapping[str, str] | None = None,
+        neurons: Mapping[str, Any] | None = None,
     ) -> "LayerRecord":
         """Describe a fitted layer.
 
@@ -77,11 +78,13 @@ class LayerRecord:
             padding_idx: of an embedding.
             planned: structure and rank of the option chosen, needed unless the map is `LowRank` or `Pivoted`.
             shared: the layer that owns it, by the host's name of every tensor taken from another layer.
+            neurons: what the entry says of its hidden units, if it has fewer.
         """
         spec = map_.spec()
         entry: dict[str, Any] = {"kind": kind, "map": spec}
         entry |= {"padding_idx": padding_idx} if kind == EMBEDDING else {"bias": bias is not None}
         entry |= {SHARED: dict(shared)} if shared else {}
+        entry |= {} if neurons is None else {"neurons": dict(neurons)}
         own = 0 if bias is None else bias.numel()
         if shared:
             held = host(map_).state_dict()
@@ -153,6 +156,14 @@ class Partial:
             with safe_open(self.path(part), "pt") as handle:
                 out += [LayerRecord(**record) for record in json.loads(handle.metadata()["records"])]
         return out
+
+    def fresh_folder(self) -> Path:
+        """Return an empty folder for the output."""
+        folder = self.folder / "folder"
+        if folder.exists():
+            shutil.rmtree(folder)  # left by a run stopped while writing
+        folder.mkdir()
+        return folder
 
     def discard(self) -> None:
         """Delete everything."""
@@ -246,10 +257,7 @@ def write_folder(
         texts: further text files by name, such as the model card.
         progress: told of the stage "write".
     """
-    folder = partial.folder / "folder"
-    if folder.exists():
-        shutil.rmtree(folder)  # left by a run stopped while writing
-    folder.mkdir()
+    folder = partial.fresh_folder()
     sources = _sources(partial, model, blocks, _replaced(entries))
     sentinel = sentinel_name(entries)
     if sentinel:

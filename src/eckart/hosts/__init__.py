@@ -17,3 +17,9 @@ from eckart.hosts.host import is_linear as is_linear
 from eckart.hosts.host import leaf as leaf
 from eckart.hosts.host import map_of as map_of
 from eckart.hosts.host import offset_of as offset_of
+from eckart.hosts.neurons import Neurons as Neurons
+from eckart.hosts.neurons import neurons_of as neurons_of
+from eckart.hosts.residual import Residual as Residual
+from eckart.hosts.residual import is_rms_norm as is_rms_norm
+from eckart.hosts.residual import residual_of as residual_of
+from eckart.hosts.residual import rotated as rotated

@@ -6,7 +6,20 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from eckart.budget import DENSE, Candidates, Option, knapsack, smallest_numbers, threshold, uniform, uniform_rank
+from eckart.budget import (
+    DENSE,
+    Candidates,
+    Option,
+    knapsack,
+    proportional,
+    smallest_numbers,
+    threshold,
+    uniform,
+    uniform_rank,
+    weights_by_influence,
+    weights_by_loss,
+    zero_sum,
+)
 from eckart.budget.calibrate import calibrated, probe_option
 from eckart.errors import EckartError
 from eckart.fit import coded_blank
@@ -14,7 +27,18 @@ from eckart.maps import Dense, LinearMap, storage
 from eckart.methods.compress.fitting import by_rows, fit_layer, loss_of, structure_name
 from eckart.methods.compress.groups import Group, SharedPlan, fit_group, group_candidates, groups_of, member_plans
 from eckart.methods.compress.job import Job
-from eckart.methods.compress.layers import Known, Layer, foreseen, surveyed, unit_of, weights
+from eckart.methods.compress.layers import (
+    LINEAR,
+    NEURONS,
+    Known,
+    Layer,
+    errors_at,
+    foreseen,
+    surveyed,
+    type_of,
+    unit_of,
+    weights,
+)
 from eckart.methods.compress.outcome import LayerPlan, Plan
 from eckart.methods.compress.probe import levels, probe, remembered
 from eckart.progress import Progress
@@ -53,7 +77,7 @@ def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, prog
     """
     allocation = job.recipe.allocation
     # The errors of low-rank maps come together, those of other families one by one: then only for what is chosen.
-    compares = allocation in ("threshold", "knapsack", "calibrated")
+    compares = job.recipe.scores or allocation in ("knapsack", "calibrated")
     errors = compares or (predict and not job.recipe.families)
     groups = groups_of(job, layers, known, _share(job, layers))
     grouped = {layer.name for group in groups for layer in group.members}
@@ -77,11 +101,16 @@ def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, prog
         "sensitivity": threshold,
         "calibrated": knapsack,
         "knapsack": knapsack,
+        "log-loss": lambda table, budget: proportional(
+            table, budget, _log_loss_weights(job, layers, known, table, budget)
+        ),
+        "influence": lambda table, budget: proportional(table, budget, _influence_weights(job, layers, known)),
+        "zero-sum": lambda table, budget: zero_sum(table, budget, job.recipe.floor),
     }
     chosen = solve[allocation](table, budget)
     if predict and job.recipe.coding is not None:
         chosen = _with_codes(job, layers, known, chosen, progress)
-    elif predict and not errors:
+    elif predict and (job.recipe.scores or not errors):
         chosen = foreseen(job, alone, known, chosen) | _foreseen_groups(job, known, groups, chosen)
     progress("plan", len(layers), len(layers))
     return _unfolded(job, groups, Allocation(chosen, table))
@@ -189,22 +218,55 @@ def _calibrated(
     )
 
 
-def plan_of(job: Job, layers: Sequence[Layer], chosen: dict[str, Option], table: Sequence[Candidates]) -> Plan:
+def _log_loss_weights(
+    job: Job, layers: list[Layer], known: Known, table: Sequence[Candidates], budget: int
+) -> dict[str, float]:
+    """Return SVD-LLM v2's weights: every layer's error at the common share of numbers that meets the budget."""
+    errors = errors_at(job, layers, known, uniform(table, budget))
+    vectors = sum(batch.numel() for batch in job.calibration)
+    losses = {name: math.sqrt(vectors * error) for name, error in errors.items()}
+    return weights_by_loss(losses, {layer.name: type_of(layer) for layer in layers})
+
+
+def _influence_weights(job: Job, layers: list[Layer], known: Known) -> dict[str, float]:
+    """Return MoDeGPT's weights: one per block, for all its layers; embeddings and heads are as an average block."""
+    count = len(job.parts.blocks)
+    influence = [float(known.store.load("influence", i)["block"]["influence"]) for i in range(count)]
+    by_block = weights_by_influence(influence, job.recipe.temperature)
+    return {layer.name: by_block[layer.block] if 0 <= layer.block < count else 1.0 for layer in layers}
+
+
+def plan_of(job: Job, layers: Sequence[Layer], chosen: dict[str, Option]) -> Plan:
     """Return the plan that a choice of options makes."""
-    dense, rows = {c.name: c.dense for c in table}, []
-    for layer in layers:
-        option, before = stored(job, layer, chosen[layer.name]), dense[layer.name].numbers
-        what = option.structure, option.rank, option.numbers
-        rows.append(LayerPlan(layer.name, layer.kind, layer.shape, *what, before, option.nbytes, option.loss))
-    return plan_from(job, rows, dense)
+    return plan_from(job, [row for layer in layers for row in _rows(job, layer, chosen[layer.name])])
 
 
-def plan_from(job: Job, rows: Sequence[LayerPlan], dense: dict[str, Option]) -> Plan:
+def _rows(job: Job, layer: Layer, option: Option) -> list[LayerPlan]:
+    """Return the row of a layer; of hidden units, a row for every layer around them, the error with their reader."""
+    if layer.kind != NEURONS:
+        dense, option = layer.shape[0] * layer.shape[1] + layer.bias, stored(job, layer, option)
+        numbers, nbytes = option.numbers, option.nbytes
+        return [
+            LayerPlan(
+                layer.name, layer.kind, layer.shape, option.structure, option.rank, numbers, dense, nbytes, option.loss
+            )
+        ]
+    rows = []
+    for member in layer.members:
+        numbers, dense = (member.narrow_numbers(units, layer) for units in (option.rank, layer.shape[1]))
+        nbytes = numbers * job.weight_dtype(member.name).itemsize
+        rank = min(member.shape) if option.structure == DENSE else option.rank
+        loss = option.loss if member.name == layer.name else 0.0
+        rows.append(LayerPlan(member.name, LINEAR, member.shape, option.structure, rank, numbers, dense, nbytes, loss))
+    return rows
+
+
+def plan_from(job: Job, rows: Sequence[LayerPlan]) -> Plan:
     """Return the plan of given rows, with the whole model's figures."""
     total = job.model.numel
     sizes = (math.prod(s) * job.model.stored_dtype(name).itemsize for name, s in job.model.parameters.items())
-    saved = sum(dense[row.name].numbers - row.numbers for row in rows)
-    saved_bytes = sum(dense[row.name].nbytes - row.nbytes for row in rows)
+    saved = sum(row.dense_numbers - row.numbers for row in rows)
+    saved_bytes = sum(row.dense_numbers * job.weight_dtype(row.name).itemsize - row.nbytes for row in rows)
     nbytes = sum(sizes)
     return Plan(
         job.request.method,

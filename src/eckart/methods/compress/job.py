@@ -129,8 +129,12 @@ def open_job(request: Request, progress: Progress) -> Job:
     parts = anatomy(model.model)
     causal = type(model.model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     samples = None if documents is None else _samples(request, model, documents, causal)
-    labels = recipe.labels if recipe.uses_gradients else "sampled"
+    labels = recipe.labels if recipe.uses_gradients or recipe.uses_weight_gradients else "sampled"
     goal = objective(labels, parts.head is not None, causal)
+    if recipe.uses_weight_gradients and not causal:
+        raise EckartError(
+            f"{request.method} needs the loss of predicting the next token; {request.model} is no decoder"
+        )
     model_hash = check_finite(model, progress)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runner = Blockwise(model.model, parts, model.load, device)

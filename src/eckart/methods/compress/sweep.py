@@ -23,6 +23,7 @@ from eckart.maps import Quantized
 from eckart.methods.compress.allocate import Allocation, is_dense
 from eckart.methods.compress.fitting import (
     fit_layer,
+    fit_narrowed,
     loss_of,
     loss_of_map,
     running,
@@ -33,7 +34,7 @@ from eckart.methods.compress.fitting import (
 from eckart.methods.compress.groups import GroupFits, without_borrowed
 from eckart.methods.compress.heal import heal
 from eckart.methods.compress.job import Job
-from eckart.methods.compress.layers import EMBEDDING, HEAD, Known, Layer, weights
+from eckart.methods.compress.layers import EMBEDDING, HEAD, NEURONS, Known, Layer, weights
 from eckart.methods.compress.measure import divergence, next_token_loss
 from eckart.methods.compress.outcome import Measured
 from eckart.methods.compress.rounding import LearnedRounding
@@ -161,7 +162,10 @@ class Sweep:
             compressed = copy.deepcopy(block)
             for group in self._groups(block, name, index, pairs, inside):
                 cross = self._cross(block, compressed, group[0], name, index, pairs) if self._needs_cross else None
-                for layer, weight in weights(job, [inside[member] for member in group]):
+                narrowed = [inside[member] for member in group if inside[member].kind == NEURONS]
+                for layer in narrowed:
+                    records += self._narrow(layer, block, compressed, name, cross)
+                for layer, weight in weights(job, [inside[m] for m in group if inside[m].kind != NEURONS]):
                     inner = layer.name.removeprefix(f"{name}.")
                     bias = offset_of(block.get_submodule(inner))
                     fit = self.groups.fit(layer, bias) or fit_layer(
@@ -192,6 +196,21 @@ class Sweep:
         """Return what a layer becomes, as plans say it, and at which rank."""
         option = self.chosen[layer.name]
         return structure_name(option, self.job.recipe.coding), option.rank
+
+    def _narrow(
+        self, layer: Layer, block: nn.Module, compressed: nn.Module, name: str, cross: CrossMoments | None
+    ) -> list[LayerRecord]:
+        """Put fewer hidden units in a compressed block; return the records of the layers around them."""
+        inner = {member.name: member.name.removeprefix(f"{name}.") for member in layer.members}
+        biases = {full: offset_of(block.get_submodule(short)) for full, short in inner.items()}
+        option, records = self.chosen[layer.name], []
+        for part in fit_narrowed(self.job, self.known, layer, option, biases, cross=cross):
+            replace(compressed, inner[part.layer.name], running(part.fit))
+            loss, planned = loss_of(self.known, part.fit), (option.structure, option.rank)
+            records.append(
+                LayerRecord.of(part.layer.name, part.fit.map, part.fit.bias, loss, planned=planned, neurons=part.entry)
+            )
+        return records
 
     @property
     def _needs_cross(self) -> bool:
@@ -277,10 +296,10 @@ class Sweep:
     @torch.no_grad()
     def _rounded(self, name: str, compressed: nn.Module, inside: dict[str, Layer]) -> dict[str, Tensor]:
         """Round a block's numbers to the dtypes they are stored in; return them by full name."""
-        out = {}
+        out, members = {}, [member.name for layer in inside.values() for member in layer.members]
         for key, tensor in compressed.state_dict(keep_vars=True).items():
             full = f"{name}.{key}"
-            owner = next((layer for layer in inside if full.startswith(f"{layer}.")), None)
+            owner = next((member for member in members if full.startswith(f"{member}.")), None)
             dtype = self.job.weight_dtype(owner) if owner else self.job.model.stored_dtype(full)
             stored = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach().clone()
             if tensor.is_floating_point():

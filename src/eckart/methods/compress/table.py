@@ -23,13 +23,17 @@ from eckart.methods.compress.gptq import gptq
 from eckart.methods.compress.kfac import kfac
 from eckart.methods.compress.lord import lord
 from eckart.methods.compress.lrq import lrq
+from eckart.methods.compress.modegpt import modegpt
 from eckart.methods.compress.oats import oats
 from eckart.methods.compress.recipe import COMMON, Recipe, overridden
 from eckart.methods.compress.rocket import rocket
 from eckart.methods.compress.rtn import rtn
+from eckart.methods.compress.slicegpt import slicegpt
 from eckart.methods.compress.svd import svd
 from eckart.methods.compress.svd_llm import svd_llm
+from eckart.methods.compress.svd_llm_v2 import svd_llm_v2
 from eckart.methods.compress.welore import welore
+from eckart.methods.compress.zs_svd import zs_svd
 
 Page = Callable[..., Recipe]
 
@@ -39,6 +43,7 @@ METHODS: dict[str, Page] = {
     "fwsvd": fwsvd,
     "asvd": asvd,
     "svd-llm": svd_llm,
+    "svd-llm-v2": svd_llm_v2,
     "afm": afm,
     "lord": lord,
     "welore": welore,
@@ -46,6 +51,7 @@ METHODS: dict[str, Page] = {
     "aa-svd": aa_svd,
     "basis-sharing": basis_sharing,
     "concatenated-svd": concatenated_svd,
+    "zs-svd": zs_svd,
     "cospadi": cospadi,
     "compot": compot,
     "rocket": rocket,
@@ -54,6 +60,8 @@ METHODS: dict[str, Page] = {
     "gptq": gptq,
     "any4": any4,
     "lrq": lrq,
+    "modegpt": modegpt,
+    "slicegpt": slicegpt,
     "eckart": eckart,
     "eckart-mixed": eckart_mixed,
 }
