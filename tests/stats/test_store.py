@@ -23,6 +23,7 @@ def test_tensors_come_back_by_part_and_name(tmp_path):
         for name, tensor in tensors.items():
             assert back[part][name].dtype == tensor.dtype
             assert torch.equal(back[part][name], tensor)
+    assert store.load("inputs", 7, lambda part: part == "d").keys() == {"d"}
 
 
 def test_kinds_are_complete_or_not(tmp_path):

@@ -6,13 +6,12 @@ whatever is there is complete.
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from eckart.atomic import write_tensors
@@ -47,15 +46,19 @@ class Store:
         flat = {f"{part}|{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
         write_tensors(self.path(kind, index), flat)
 
-    def load(self, kind: str, index: int) -> dict[str, dict[str, Tensor]]:
-        """Load what `save` wrote.
+    def load(
+        self, kind: str, index: int, wanted: Callable[[str], bool] = lambda part: True
+    ) -> dict[str, dict[str, Tensor]]:
+        """Load what `save` wrote, or only the parts that are wanted.
 
         Raises:
             EckartError: if the file was damaged since.
         """
         path = self.path(kind, index)
         try:
-            flat = load_file(path, device=str(self.device))
+            with safe_open(path, "pt", device=str(self.device)) as file:
+                keys = [key for key in file.keys() if wanted(key.partition("|")[0])]  # noqa: SIM118
+                flat = {key: file.get_tensor(key) for key in keys}
         except (SafetensorError, OSError) as error:
             raise EckartError(f"{path} is damaged ({error}); delete its folder and run again") from error
         out: dict[str, dict[str, Tensor]] = {}

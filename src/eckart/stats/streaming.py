@@ -7,7 +7,7 @@ Legend: samples are batches of token ids (b, t) without padding; hidden states a
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -408,20 +408,30 @@ def token_counts(samples: Sequence[Tensor], vocabulary: int) -> Tensor:
     )
 
 
-def gradients_of(store: Store, objective: Objective, index: int) -> dict[str, Gradients]:
-    """Load the gradient moments of one block by layer name."""
-    return {layer: Gradients.of(t) for layer, t in store.load(f"gradients-{objective.name}", index).items()}
+def gradients_of(
+    store: Store, objective: Objective, index: int, layers: Collection[str] | None = None
+) -> dict[str, Gradients]:
+    """Load the gradient moments of one block by layer name, or only those of some layers."""
+    parts = store.load(f"gradients-{objective.name}", index, lambda part: layers is None or part in layers)
+    return {layer: Gradients.of(t) for layer, t in parts.items()}
 
 
-def weight_gradients_of(store: Store, objective: Objective, index: int) -> dict[str, Tensor]:
-    """Load the mean gradients of one block's weights, (m, n) by layer name."""
-    return {layer: t["mean"] for layer, t in store.load(f"weight-gradients-{objective.name}", index).items()}
+def weight_gradients_of(
+    store: Store, objective: Objective, index: int, layers: Collection[str] | None = None
+) -> dict[str, Tensor]:
+    """Load the mean gradients of one block's weights, (m, n) by layer name, or only those of some layers."""
+    parts = store.load(f"weight-gradients-{objective.name}", index, lambda part: layers is None or part in layers)
+    return {layer: t["mean"] for layer, t in parts.items()}
 
 
-def inputs_of(store: Store, index: int) -> dict[str, Moments]:
-    """Load the input moments of one block by layer name; layers of a group share one object."""
+def inputs_of(store: Store, index: int, layers: Collection[str] | None = None) -> dict[str, Moments]:
+    """Load the input moments of one block by layer name, or only of the groups of some layers.
+
+    Layers of a group share one object.
+    """
     out = {}
-    for group, tensors in store.load("inputs", index).items():
+    parts = store.load("inputs", index, lambda part: layers is None or not set(layers).isdisjoint(part.split("+")))
+    for group, tensors in parts.items():
         moments = Moments.of(tensors)
         out.update(dict.fromkeys(group.split("+"), moments))
     return out

@@ -10,7 +10,7 @@ form.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
 
@@ -127,7 +127,7 @@ def _layer(name: str, kind: str, module: nn.Module, block: int) -> Layer:
 
 @dataclass(slots=True)
 class Known:
-    """The statistics of one block at a time, read from a store as a recipe needs them.
+    """The statistics of one layer at a time, read from a store as a recipe needs them.
 
     Attributes:
         job: the job.
@@ -136,24 +136,24 @@ class Known:
 
     job: Job
     store: Store
-    _block: int = -2
-    _inputs: dict[str, Moments] | None = None
-    _gradients: dict[str, Gradients] | None = None
+    _inputs: dict[str, Moments] = field(default_factory=dict)  # of the layers that share the latest input
 
     def data(self, layer: Layer, weight: Tensor, cross: CrossMoments | None = None) -> LayerData | None:
         """Return what is known of a linear layer, or None if the calibration texts never reached it."""
-        recipe = self.job.recipe
-        if layer.block != self._block:
-            self._block = layer.block
-            self._inputs = inputs_of(self.store, layer.block) if recipe.uses_inputs else None
-            self._gradients = (
-                gradients_of(self.store, self.job.objective, layer.block) if recipe.uses_gradients else None
-            )
-        for known in (self._inputs, self._gradients):
-            if known is not None and layer.name not in known:
+        recipe, gradients, inputs = self.job.recipe, None, None
+        if cross is not None and cross.original is not None:
+            inputs = cross.original
+        elif recipe.uses_inputs:
+            if layer.name not in self._inputs:
+                self._inputs = inputs_of(self.store, layer.block, [layer.name])
+            if layer.name not in self._inputs:
                 return None
-        inputs = self._inputs[layer.name] if self._inputs is not None else None
-        gradients = self._gradients[layer.name] if self._gradients is not None else None
+            inputs = self._inputs[layer.name]
+        if recipe.uses_gradients:
+            known = gradients_of(self.store, self.job.objective, layer.block, [layer.name])
+            if layer.name not in known:
+                return None
+            gradients = known[layer.name]
         return LayerData(weight, inputs, gradients, cross)
 
     def head_data(self, layer: Layer, weight: Tensor, cross: CrossMoments | None = None) -> LayerData:
@@ -199,7 +199,7 @@ class Known:
             raise AssertionError("checked when the recipe was made")
         gradient = None
         if recipe.uses_weight_gradients:
-            gradient = weight_gradients_of(self.store, self.job.objective, layer.block)[layer.name]
+            gradient = weight_gradients_of(self.store, self.job.objective, layer.block, [layer.name])[layer.name]
         return recipe.score(LayerData(weight, weight_gradient=gradient), regression)
 
     def scale(self) -> float:
