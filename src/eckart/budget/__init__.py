@@ -7,7 +7,9 @@ from eckart.budget.candidates import Candidates as Candidates
 from eckart.budget.candidates import Option as Option
 from eckart.budget.candidates import candidates as candidates
 from eckart.budget.candidates import smallest_numbers as smallest_numbers
+from eckart.budget.knapsack import hull as hull
 from eckart.budget.knapsack import knapsack as knapsack
+from eckart.budget.knapsack import upgrades as upgrades
 from eckart.budget.threshold import threshold as threshold
 from eckart.budget.uniform import uniform as uniform
 from eckart.budget.uniform import uniform_rank as uniform_rank

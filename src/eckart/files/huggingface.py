@@ -28,7 +28,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -44,6 +44,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eckart.errors import EckartError, NumericalWarning
+from eckart.files.elastic import Elastic, Slice, read_order
 from eckart.hosts import EmbeddingHost, Host, TiedHead, host, is_conv1d, leaf, map_of, offset_of, replace
 from eckart.maps import FAMILIES, LinearMap, LowRank, blank
 
@@ -134,6 +135,7 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
             )
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        self._slices, self._elastic = self._resized(model, kwargs.get("checkpoint_files"))
         layers = localized(model, self.quantization_config.layers)
         check_files(kwargs.get("checkpoint_files"), self.quantization_config.layers)
         self._conv1d = {name for name in layers if is_conv1d(model.get_submodule(name))}
@@ -155,7 +157,46 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
             source = _tied_bias(model, name) if entry["kind"] == TIED_HEAD else None
             if source is not None:
                 model.get_submodule(name).bias = model.get_parameter(source)
+        if self._elastic is not None:
+            self._cut(model, self._elastic)
+        # what is in memory has one size
+        self.quantization_config.__dict__.pop("elastic", None)
+        model.config.__dict__.pop("keep", None)
         return model
+
+    def _resized(self, model: nn.Module, files: Any) -> tuple[dict[str, Slice], Elastic | None]:
+        """Return what the layers become if the model is asked for at another size than the folder's, and its order."""
+        stated = getattr(self.quantization_config, "elastic", None)
+        keep = getattr(model.config, "keep", None)
+        if stated is None or keep is None or keep == stated["largest"]:
+            return {}, None
+        elastic = read_order(Path(files[0] if not isinstance(files, str) else files).parent)
+        return elastic.plan(keep), elastic
+
+    @torch.no_grad()
+    def _cut(self, model: nn.Module, elastic: Elastic) -> None:
+        """Replace the layers of the folder's size by those of the size asked for."""
+        entries = dict(self.quantization_config.layers)
+        keep = float(model.config.keep)  # type: ignore[union-attr, arg-type]
+        local = localized(model, {name: {"kind": LINEAR, "of": name} for name in self._slices})
+        for name, of in ((name, entry["of"]) for name, entry in local.items()):
+            if not self._slices[of].rank:
+                continue
+            map_ = elastic.map(of, self._slices[of].rank, keep)
+            entries[of] = elastic.entry(of, map_)
+            replace(model, name, _resized_module(name, model.get_submodule(name), map_, entries[of]))
+        head = elastic.tied_head
+        for of, entry in list(entries.items()):
+            if entry["kind"] == EMBEDDING and head is not None:
+                entries[head] = {"kind": TIED_HEAD, "embedding": of}
+                model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+        for name, entry in localized(model, entries).items():
+            if entry["kind"] == TIED_HEAD:
+                bias = getattr(model.get_submodule(name), "bias", None)
+                replace(model, name, TiedHead(cast(EmbeddingHost, model.get_submodule(entry["embedding"])), bias))
+        stated = self.quantization_config
+        stated.layers, stated.sentinel = entries, sentinel_name(entries)
+        stated.tied = any(entry["kind"] == TIED_HEAD for entry in entries.values())
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the state dict with the sentinel, for `save_pretrained`."""
@@ -183,6 +224,17 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
             style = plan.pop(wildcard, None)
             if style is not None and entry["kind"] == LINEAR and entry["map"]["op"] == LowRank.__name__:
                 plan[f"{wildcard}.{'up' if style.startswith('colwise') else 'down'}"] = style
+
+
+def _resized_module(name: str, old: nn.Module, map_: LinearMap, entry: Mapping[str, Any]) -> nn.Module:
+    """Return the module of a map in the place of another one, on its device and in its dtype."""
+    parameter = next(old.parameters())
+    if parameter.is_meta:
+        raise EckartError(f"layer {name!r} is offloaded, so it cannot be cut while loading; use eckart slice first")
+    map_ = map_.to(parameter.dtype, parameter.device)
+    if entry["kind"] == EMBEDDING:
+        return EmbeddingHost(map_, entry["padding_idx"])
+    return host(map_, offset_of(old))
 
 
 def _prefix(model: nn.Module) -> str:

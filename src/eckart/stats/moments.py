@@ -4,6 +4,7 @@ Legend: x (..., n) a batch of vectors; the sums run over all of them. Products a
 float64 (float32 above 4096 channels, where float64 would double hundreds of megabytes).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +66,13 @@ class MomentSum:
         self._abs += rows.abs().sum(0, dtype=torch.float64)
         self._second += rows.mT @ rows
 
+    def add_sum(self, other: "MomentSum") -> None:
+        """Add the vectors that another sum has seen."""
+        self.count += other.count
+        self._sum += other._sum
+        self._abs += other._abs
+        self._second += other._second
+
     def result(self, name: str) -> Moments:
         """Return the moments of everything added.
 
@@ -95,6 +103,16 @@ class CrossSum:
         self.original.add(rows)
         self.shifted.add(hats)
         self._cross += rows.mT @ hats
+
+    @staticmethod
+    def merged(parts: Sequence["CrossSum"]) -> "CrossSum":
+        """Return the sum over all pairs that any of at least one sum has seen."""
+        out = CrossSum(parts[0]._cross.shape[0], parts[0]._cross.device)
+        for part in parts:
+            out.original.add_sum(part.original)
+            out.shifted.add_sum(part.shifted)
+            out._cross += part._cross
+        return out
 
     def cross(self) -> Tensor:
         """Return E[x x^^T], (n, n)."""

@@ -37,7 +37,7 @@ def allocate(
     compares = allocation in ("threshold", "knapsack", "calibrated")
     errors = compares or (predict and not job.recipe.families)
     table = surveyed(job, layers, known, errors=errors, progress=lambda i: progress("plan", i, len(layers)))
-    budget = _budget(job, table)
+    budget = budget_of(job, table, job.request.keep)
     if budget >= sum(layer.dense.numbers for layer in table):  # nothing is gained by dropping even what seems useless
         progress("plan", len(layers), len(layers))
         return {layer.name: layer.dense for layer in table}, table
@@ -60,20 +60,20 @@ def allocate(
     return chosen, table
 
 
-def _budget(job: Job, table: Sequence[Candidates]) -> int:
-    """Return the numbers that all candidate layers may store together.
+def budget_of(job: Job, table: Sequence[Candidates], keep: float) -> int:
+    """Return the numbers that all candidate layers may store together at a size.
 
     Raises:
         EckartError: if the other parameters alone, or with the cheapest options, exceed what may remain.
     """
     total = job.model.numel
     fixed = total - sum(layer.dense.numbers for layer in table)
-    budget = math.floor(job.request.keep * total + 1e-9) - fixed
+    budget = math.floor(keep * total + 1e-9) - fixed
     least = smallest_numbers(table)
     if budget < least:
         hint = "" if job.recipe.embeddings else ", or let embeddings be compressed as well with --set embeddings=true"
         raise EckartError(
-            f"keep {job.request.keep:g} of {total:,} parameters cannot be met: {fixed:,} lie outside the layers "
+            f"keep {keep:g} of {total:,} parameters cannot be met: {fixed:,} lie outside the layers "
             f"compressed, and those take {least:,} at rank 1; ask for more than {(fixed + least) / total:.3f}{hint}"
         )
     return budget

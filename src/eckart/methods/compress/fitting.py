@@ -12,7 +12,7 @@ from eckart.fit import Fit, Metric, best_bias, error_of, regress
 from eckart.fit.families import Family
 from eckart.fit.refit import refit_up
 from eckart.hosts import EmbeddingHost, TiedHead, host
-from eckart.maps import LinearMap, LowRank, pivot, storage
+from eckart.maps import LowRank, stored
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import EMBEDDING, Known, Layer
 from eckart.stats import CrossSum
@@ -61,10 +61,7 @@ def fit_layer(
     factors = cast(LowRank, fit.map)
     if recipe.update and cross is not None:
         factors = refit_up(weight, factors, cross.shifted.result(layer.name).second)
-    if layer.kind == EMBEDDING and recipe.storage == "pivoted":
-        built: LinearMap = pivot(factors, "columns")  # looked up by row: one row of numbers per token
-    else:
-        built = storage(recipe.storage).build(factors)
+    built = stored(factors, recipe.storage, table=layer.kind == EMBEDDING)
     return dataclasses.replace(fit, map=built.to(dtype), bias=None if fit.bias is None else fit.bias.to(dtype))
 
 

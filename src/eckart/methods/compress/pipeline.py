@@ -15,8 +15,9 @@ from eckart.errors import EckartError
 from eckart.files.card import inherited, model_card
 from eckart.files.writing import LayerRecord, Partial, check_output, layer_entries, publish, write_folder
 from eckart.methods.compress.allocate import allocate, plan_from, plan_of
-from eckart.methods.compress.job import Job, Request, open_job, statistics_store, trim_cache
-from eckart.methods.compress.layers import Known, Layer, check_layers, layers_of
+from eckart.methods.compress.elastic import ElasticSweep, check_elastic, ordered, sizes_of
+from eckart.methods.compress.job import Job, Request, check_keep, open_job, statistics_store, trim_cache
+from eckart.methods.compress.layers import Known, Layer, check_layers, layers_of, surveyed
 from eckart.methods.compress.outcome import Measured, Outcome, Plan
 from eckart.methods.compress.sweep import Sweep
 from eckart.methods.compress.table import settings_of, summary_of
@@ -35,6 +36,8 @@ def compress(
     length: int | None = None,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
+    elastic: bool = False,
+    least: float = 0.5,
     cache: bool = True,
     progress: Progress = silent,
 ) -> Outcome:
@@ -54,6 +57,9 @@ def compress(
         length: tokens per sample, 256 by default.
         seed: seed of everything random.
         settings: settings of the method by name, typed.
+        elastic: whether the folder also holds what `eckart.load` and `eckart.slice_folder` need to give every smaller
+            size.
+        least: the smallest of those, as a share like `keep`; only read if elastic.
         cache: whether to keep statistics for later runs, in $ECKART_CACHE or the user's cache folder.
         progress: called with (stage, steps done, steps in all).
 
@@ -62,7 +68,13 @@ def compress(
     """
     started, target = time.perf_counter(), Path(out)
     check_output(target)
-    job = open_job(_request(model, method, keep, calibration, samples, length, seed, settings), progress)
+    request = _request(model, method, keep, calibration, samples, length, seed, settings)
+    if elastic:
+        check_keep(keep)
+        request = replace(request, sizes=sizes_of(keep, least))
+    job = open_job(request, progress)
+    if elastic:
+        check_elastic(job)
     layers = layers_of(job)
     check_layers(job, layers)
     partial = Partial(target.absolute().with_name(f".{target.absolute().name}.eckart-{job.key[:8]}"))
@@ -89,8 +101,12 @@ def _compressed(
     """Do all the work of a job up to its last finished part; return the plan as stored, and the loss."""
     _collect(job, store, Store(partial.folder / "boundaries"), progress)
     known = Known(job, store)
-    chosen, table = allocate(job, layers, known, predict=False, progress=progress)
-    measured = Sweep(job, known, layers, chosen, partial, progress).run()
+    if job.request.sizes:
+        table = surveyed(job, layers, known, errors=True, progress=lambda i: progress("plan", i, len(layers)))
+        measured = ElasticSweep(job, known, layers, ordered(job, layers, table), partial, progress).run()
+    else:
+        chosen, table = allocate(job, layers, known, predict=False, progress=progress)
+        measured = Sweep(job, known, layers, chosen, partial, progress).run()
     return _as_stored(job, layers, table, partial.records()), measured
 
 
@@ -99,7 +115,8 @@ def _publish(job: Job, partial: Partial, outcome: Outcome, progress: Progress) -
     head = job.parts.head if job.parts.tied else None
     entries = layer_entries(partial.records(), job.parts.embedding, head)
     texts = {"README.md": _card(job, outcome), "eckart.json": _report(outcome)}
-    folder = write_folder(partial, job.model, job.parts.blocks, entries, _made_by(outcome), texts, progress)
+    made_by, sizes = _made_by(outcome), job.request.sizes
+    folder = write_folder(partial, job.model, job.parts.blocks, entries, made_by, texts, progress, sizes)
     publish(folder, outcome.out)
 
 
@@ -189,6 +206,7 @@ def _described(job: Job) -> dict[str, Any]:
         "samples": None if job.samples is None else sum(b.shape[0] for b in job.samples.batches),
         "tokens": None if job.samples is None else job.samples.tokens,
         "seed": request.seed,
+        **({"sizes": list(request.sizes)} if request.sizes else {}),
         "settings": {**defaults, **request.settings},
         "model_hash": job.model_hash,
     }

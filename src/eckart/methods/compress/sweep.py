@@ -162,6 +162,18 @@ class Sweep:
         # before the first compressed layer the error is zero, and healing would only decay the weights
         if job.recipe.heal and any(layer.block <= index for layer in self.layers):
             self._heal(compressed, index, pairs["calibration"], targets)
+        self._commit(index, compressed, inside, records, pairs)
+
+    def _commit(
+        self,
+        index: int,
+        compressed: nn.Module,
+        inside: dict[str, Layer],
+        records: list[LayerRecord],
+        pairs: dict[str, Pair],
+    ) -> None:
+        """Move the compressed streams past a finished block and write it."""
+        job, name = self.job, self.job.parts.blocks[index]
         tensors = self._rounded(name, compressed, inside)
         for pair in pairs.values():
             advance(job.runner, compressed, index, pair.compressed)
