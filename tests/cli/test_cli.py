@@ -24,7 +24,7 @@ from eckart.errors import EckartError
 from eckart.methods.compress.table import METHODS
 
 DEMO = Path(str(files("eckart"))) / "demo"
-VERBS = ("compress", "eval", "methods", "show", "densify", "demo")
+VERBS = ("compress", "eval", "methods", "show", "densify", "slice", "demo")
 RUN = ["compress", "MODEL", "--keep", "0.5", "--out", "x"]
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 

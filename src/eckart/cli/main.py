@@ -3,6 +3,7 @@
 import difflib
 import os
 import sys
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,6 +59,10 @@ def compress(
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting of the method.")
     ] = None,
     only_plan: Annotated[bool, typer.Option("--plan", help="Only print what every layer would become.")] = False,
+    elastic: Annotated[
+        bool, typer.Option("--elastic", help="Make a folder that also loads at every smaller size.")
+    ] = False,
+    least: Annotated[float, typer.Option(help="Smallest size of an elastic folder, as a share like --keep.")] = 0.5,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no statistics for later runs.")] = False,
     every_layer: EveryLayer = False,
     as_json: Json = False,
@@ -90,7 +95,7 @@ def compress(
             planned = run_plan(model, **arguments, progress=progress)
             values, table = planned.as_dict(), plan_table(planned, every_layer)
         else:
-            outcome = run_compress(model, out, **arguments, progress=progress)
+            outcome = run_compress(model, out, **arguments, elastic=elastic, least=least, progress=progress)
             values, table = outcome.as_dict(), outcome_table(outcome, every_layer)
     print_json(values) if as_json else print_all(table)
 
@@ -168,15 +173,35 @@ def show(
 def densify(
     folder: Annotated[Path, typer.Argument(help="Compressed folder.")],
     out: Annotated[Path, typer.Option(help="Folder to write; must not hold anything yet.")],
+    keep: Annotated[float | None, typer.Option(help="Size of an elastic folder.  [default: its largest]")] = None,
 ) -> None:
     """Write a compressed folder as an ordinary dense one, which loads without eckart."""
     _require_model(folder)
 
     from eckart.cli.progress import Bars
     from eckart.files.inspect import densify as run
+    from eckart.files.slicing import sliced
+
+    with Bars() as progress, nullcontext(folder) if keep is None else sliced(folder, out, keep, progress) as source:
+        run(source, out, progress)
+    typer.echo(f"written to {out}")
+
+
+@app.command("slice")
+@guarded(STARTS_AGAIN)
+def slice_(
+    folder: Annotated[Path, typer.Argument(help="Elastic folder, made by `eckart compress --elastic`.")],
+    keep: Annotated[float, typer.Option(help="Share of the dense model's parameters that remains.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not hold anything yet.")],
+) -> None:
+    """Write an elastic folder at a smaller size, without data."""
+    _require_model(folder)
+
+    from eckart.cli.progress import Bars
+    from eckart.files.slicing import slice_folder as run
 
     with Bars() as progress:
-        run(folder, out, progress)
+        run(folder, out, keep=keep, progress=progress)
     typer.echo(f"written to {out}")
 
 

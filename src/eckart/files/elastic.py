@@ -174,7 +174,7 @@ class Elastic:
     def _slice(self, layer: ElasticLayer, rank: int, loss: float) -> Slice:
         if rank == 0 and layer.dense:
             numbers = math.prod(layer.shape) + layer.bias
-            return Slice(0, numbers, numbers * layer.itemsize, loss)
+            return Slice(0, numbers, numbers * layer.itemsize, 0.0)
         kept = storage(self.stored)
         numbers = kept.numbers(layer.shape, rank) + layer.bias
         return Slice(rank, numbers, numbers * layer.itemsize + kept.index_bytes(layer.shape, rank), loss)

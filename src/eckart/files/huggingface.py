@@ -182,9 +182,10 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, of in ((name, entry["of"]) for name, entry in local.items()):
             if not self._slices[of].rank:
                 continue
-            map_ = elastic.map(of, self._slices[of].rank, keep)
+            map_, old = elastic.map(of, self._slices[of].rank, keep), model.get_submodule(name)
             entries[of] = elastic.entry(of, map_)
-            replace(model, name, _resized_module(name, model.get_submodule(name), map_, entries[of]))
+            self._conv1d |= {name} if is_conv1d(old) else set()
+            replace(model, name, _resized_module(name, old, map_, entries[of]))
         head = elastic.tied_head
         for of, entry in list(entries.items()):
             if entry["kind"] == EMBEDDING and head is not None:

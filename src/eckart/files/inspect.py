@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoModel
 
 from eckart.atomic import copy_file, write_json
 from eckart.errors import EckartError
+from eckart.files.elastic import FOLDER as ELASTIC
+from eckart.files.elastic import read_order
 from eckart.files.folder import COMPANIONS, TensorFile, check_model_folder, quiet, tensor_file
 from eckart.files.huggingface import (
     EMBEDDING,
@@ -75,6 +77,7 @@ class Contents:
         dense_parameters: the same of the dense model.
         nbytes: bytes of all tensors.
         made_by: what config.json says of the run that made it: method, settings, figures.
+        elastic: "least" and "largest" size of an elastic folder, and "nbytes" of its components; None of another.
     """
 
     folder: Path
@@ -84,6 +87,7 @@ class Contents:
     dense_parameters: int
     nbytes: int
     made_by: dict[str, Any]
+    elastic: dict[str, Any] | None = None
 
     @property
     def kept(self) -> float:
@@ -112,7 +116,11 @@ def show(folder: str | Path) -> Contents:
     sizes = {name: _count(tensors, [name]) for name in tensors.files}
     parameters, nbytes = sum(size for size, _ in sizes.values()), sum(size for _, size in sizes.values())
     dense = parameters + sum(layer.dense_numbers - layer.numbers for layer in layers)
-    return Contents(folder, type(model).__name__, layers, parameters, dense, nbytes, config.made_by)
+    elastic = getattr(config, "elastic", None)
+    if elastic is not None:
+        read_order(folder)  # an incomplete copy is noticed here
+        elastic = {**elastic, "nbytes": sum(path.stat().st_size for path in (folder / ELASTIC).iterdir())}
+    return Contents(folder, type(model).__name__, layers, parameters, dense, nbytes, config.made_by, elastic)
 
 
 def densify(folder: str | Path, out: str | Path, progress: Progress = silent) -> Path:
@@ -137,7 +145,7 @@ def densify(folder: str | Path, out: str | Path, progress: Progress = silent) ->
     if not config.layers:
         raise EckartError(f"{folder} is not compressed by eckart, so there is nothing to make dense")
     check_output(out)
-    dense_raw = {key: value for key, value in raw.items() if key != "quantization_config"}
+    dense_raw = {key: value for key, value in raw.items() if key not in ("quantization_config", "keep")}
     if config.tied or any(entry["kind"] == TIED_HEAD for entry in config.layers.values()):
         dense_raw["tie_word_embeddings"] = True
     with quiet():
@@ -170,7 +178,7 @@ def _opened(folder: Path) -> tuple[dict[str, Any], EckartConfig, TensorFile]:
 
 def _skeleton(folder: Path, raw: Mapping[str, Any], config: EckartConfig | None) -> nn.Module:
     """Return the dense model on the meta device, after checking that it has the compressed layers in their shapes."""
-    settings = {key: value for key, value in raw.items() if key != "quantization_config"}
+    settings = {key: value for key, value in raw.items() if key not in ("quantization_config", "keep")}
     cls: Any = getattr(transformers, _class_name(raw), None)
     if cls is None:
         raise EckartError(

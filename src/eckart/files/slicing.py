@@ -1,7 +1,9 @@
 """Cutting an elastic folder down to a smaller one: which layers change, and the folder that holds the result."""
 
 import math
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,6 +78,15 @@ def slice_folder(folder: str | Path, out: str | Path, *, keep: float, progress: 
             temporary / "eckart.json", {"measured": None, "settings": made_by, "plan": _plan(elastic, made_by, rows)}
         )
     return out
+
+
+@contextmanager
+def sliced(folder: Path, out: Path, keep: float, progress: Progress = silent) -> Iterator[Path]:
+    """Yield a folder beside `out` with an elastic folder cut to a size, and remove it afterwards."""
+    check_output(out)
+    parent = next(p for p in out.absolute().parents if p.exists())
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=parent) as scratch:
+        yield slice_folder(folder, Path(scratch) / "cut", keep=keep, progress=progress)
 
 
 @dataclass(slots=True)
