@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from eckart.atomic import write_tensors
 from eckart.errors import EckartError
+from eckart.hosts import EmbeddingHost, host, offset_of
 from eckart.maps import LinearMap, LowRank, storage, stored
 
 FOLDER, ORDER, KEY = "elastic", "order", "eckart_elastic"
@@ -190,6 +191,24 @@ def built_map(up: Tensor, down: Tensor, storage_name: str, *, table: bool) -> Li
         table: whether it is an embedding.
     """
     return stored(LowRank(up.mT.double(), down.double()), storage_name, table=table).to(up.dtype)
+
+
+def module_of(map_: LinearMap, layer: ElasticLayer, bias: Tensor | None) -> nn.Module:
+    """Return the module that a cut layer becomes."""
+    return EmbeddingHost(map_, layer.padding_idx) if layer.table else host(map_, bias)
+
+
+def resized(name: str, old: nn.Module, map_: LinearMap, layer: ElasticLayer) -> nn.Module:
+    """Return the module of a map that takes the place of a layer's module, on its device and in its dtype.
+
+    Raises:
+        EckartError: if that is offloaded.
+    """
+    parameter = next(old.parameters())
+    if parameter.is_meta:
+        raise EckartError(f"layer {name!r} is offloaded, so it cannot be cut while loading; use eckart slice first")
+    bias = None if layer.table else offset_of(old)
+    return module_of(map_.to(parameter.dtype, parameter.device), layer, bias)
 
 
 def nearest(sizes: tuple[float, ...], keep: float) -> int:

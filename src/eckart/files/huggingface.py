@@ -44,7 +44,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eckart.errors import EckartError, NumericalWarning
-from eckart.files.elastic import Elastic, Slice, read_order
+from eckart.files.elastic import Elastic, Slice, read_order, resized
 from eckart.hosts import EmbeddingHost, Host, TiedHead, host, is_conv1d, leaf, map_of, offset_of, replace
 from eckart.maps import FAMILIES, LinearMap, LowRank, blank
 
@@ -185,7 +185,7 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
             map_, old = elastic.map(of, self._slices[of].rank, keep), model.get_submodule(name)
             entries[of] = elastic.entry(of, map_)
             self._conv1d |= {name} if is_conv1d(old) else set()
-            replace(model, name, _resized_module(name, old, map_, entries[of]))
+            replace(model, name, resized(name, old, map_, elastic.layer(of)))
         head = elastic.tied_head
         for of, entry in list(entries.items()):
             if entry["kind"] == EMBEDDING and head is not None:
@@ -225,17 +225,6 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
             style = plan.pop(wildcard, None)
             if style is not None and entry["kind"] == LINEAR and entry["map"]["op"] == LowRank.__name__:
                 plan[f"{wildcard}.{'up' if style.startswith('colwise') else 'down'}"] = style
-
-
-def _resized_module(name: str, old: nn.Module, map_: LinearMap, entry: Mapping[str, Any]) -> nn.Module:
-    """Return the module of a map in the place of another one, on its device and in its dtype."""
-    parameter = next(old.parameters())
-    if parameter.is_meta:
-        raise EckartError(f"layer {name!r} is offloaded, so it cannot be cut while loading; use eckart slice first")
-    map_ = map_.to(parameter.dtype, parameter.device)
-    if entry["kind"] == EMBEDDING:
-        return EmbeddingHost(map_, entry["padding_idx"])
-    return host(map_, offset_of(old))
 
 
 def _prefix(model: nn.Module) -> str:

@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from eckart.atomic import copy_file, write_json, write_text
 from eckart.files.card import inherited, model_card
-from eckart.files.elastic import Elastic, ElasticLayer, Slice, read_order
+from eckart.files.elastic import Elastic, Slice, module_of, read_order
 from eckart.files.folder import COMPANIONS, TensorFile, check_model_folder, tensor_file
 from eckart.files.huggingface import FORMAT, QUANT_METHOD, TIED_HEAD, EckartConfig, expected_tensors, sentinel_name
 from eckart.files.inspect import appearing
 from eckart.files.shards import Source, write_shards
 from eckart.files.writing import check_output
-from eckart.hosts import EmbeddingHost, host
 from eckart.maps import LinearMap
 from eckart.progress import Progress, silent
 
@@ -111,11 +110,6 @@ class _Parts:
         if self._last is None or self._last[0] != name:
             self._last = name, module_of(self.map(name), self.elastic.layer(name), self.bias(name)).state_dict()
         return self._last[1][key]
-
-
-def module_of(map_: LinearMap, layer: ElasticLayer, bias: Tensor | None) -> nn.Module:
-    """Return the module that a cut layer becomes."""
-    return EmbeddingHost(map_, layer.padding_idx) if layer.table else host(map_, bias)
 
 
 def _layers(
