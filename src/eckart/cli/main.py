@@ -62,7 +62,9 @@ def compress(
     elastic: Annotated[
         bool, typer.Option("--elastic", help="Make a folder that also loads at every smaller size.")
     ] = False,
-    least: Annotated[float, typer.Option(help="Smallest size of an elastic folder, as a share like --keep.")] = 0.5,
+    least: Annotated[
+        float | None, typer.Option(help="Smallest size of an elastic folder, as a share like --keep.  [default: 0.5]")
+    ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no statistics for later runs.")] = False,
     every_layer: EveryLayer = False,
     as_json: Json = False,
@@ -70,6 +72,8 @@ def compress(
     """Make a model smaller: dense weights become structured maps under a budget, measured before and after."""
     if out is None and not only_plan:
         raise typer.BadParameter("give a folder to write, or --plan to write nothing", param_hint="--out")
+    if least is not None and not elastic:
+        raise typer.BadParameter("only an elastic folder has a least size; give --elastic", param_hint="--least")
     _require_model(model)
     if not 0.0 < keep <= 1.0:
         raise EckartError(f"keep is the share of parameters that remains and must lie in (0, 1], got {keep:g}")
@@ -95,7 +99,9 @@ def compress(
             planned = run_plan(model, **arguments, progress=progress)
             values, table = planned.as_dict(), plan_table(planned, every_layer)
         else:
-            outcome = run_compress(model, out, **arguments, elastic=elastic, least=least, progress=progress)
+            outcome = run_compress(
+                model, out, **arguments, elastic=elastic, least=0.5 if least is None else least, progress=progress
+            )
             values, table = outcome.as_dict(), outcome_table(outcome, every_layer)
     print_json(values) if as_json else print_all(table)
 

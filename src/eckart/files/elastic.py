@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from eckart.atomic import write_tensors
 from eckart.errors import EckartError
-from eckart.hosts import EmbeddingHost, host, offset_of
+from eckart.hosts import EmbeddingHost, host, map_of, offset_of
 from eckart.maps import LinearMap, LowRank, storage, stored
 
 FOLDER, ORDER, KEY = "elastic", "order", "eckart_elastic"
@@ -198,12 +198,19 @@ def module_of(map_: LinearMap, layer: ElasticLayer, bias: Tensor | None) -> nn.M
     return EmbeddingHost(map_, layer.padding_idx) if layer.table else host(map_, bias)
 
 
+def _shape(module: nn.Module) -> tuple[int, int]:
+    return (module.held_map() if isinstance(module, EmbeddingHost) else map_of(module)).shape
+
+
 def resized(name: str, old: nn.Module, map_: LinearMap, layer: ElasticLayer) -> nn.Module:
     """Return the module of a map that takes the place of a layer's module, on its device and in its dtype.
 
     Raises:
-        EckartError: if that is offloaded.
+        EckartError: if that is offloaded, or has another shape.
     """
+    shape = tuple(old.weight.shape) if isinstance(old, nn.Embedding) else _shape(old)
+    if shape != map_.shape:
+        raise EckartError(f"layer {name!r} is {shape} in this model, but its components are {map_.shape}")
     parameter = next(old.parameters())
     if parameter.is_meta:
         raise EckartError(f"layer {name!r} is offloaded, so it cannot be cut while loading; use eckart slice first")
@@ -245,9 +252,12 @@ def read_order(folder: Path) -> Elastic:
             for layer in values["layers"]
         )
         plain = {key: values[key] for key in ("parameters", "fixed", "stored", "unit", "tied_head")}
+        sizes = tuple(float(size) for size in values["sizes"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise EckartError(f"{path} is damaged ({error}); copy the folder again") from error
-    in_range = steps.ndim == 2 and steps.shape[1] == 2 and losses.shape[0] == steps.shape[0]
-    if not in_range or bool((steps < 0).any()) or bool((steps[:, 0] >= len(layers)).any()):
-        raise EckartError(f"{path} names layers that it does not describe; copy the folder again")
-    return Elastic(folder, tuple(values["sizes"]), layers=layers, steps=steps.to(torch.int64), losses=losses, **plain)
+    fits = steps.ndim == 2 and steps.shape[1] == 2 and losses.shape == steps.shape[:1] and not bool((steps < 0).any())
+    named = fits and steps[:, 0].unique().tolist() == list(range(len(layers)))
+    described = all(len(layer.ranks) == len(sizes) and Path(layer.part).name == layer.part for layer in layers)
+    if not named or not described or not sizes:
+        raise EckartError(f"{path} does not describe the layers it names; copy the folder again")
+    return Elastic(folder, sizes, layers=layers, steps=steps.to(torch.int64), losses=losses, **plain)
