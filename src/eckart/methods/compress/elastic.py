@@ -96,10 +96,12 @@ def ordered(job: Job, layers: Sequence[Layer], table: Sequence[Candidates]) -> E
             cuts = [plan[name].rank for plan in plans]
             # between a rank and dense, what is nearest below dense may be chosen
             found.append(0 if not any(cuts) else max(cuts) if all(cuts) else last[name])
-    exact = [
-        dataclasses.replace(layer, ranks=tuple(ranks[layer.name]), dense=largest[layer.name].rank == 0)
-        for layer in first.layers
-    ]
+    exact = []
+    for layer in first.layers:
+        most = largest[layer.name].rank
+        # the folder cannot give a layer dense that it does not hold dense, even if that would fit at a smaller size
+        held = tuple(rank or most for rank in ranks[layer.name])
+        exact.append(dataclasses.replace(layer, ranks=held, dense=most == 0))
     return dataclasses.replace(first, layers=tuple(exact))
 
 
