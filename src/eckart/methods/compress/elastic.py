@@ -27,7 +27,7 @@ from eckart.fit.refit import refit_down
 from eckart.hosts import EmbeddingHost, host, offset_of, replace
 from eckart.maps import LinearMap
 from eckart.methods.compress.allocate import budget_of
-from eckart.methods.compress.job import Job
+from eckart.methods.compress.job import Job, check_keep
 from eckart.methods.compress.layers import EMBEDDING, HEAD, LINEAR, Known, Layer, unit_of, weights
 from eckart.methods.compress.outcome import Measured
 from eckart.methods.compress.sweep import Pair, Sweep, offset_of_head
@@ -42,8 +42,9 @@ def sizes_of(keep: float, least: float) -> tuple[float, ...]:
     """Return the sizes that components are fitted at, ascending: from `least` to `keep`, in steps of about `STEP`.
 
     Raises:
-        EckartError: if the least size is not below the largest.
+        EckartError: if `keep` is no share, or the least size is not below it.
     """
+    check_keep(keep)
     if not isinstance(least, int | float) or isinstance(least, bool) or not 0.0 < least < keep:
         raise EckartError(f"an elastic folder of keep {keep:g} needs a least size between 0 and that, got {least!r}")
     steps = max(1, round((keep - least) / STEP))

@@ -16,7 +16,7 @@ from eckart.files.card import inherited, model_card
 from eckart.files.writing import LayerRecord, Partial, check_output, layer_entries, publish, write_folder
 from eckart.methods.compress.allocate import allocate, plan_from, plan_of
 from eckart.methods.compress.elastic import ElasticSweep, check_elastic, ordered, sizes_of
-from eckart.methods.compress.job import Job, Request, check_keep, open_job, statistics_store, trim_cache
+from eckart.methods.compress.job import Job, Request, open_job, statistics_store, trim_cache
 from eckart.methods.compress.layers import Known, Layer, check_layers, layers_of, surveyed
 from eckart.methods.compress.outcome import Measured, Outcome, Plan
 from eckart.methods.compress.sweep import Sweep
@@ -57,8 +57,7 @@ def compress(
         length: tokens per sample, 256 by default.
         seed: seed of everything random.
         settings: settings of the method by name, typed.
-        elastic: whether the folder also holds what `eckart.load` and `eckart.slice_folder` need to give every smaller
-            size.
+        elastic: whether the folder also holds what `load` and `slice_folder` need to give every smaller size.
         least: the smallest of those, as a share like `keep`; only read if elastic.
         cache: whether to keep statistics for later runs, in $ECKART_CACHE or the user's cache folder.
         progress: called with (stage, steps done, steps in all).
@@ -68,15 +67,8 @@ def compress(
     """
     started, target = time.perf_counter(), Path(out)
     check_output(target)
-    request = _request(model, method, keep, calibration, samples, length, seed, settings)
-    if elastic:
-        check_keep(keep)
-        request = replace(request, sizes=sizes_of(keep, least))
-    job = open_job(request, progress)
-    if elastic:
-        check_elastic(job)
-    layers = layers_of(job)
-    check_layers(job, layers)
+    sizes = sizes_of(keep, least) if elastic else ()
+    job, layers = _opened(_request(model, method, keep, calibration, samples, length, seed, settings, sizes), progress)
     partial = Partial(target.absolute().with_name(f".{target.absolute().name}.eckart-{job.key[:8]}"))
     try:
         partial.begin({"out": str(target), "settings": _described(job)})
@@ -137,9 +129,7 @@ def plan(
 
     Args and errors are those of `compress`.
     """
-    job = open_job(_request(model, method, keep, calibration, samples, length, seed, settings), progress)
-    layers = layers_of(job)
-    check_layers(job, layers)
+    job, layers = _opened(_request(model, method, keep, calibration, samples, length, seed, settings), progress)
     with tempfile.TemporaryDirectory(prefix="eckart-") as scratch:
         store = statistics_store(job, None if cache else Path(scratch))
         _collect(job, store, Store(Path(scratch) / "boundaries"), progress)
@@ -156,9 +146,20 @@ def _request(
     length: int | None,
     seed: int,
     settings: Mapping[str, Any] | None,
+    sizes: tuple[float, ...] = (),
 ) -> Request:
     text = None if calibration is None else Path(calibration)
-    return Request(Path(model), method, keep, text, samples, length, seed, dict(settings or {}))
+    return Request(Path(model), method, keep, text, samples, length, seed, dict(settings or {}), sizes)
+
+
+def _opened(request: Request, progress: Progress) -> tuple[Job, list[Layer]]:
+    """Return the checked job of a request, and the layers it may compress."""
+    job = open_job(request, progress)
+    if request.sizes:
+        check_elastic(job)
+    layers = layers_of(job)
+    check_layers(job, layers)
+    return job, layers
 
 
 def _collect(job: Job, store: Store, boundaries: Store, progress: Progress) -> None:
