@@ -119,6 +119,7 @@ def pages() -> dict[Path, str]:
         "constants": results("constants"),
         "sparse_coding": results("sparse_coding"),
         "elastic": results("elastic"),
+        "equal_bytes": results("equal_bytes"),
     }
     return {
         ROOT / f"docs/{name}.md": environment.get_template(f"{name}.md.jinja").render(values)

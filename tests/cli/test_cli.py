@@ -105,7 +105,7 @@ def test_the_version_is_that_of_the_package() -> None:
         (["compress", "MODEL", "--keep", "0", "--out", "x"], 1, "must lie in (0, 1], got 0"),
         (["compress", "MODEL", "--keep", "1.01", "--out", "x"], 1, "must lie in (0, 1], got 1.01"),
         (["compress", "MODEL", "--keep", "half", "--out", "x"], 2, "Invalid value for '--keep'"),
-        (["compress", "MODEL", "--out", "x"], 2, "--keep"),
+        (["compress", "MODEL", "--method", "rtn", "--keep", "0.5", "--out", "x"], 1, "so keep must be 1, got 0.5"),
         (["compress", "MODEL", "--keep", "0.5"], 2, "give a folder to write, or --plan"),
         (["compress", "MODEL", "--keep", "0.5", "--out", "MODEL"], 1, "already exists; give a new or an empty folder"),
         ([*RUN, "--calibration", "none.txt"], 1, "no text file none.txt"),

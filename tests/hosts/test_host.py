@@ -363,6 +363,39 @@ def test_functional_transforms(module):
         torch.testing.assert_close(both[0], module(x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_hooks_on_the_host_are_called(module, register, everywhere):
+    decode(module)
+    seen = []
+    target = nn.modules.module if everywhere else module
+    name = register.replace("register_", "register_module_") if everywhere else register
+    handle = getattr(target, name)(lambda called, *_: seen.append(called))
+    try:
+        decode(module)
+    finally:
+        handle.remove()
+    assert seen.count(module) == 1
+    decode(module)
+    assert seen.count(module) == 1
+
+
+def test_a_replaced_forward_is_called(module):
+    decode(module)
+    module.forward = lambda x: "replaced"
+    with torch.no_grad():
+        assert module(torch.randn(1, N)) == "replaced"
+    del module.forward
+    decode(module)
+
+
+def test_keywords_arrive(module):
+    decode(module)
+    with torch.no_grad():
+        x = torch.randn(1, N)
+        torch.testing.assert_close(module(x=x), expected_of(module, x), atol=1e-5, rtol=1e-5)
+
+
 def test_left_out_of_copies(module):
     decode(module)
     assert copy.deepcopy(module)._decoding is None

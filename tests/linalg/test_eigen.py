@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eckart.errors import EckartError, NumericalWarning
-from eckart.linalg import psd_roots, shrink, top_eigen
+from eckart.linalg import psd_roots, regular_cholesky, shrink, top_eigen
 from eckart.linalg.eigen import KRYLOV_MIN_SIZE, _complement_trace, _KrylovSpace, _orthonormalize, warn_if_indefinite
 
 sizes = st.integers(1, 20)
@@ -220,3 +220,22 @@ def test_an_indefinite_moment_is_named():
     with pytest.warns(NumericalWarning, match="a largest of 2"):
         warn_if_indefinite(torch.tensor([2.0, -1.0]), "the diagonal")
     warn_if_indefinite(psd(4, 2, 0), "a PSD moment")
+
+
+@given(sizes, st.floats(-16, 0), seeds)
+def test_regular_cholesky_vouches_for_the_smallest_eigenvalue(n: int, power: float, seed: int):
+    basis = torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))[0]
+    values = torch.logspace(0, power, n, dtype=torch.float64)
+    moment = (basis * values) @ basis.mT
+    factor = regular_cholesky((moment + moment.mT) / 2, 1e-8)
+    if n > 1 and power < -8.01:
+        assert factor is None
+    elif power > -8 + 2 * torch.tensor(float(n)).log10() + 0.01 or n == 1:  # the traces are n times off at most, each
+        assert factor is not None
+        assert torch.allclose(factor @ factor.mT, moment, atol=1e-12)
+
+
+def test_regular_cholesky_refuses_what_has_no_inverse():
+    assert regular_cholesky(torch.zeros(3, 3), 1e-10) is None
+    assert regular_cholesky(torch.ones(3, 3), 1e-10) is None
+    assert regular_cholesky(-torch.eye(3), 1e-10) is None

@@ -217,7 +217,13 @@ def test_a_folder_that_is_not_elastic(cut, demo, tmp_path):
         ({"least": 0.9}, "needs a least size between 0 and that"),
         ({"least": 0.0}, "needs a least size between 0 and that"),
         ({"keep": 1.2}, "must lie in"),
-        ({"method": "svd-llm"}, "svd-llm with these settings cannot be elastic"),
+        *(
+            ({"method": method}, f"{method} with these settings cannot be elastic")
+            for method in ("svd-llm", "basis-sharing", "modegpt", "slicegpt", "zs-svd", "eckart-mixed")
+        ),
+        ({"settings": {"bits": 4}}, "eckart with these settings cannot be elastic"),
+        ({"method": "rtn", "keep": None}, "rtn with these settings cannot be elastic"),
+        ({"method": "rtn"}, "keep must be 1"),
         ({"settings": {"bias": True}}, "eckart with these settings cannot be elastic"),
         ({"least": 0.001}, "cannot be met"),
     ],

@@ -60,11 +60,13 @@ class Candidates:
         name: the layer.
         shape: (out, in).
         options: at least the dense one.
+        curve: loss or score of rank 0, 1, ..., up to full rank, those that save nothing included; empty if unknown.
     """
 
     name: str
     shape: tuple[int, int]
     options: tuple[Option, ...]
+    curve: tuple[float, ...] = ()
 
     @property
     def dense(self) -> Option:
@@ -115,7 +117,7 @@ def candidates(
         nbytes = numbers * itemsize + stored.index_bytes(shape, rank)
         options.append(Option(stored.name, rank, numbers, nbytes, float(values[rank])))
     options.append(Option(DENSE, min(m, n), dense, dense * itemsize, 0.0))
-    return Candidates(name, shape, tuple(options))
+    return Candidates(name, shape, tuple(options), tuple(values) if len(values) > min(shape) else ())
 
 
 def _multiple_above(value: int, step: int) -> int:

@@ -17,15 +17,9 @@ def uniform(layers: Sequence[Candidates], budget: int) -> dict[str, Option]:
         EckartError: if the cheapest options exceed the budget.
     """
     require_reachable(layers, budget)
-    share = _largest_share(lambda s: _within(layers, s), layers, budget)
-    chosen = _within(layers, share)
-    left = budget - _numbers(layers, chosen)
-    for i in sorted(range(len(layers)), key=lambda i: layers[i].options[chosen[i]].numbers / layers[i].dense.numbers):
-        options, at = layers[i].options, chosen[i]
-        if at + 1 < len(options) and options[at + 1].numbers - options[at].numbers <= left:
-            left -= options[at + 1].numbers - options[at].numbers
-            chosen[i] = at + 1
-    return {layer.name: layer.options[at] for layer, at in zip(layers, chosen, strict=True)}
+    share = largest_share(lambda s: within(layers, [s] * len(layers)), layers, budget)
+    shares = [share] * len(layers)
+    return filled(layers, within(layers, shares), shares, budget)
 
 
 def uniform_rank(layers: Sequence[Candidates], budget: int) -> dict[str, Option]:
@@ -64,19 +58,39 @@ def _share_of_rank(layer: Candidates, at: int) -> float:
     return (option.rank if option is not layer.dense else before.rank + 1) / min(layer.shape)
 
 
-def _within(layers: Sequence[Candidates], share: float) -> list[int]:
-    """Return the index of every layer's largest option within a share of its dense numbers (the cheapest at least)."""
+def within(layers: Sequence[Candidates], shares: Sequence[float]) -> list[int]:
+    """Return the index of every layer's largest option within its share of its dense numbers, or of the cheapest."""
     return [
         max((i for i, o in enumerate(c.options) if o.numbers <= share * c.dense.numbers + 1e-9), default=0)
-        for c in layers
+        for c, share in zip(layers, shares, strict=True)
     ]
 
 
-def _numbers(layers: Sequence[Candidates], chosen: Sequence[int]) -> int:
-    return sum(layer.options[at].numbers for layer, at in zip(layers, chosen, strict=True))
+def filled(
+    layers: Sequence[Candidates], chosen: Sequence[int], shares: Sequence[float], budget: int
+) -> dict[str, Option]:
+    """Spend what rounding left of a budget on the layers furthest below their shares, one option each.
+
+    Args:
+        layers: candidates.
+        chosen: index of the option of each.
+        shares: the share of its dense numbers each should have.
+        budget: numbers all layers may store together.
+    """
+    at, left = list(chosen), budget - _numbers(layers, chosen)
+
+    def lack(i: int) -> float:
+        return layers[i].options[at[i]].numbers / layers[i].dense.numbers - shares[i]
+
+    for i in sorted(range(len(layers)), key=lack):
+        options = layers[i].options
+        if at[i] + 1 < len(options) and options[at[i] + 1].numbers - options[at[i]].numbers <= left:
+            left -= options[at[i] + 1].numbers - options[at[i]].numbers
+            at[i] += 1
+    return {layer.name: layer.options[i] for layer, i in zip(layers, at, strict=True)}
 
 
-def _largest_share(choose: Callable[[float], list[int]], layers: Sequence[Candidates], budget: int) -> float:
+def largest_share(choose: Callable[[float], list[int]], layers: Sequence[Candidates], budget: int) -> float:
     """Return the largest share in [0, 1] whose choice fits the budget, by bisection."""
     low, high = 0.0, 1.0
     if _numbers(layers, choose(high)) <= budget:
@@ -85,3 +99,7 @@ def _largest_share(choose: Callable[[float], list[int]], layers: Sequence[Candid
         middle = (low + high) / 2
         low, high = (middle, high) if _numbers(layers, choose(middle)) <= budget else (low, middle)
     return low
+
+
+def _numbers(layers: Sequence[Candidates], chosen: Sequence[int]) -> int:
+    return sum(layer.options[at].numbers for layer, at in zip(layers, chosen, strict=True))

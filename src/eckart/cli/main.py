@@ -22,6 +22,10 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Elastic = Annotated[bool, typer.Option("--elastic", help="Make a folder that also loads at every smaller size.")]
+Least = Annotated[
+    float | None, typer.Option(help="Smallest size of an elastic folder, as a share like --keep.  [default: 0.5]")
+]
 EveryLayer = Annotated[bool, typer.Option("--every-layer", help="One row per layer, however many there are.")]
 CONTINUES = "interrupted; running the same command again continues where this one stopped"
 STARTS_AGAIN = "interrupted; nothing was written, running the same command again starts from the beginning"
@@ -46,7 +50,13 @@ def _main(
 @guarded(CONTINUES)
 def compress(
     model: Annotated[Path, typer.Argument(help="Folder of a Hugging Face decoder or encoder.")],
-    keep: Annotated[float, typer.Option(help="Share of the whole model's parameters that remains, in (0, 1].")],
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the whole model's parameters that remains, in (0, 1].  "
+            "[default: 0.6, or 1 for methods that only quantize]"
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; must not hold anything yet.")] = None,
     method: Annotated[str, typer.Option(help="Name of a method; `eckart methods` lists them.")] = "eckart",
     calibration: Annotated[Path | None, typer.Option(help="Text the method learns the layers' inputs from.")] = None,
@@ -59,12 +69,8 @@ def compress(
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting of the method.")
     ] = None,
     only_plan: Annotated[bool, typer.Option("--plan", help="Only print what every layer would become.")] = False,
-    elastic: Annotated[
-        bool, typer.Option("--elastic", help="Make a folder that also loads at every smaller size.")
-    ] = False,
-    least: Annotated[
-        float | None, typer.Option(help="Smallest size of an elastic folder, as a share like --keep.  [default: 0.5]")
-    ] = None,
+    elastic: Elastic = False,
+    least: Least = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no statistics for later runs.")] = False,
     every_layer: EveryLayer = False,
     as_json: Json = False,
@@ -72,11 +78,8 @@ def compress(
     """Make a model smaller: dense weights become structured maps under a budget, measured before and after."""
     if out is None and not only_plan:
         raise typer.BadParameter("give a folder to write, or --plan to write nothing", param_hint="--out")
-    if least is not None and not elastic:
-        raise typer.BadParameter("only an elastic folder has a least size; give --elastic", param_hint="--least")
+    _require_sizes(keep, elastic, least)
     _require_model(model)
-    if not 0.0 < keep <= 1.0:
-        raise EckartError(f"keep is the share of parameters that remains and must lie in (0, 1], got {keep:g}")
     if calibration is not None and not calibration.is_file():
         raise EckartError(f"there is no text file {calibration}")
     if out is not None and not only_plan and out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -235,6 +238,14 @@ def demo(
     for sample in samples:
         typer.echo(f"\n{sample.name}: {sample.continuation}")
     typer.echo(f"\nthe compressed models are in {samples[-1].folder.parent}")
+
+
+def _require_sizes(keep: float | None, elastic: bool, least: float | None) -> None:
+    """Find sizes that cannot be before anything heavy is imported."""
+    if least is not None and not elastic:
+        raise typer.BadParameter("only an elastic folder has a least size; give --elastic", param_hint="--least")
+    if keep is not None and not 0.0 < keep <= 1.0:
+        raise EckartError(f"keep is the share of parameters that remains and must lie in (0, 1], got {keep:g}")
 
 
 def _require_model(folder: Path) -> None:

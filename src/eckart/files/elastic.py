@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from eckart.atomic import write_tensors
 from eckart.errors import EckartError
+from eckart.files.entries import EMBEDDING
 from eckart.hosts import EmbeddingHost, host, map_of, offset_of
 from eckart.maps import LinearMap, LowRank, storage, stored
 
@@ -65,7 +66,7 @@ class ElasticLayer:
     @property
     def table(self) -> bool:
         """Whether it is an embedding."""
-        return self.kind == "embedding"
+        return self.kind == EMBEDDING
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,37 +1,12 @@
-"""Compressed folders as transformers load them: the format, and the quantizer that reads it.
-
-A compressed model is a normal Hugging Face folder. Its config.json holds
-
-    "quantization_config": {
-      "quant_method": "eckart",
-      "format": 1,
-      "layers": {
-        "<module name>": {"kind": "linear",    "map": <spec>, "bias": true | false},
-        "<module name>": {"kind": "embedding", "map": <spec>, "padding_idx": null | int},
-        "<module name>": {"kind": "tied-head", "embedding": "<module name>"}
-      },
-      "sentinel": "<module name>.weight",
-      "made_by": {...}
-    }
-
-<spec> is `LinearMap.spec()`: class, tensor shapes, plain fields. The safetensors hold the state dict of the model with
-these modules replaced by hosts: "<name>.down.weight" and "<name>.up.weight" for a low-rank map, "<name>.basis.weight",
-"<name>.coefficients.weight" and "<name>.order" for a pivoted one, "<name>.table.weight" and "<name>.rest.weight" for an
-embedding; see `eckart.hosts`. Everything else is as in the original folder, in its original dtype.
-
-The sentinel is one more tensor with no elements, named like the dense weight of a compressed layer: without eckart,
-transformers warns about an unknown quant_method and would go on with random weights; with the sentinel it finds a
-weight of the wrong shape and stops.
-"""
+"""Compressed folders as transformers load them: the quantizer that reads the format of `eckart.files.entries`."""
 
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
@@ -41,77 +16,41 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eckart.errors import EckartError, NumericalWarning
 from eckart.files.elastic import Elastic, Slice, read_order, resized
-from eckart.hosts import EmbeddingHost, Host, TiedHead, host, is_conv1d, leaf, map_of, offset_of, replace
-from eckart.maps import FAMILIES, LinearMap, LowRank, blank
-
-QUANT_METHOD = "eckart"
-FORMAT = 1
-KINDS = LINEAR, EMBEDDING, TIED_HEAD = "linear", "embedding", "tied-head"
-
-
-class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What config.json says of a compressed model; see the module's docstring.
-
-    Args:
-        layers: entries by module name.
-        format: version of the format.
-        sentinel: name of the sentinel tensor; chosen from the layers if not given.
-        tied: whether the dense model tied its head to its embedding.
-        made_by: method, settings and figures of the run that made it; not read.
-        **rest: keys of later formats, kept.
-    """
-
-    def __init__(
-        self,
-        layers: Mapping[str, Any] | None = None,
-        format: int = FORMAT,
-        sentinel: str | None = None,
-        tied: bool = False,
-        made_by: Mapping[str, Any] | None = None,
-        **rest: Any,
-    ) -> None:
-        if format > FORMAT:
-            raise EckartError(
-                f"this folder has format {format}, but this version of eckart reads {FORMAT}; update eckart"
-            )
-        self.quant_method = QUANT_METHOD
-        self.format = format
-        self.layers = check_entries(layers or {})
-        self.sentinel = sentinel or sentinel_name(self.layers)
-        self.tied = tied
-        self.made_by = dict(made_by or {})
-        rest.pop("quant_method", None)
-        self.__dict__.update(rest)
-
-
-def check_entries(layers: Any) -> dict[str, Any]:
-    """Return the entries of a config as they are.
-
-    Raises:
-        EckartError: if they are not entries of a kind this version knows.
-    """
-    if not isinstance(layers, Mapping):
-        raise EckartError(f"layers must be entries by module name, got a {type(layers).__name__}")
-    for name, entry in layers.items():
-        kind = entry.get("kind") if isinstance(entry, Mapping) else None
-        needed = {LINEAR: ("map", "bias"), EMBEDDING: ("map",), TIED_HEAD: ("embedding",)}.get(str(kind))
-        if needed is None:
-            raise EckartError(f"layer {name!r} is of kind {kind!r}; this version of eckart reads {', '.join(KINDS)}")
-        lacking = [key for key in needed if key not in entry]
-        if lacking:
-            raise EckartError(f"the spec of layer {name!r} is invalid: it has no {lacking[0]!r}")
-    return dict(layers)
-
-
-def sentinel_name(layers: Mapping[str, Any]) -> str | None:
-    """Return the sentinel's name: config.json sorts its keys, so the smallest linear layer, never the first."""
-    linear = [name for name, entry in layers.items() if entry["kind"] == LINEAR]
-    names = linear or [name for name, entry in layers.items() if entry["kind"] == EMBEDDING]
-    return f"{min(names)}.weight" if names else None
+from eckart.files.entries import (
+    EMBEDDING,
+    FORMAT,
+    LINEAR,
+    QUANT_METHOD,
+    TIED_HEAD,
+    EckartConfig,
+    blank_map,
+    check_files,
+    sentinel_name,
+)
+from eckart.files.neurons import full_shape, padded
+from eckart.files.sharing import (
+    borrowed,
+    renamed,
+    tie,
+    tied_keys,
+    without_borrowed,
+)
+from eckart.hosts import (
+    EmbeddingHost,
+    Host,
+    TiedHead,
+    embedding_host,
+    host,
+    is_conv1d,
+    leaf,
+    map_of,
+    offset_of,
+    replace,
+)
+from eckart.maps import LowRank
 
 
 class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -141,6 +80,7 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
         self._conv1d = {name for name in layers if is_conv1d(model.get_submodule(name))}
         self._without_bias = {name for name in layers if getattr(model.get_submodule(name), "bias", None) is None}
         insert_blank_hosts(model, layers)
+        tied_keys(model, layers, tied=True)
         _pretend_weights(model, layers)
         ignored: set[str] = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
         if self.quantization_config.sentinel:
@@ -152,7 +92,9 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
         for module in model.modules():
             if isinstance(module, Host):
                 module.__dict__.pop("weight", None)
-        for name, entry in localized(model, self.quantization_config.layers).items():
+        layers = localized(model, self.quantization_config.layers)
+        tie(model, layers)
+        for name, entry in layers.items():
             check_contents(name, model.get_submodule(name))
             source = _tied_bias(model, name) if entry["kind"] == TIED_HEAD else None
             if source is not None:
@@ -200,8 +142,10 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
         stated.tied = any(entry["kind"] == TIED_HEAD for entry in entries.values())
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return the state dict with the sentinel, for `save_pretrained`."""
-        state = dict(model.state_dict())
+        """Return the state dict with the sentinel and shared tensors once, for `save_pretrained`."""
+        state, layers = dict(model.state_dict()), self.quantization_config.layers
+        if borrowed(layers):
+            state = without_borrowed(model, state, localized(model, layers))
         if self.quantization_config.sentinel:
             state[self.quantization_config.sentinel] = torch.empty(0)
         return state, {"eckart_format": str(FORMAT)}
@@ -216,11 +160,14 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
                 NumericalWarning,
                 stacklevel=2,
             )
+        tied_keys(model, layers, tied=False)
         return densify_hosts(model, layers, self._conv1d)
 
     def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
         """Point tensor-parallel rules at the factors: the wide side is sharded, the rank is replicated."""
         for name, entry in localized(model, self.quantization_config.layers).items():
+            if "neurons" in entry:
+                continue  # sharded like the dense layer
             wildcard = re.sub(r"\.\d+(?=\.|$)", ".*", name)
             style = plan.pop(wildcard, None)
             if style is not None and entry["kind"] == LINEAR and entry["map"]["op"] == LowRank.__name__:
@@ -253,22 +200,10 @@ def localized(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, Any]:
         if found is not None:
             if entry["kind"] == TIED_HEAD:
                 entry = {**entry, "embedding": local(entry["embedding"])}
-            out[found] = entry
+            out[found] = renamed(entry, local)
         elif entry["kind"] != TIED_HEAD and "." in name:
             raise EckartError(f"{type(model).__name__} has no layer {name!r} that this folder's config names")
     return out
-
-
-def blank_map(name: str, entry: Mapping[str, Any], dtype: torch.dtype) -> LinearMap:
-    """Return the map of an entry on the meta device.
-
-    Raises:
-        EckartError: if the entry is not a valid spec; the layer is named.
-    """
-    try:
-        return blank(entry["map"], FAMILIES, dtype)
-    except (EckartError, KeyError, TypeError, IndexError) as error:
-        raise EckartError(f"the spec of layer {name!r} is invalid: {error}") from error
 
 
 def insert_blank_hosts(model: nn.Module, layers: Mapping[str, Any]) -> None:
@@ -287,11 +222,11 @@ def insert_blank_hosts(model: nn.Module, layers: Mapping[str, Any]) -> None:
             continue
         map_ = blank_map(name, entry, dtype)
         shape = _module_shape(old)
-        if map_.shape != shape:
-            has, says = (f"{rows} x {columns}" for rows, columns in (shape, map_.shape))
+        if full_shape(entry, map_.shape) != shape:
+            has, says = (f"{rows} x {columns}" for rows, columns in (shape, full_shape(entry, map_.shape)))
             raise EckartError(f"layer {name!r} is {has} in this model, but its spec is {says}")
         if entry["kind"] == EMBEDDING:
-            made[name] = EmbeddingHost(map_, entry.get("padding_idx"))
+            made[name] = embedding_host(map_, entry.get("padding_idx"))
         else:
             bias = torch.empty(map_.shape[0], dtype=dtype, device="meta") if entry["bias"] else None
             made[name] = host(map_, bias)
@@ -350,39 +285,6 @@ def check_contents(name: str, module: nn.Module) -> None:
         raise EckartError(f"the tensors of layer {name!r} are corrupt: {error}") from error
 
 
-def expected_tensors(layers: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all tensors that the compressed layers of a folder must have, by full name."""
-    out = {}
-    for name, entry in layers.items():
-        if entry["kind"] == TIED_HEAD:
-            continue
-        map_ = blank_map(name, entry, torch.float32)
-        bias = torch.empty(map_.shape[0], device="meta") if entry.get("bias") else None
-        module = EmbeddingHost(map_) if entry["kind"] == EMBEDDING else host(map_, bias)
-        out.update({f"{name}.{key}": tuple(tensor.shape) for key, tensor in module.state_dict().items()})
-    return out
-
-
-def check_files(files: Iterable[str] | str | None, layers: Mapping[str, Any]) -> None:
-    """Check the headers of safetensors files against the specs, before anything is allocated.
-
-    Raises:
-        EckartError: if a tensor is missing or has another shape than its spec says.
-    """
-    if not files:
-        return
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in [files] if isinstance(files, str) else files:
-        with safe_open(file, "pt") as handle:
-            shapes.update({name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()})  # noqa: SIM118
-    folder = Path(file).parent
-    for name, shape in expected_tensors(layers).items():
-        if name not in shapes:
-            raise EckartError(f"{folder} lacks the tensor {name} that its config describes; the folder is incomplete")
-        if shapes[name] != shape:
-            raise EckartError(f"tensor {name} in {folder} has shape {shapes[name]}, but its spec says {shape}")
-
-
 def densify_hosts(model: nn.Module, layers: Mapping[str, Any], conv1d: Collection[str] = ()) -> nn.Module:
     """Replace hosts by the dense layers they stand for, in place; a tied head is tied again.
 
@@ -391,13 +293,13 @@ def densify_hosts(model: nn.Module, layers: Mapping[str, Any], conv1d: Collectio
         layers: the entries of its compressed layers.
         conv1d: names of those that stand for the transposed `Conv1D` of transformers.
     """
-    for name in layers:
+    for name, entry in layers.items():
         module = model.get_submodule(name)
         if isinstance(module, EmbeddingHost):
             weight = module.dense().detach().contiguous()
             dense: nn.Module = nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=module.padding_idx)
-        elif isinstance(module, Host):
-            dense = _dense_layer(module, name in conv1d)
+        elif isinstance(module, Host) or "neurons" in entry:
+            dense = _dense_layer(module, entry, name in conv1d)
         else:
             continue
         replace(model, name, dense)
@@ -414,10 +316,10 @@ def densify_hosts(model: nn.Module, layers: Mapping[str, Any], conv1d: Collectio
     return model
 
 
-def _dense_layer(module: Host, conv1d: bool) -> nn.Module:
-    """Return the dense layer that a host stands for."""
-    weight, offset = module.dense().detach().contiguous(), offset_of(module)
-    bias = None if offset is None else offset.detach().clone()
+def _dense_layer(module: nn.Module, entry: Mapping[str, Any], conv1d: bool) -> nn.Module:
+    """Return the dense layer that a host, or a layer with fewer hidden units, stands for."""
+    weight, offset = padded(entry, map_of(module).dense().detach()).contiguous(), offset_of(module)
+    bias = None if offset is None else padded(entry, offset.detach().clone())
     if not conv1d:
         return leaf(weight, bias)
     dense: nn.Module = Conv1D(1, 1)

@@ -16,8 +16,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from eckart.atomic import copy_file, write_json, write_text
 from eckart.files.card import inherited, model_card
 from eckart.files.elastic import Elastic, Slice, module_of, read_order
+from eckart.files.entries import FORMAT, QUANT_METHOD, TIED_HEAD, EckartConfig, expected_tensors, sentinel_name
 from eckart.files.folder import COMPANIONS, TensorFile, check_model_folder, tensor_file
-from eckart.files.huggingface import FORMAT, QUANT_METHOD, TIED_HEAD, EckartConfig, expected_tensors, sentinel_name
 from eckart.files.inspect import appearing
 from eckart.files.shards import Source, write_shards
 from eckart.files.writing import check_output

@@ -129,9 +129,11 @@ def metric(
             hat, both = hat - torch.outer(mh, mh), both - torch.outer(mx, mh)
             mx = anchor * mx + (1 - anchor) * mh
         # The target is W z with z = anchor x + (1 - anchor) x^.
+        # In place: of wide layers, each of these is a hundred megabytes and more.
         if g is not None:
-            g = anchor**2 * g + anchor * (1 - anchor) * (both + both.mT) + (1 - anchor) ** 2 * hat
-        both = anchor * both + (1 - anchor) * hat
+            share = anchor * (1 - anchor)
+            g = (anchor**2 * g).add_(both, alpha=share).add_(both.mT, alpha=share).add_(hat, alpha=(1 - anchor) ** 2)
+        both = (anchor * both).add_(hat, alpha=1 - anchor)
         level = float(hat.diagonal().mean()) if hat.shape[0] else 0.0
         g, hat, both = (None if t is None else _with_isotropic(t, input_shrinkage, level) for t in (g, hat, both))
     weighted = None if outputs is None else shrink(outputs.double(), output_shrinkage)

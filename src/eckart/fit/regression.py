@@ -20,11 +20,13 @@ from torch import Tensor
 from eckart.errors import EckartError
 from eckart.fit.error import best_bias, error_of
 from eckart.fit.metric import Metric, weighted, weighted_rows
-from eckart.linalg import TopEigen, all_finite, psd_roots, top_eigen
+from eckart.linalg import TopEigen, all_finite, psd_roots, regular_cholesky, top_eigen
 from eckart.maps import LinearMap, LowRank, storage
 
 # Eigenvalues of K below this share of the largest are rounding in float64: such directions carry no error.
 NUMERICAL_RANK = 1e-13
+# Directions of inputs with less than this share of the largest second moment count as unseen.
+SINGULAR = 1e-10
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,12 +179,16 @@ def unconstrained(w: Tensor, metric: Metric) -> Tensor:
     """Return W* = W C G^^-1; directions in which G^ is numerically singular keep W."""
     if metric.shifted is None or metric.cross is None:
         return w
-    shifted, cross = metric.shifted, metric.cross
+    shifted = metric.shifted
+    moved = w @ (metric.cross - shifted)  # W* = W + W (C - G^) G^^-1
+    factor = regular_cholesky(shifted, SINGULAR)
+    if factor is not None:
+        return w + torch.cholesky_solve(moved.mT, factor).mT
     values, vectors = torch.linalg.eigh(shifted)
     largest = float(values[-1]) if values.numel() else 0.0
-    seen = values > 1e-10 * largest if largest > 0 else torch.zeros_like(values, dtype=torch.bool)
+    seen = values > SINGULAR * largest if largest > 0 else torch.zeros_like(values, dtype=torch.bool)
     basis = vectors[:, seen]
-    target: Tensor = w + (w @ ((cross - shifted) @ basis) / values[seen]) @ basis.mT
+    target: Tensor = w + ((moved @ basis) / values[seen]) @ basis.mT
     return target
 
 

@@ -10,6 +10,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module as torch_module
 
 from eckart.hosts.base import Host
 from eckart.maps import LinearMap, LowRank, Pivoted
@@ -38,7 +39,8 @@ _Part = tuple[
     int,  # its address
     dict[int, Any],  # the module's hooks
     dict[int, Any],  # those called before it
-    dict[str, Any],  # its own attributes
+    dict[str, Any],  # its own attributes, which a replaced `forward` joins
+    int,  # how many they are: counting them looks at less memory than looking one up
 ]
 
 
@@ -50,7 +52,8 @@ class TemporaryDense(nn.Module):
     call `train()` or `eval()` after one.
     """
 
-    _decoding: tuple[tuple[_Part, ...], Tensor] | None = None
+    # What it was made of, the weight, and where the bias is registered.
+    _decoding: tuple[tuple[_Part, ...], Tensor, dict[str, Any]] | None = None
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -81,24 +84,39 @@ class TemporaryDense(nn.Module):
         self._decoding = None
         return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
-    def _decoded(self) -> tuple[tuple[_Part, ...], Tensor] | None:
+    @property
+    def bias_owner(self) -> nn.Module:
+        """The module whose parameter the bias is."""
+        return self
+
+    def _decoded(self) -> tuple[tuple[_Part, ...], Tensor, dict[str, Any]] | None:
         """Return a temporary dense weight and what it was made of; None where the factors must be called."""
+        if "forward" in self.__dict__:  # replaced by one that may do anything besides
+            return None
         made_of: list[_Part] = []
         for name, buffer in self._buffers.items():
             if buffer is not None:
+                if buffer.is_inference():  # does not count its versions
+                    return None
                 state = buffer._version, buffer.data_ptr()
-                made_of.append((self._buffers, name, buffer, self._buffers, name, buffer, *state, {}, {}, {}))
+                made_of.append((self._buffers, name, buffer, self._buffers, name, buffer, *state, {}, {}, {}, 0))
+        for name, parameter in self._parameters.items():
+            if parameter is not None and name != "bias":
+                if parameter.is_inference():
+                    return None
+                held, state = self._parameters, (parameter._version, parameter.data_ptr())
+                made_of.append((held, name, parameter, held, name, parameter, *state, {}, {}, {}, 0))
         for name, leaf in self._modules.items():
             if leaf is None or not is_plain(leaf):
                 return None
             weight = cast(Tensor, leaf._parameters["weight"])
-            if weight.is_inference():  # does not count its versions
+            if weight.is_inference():
                 return None
-            store, hooks = leaf._parameters, (leaf._forward_hooks, leaf._forward_pre_hooks)
+            own, store, hooks = leaf.__dict__, leaf._parameters, (leaf._forward_hooks, leaf._forward_pre_hooks)
             state = weight._version, weight.data_ptr()
-            made_of.append((self._modules, name, leaf, store, "weight", weight, *state, *hooks, leaf.__dict__))
+            made_of.append((self._modules, name, leaf, store, "weight", weight, *state, *hooks, own, len(own)))
         with torch.autocast("cpu", enabled=False):  # the weight may outlive the region it is made in
-            return tuple(made_of), self.dense().detach()
+            return tuple(made_of), self.dense().detach(), self.bias_owner._parameters
 
 
 class DecodingHost(Host, TemporaryDense):
@@ -108,6 +126,33 @@ class DecodingHost(Host, TemporaryDense):
         super().__init__(shape)
         self._dense_below = shape[1] * _dense_below(shape, map_type, numbers)
 
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply; where the temporary dense weight serves and nothing is to happen besides, at once.
+
+        What torch does around `forward` costs more than checking the weight, and small layers feel both.
+        """
+        decoding = self._decoding
+        if (
+            decoding is None
+            or torch.is_grad_enabled()
+            or type(x) is not Tensor
+            or x.numel() >= self._dense_below
+            or self._forward_hooks
+            or self._forward_pre_hooks
+            or torch_module._global_forward_hooks
+            or torch_module._global_forward_pre_hooks
+            or torch.compiler.is_compiling()
+            or not _is_current(decoding[0])
+        ):
+            return cast(Tensor, super().__call__(x))
+        return F.linear(x, decoding[1], decoding[2]["bias"])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; `__call__` goes past a `forward` of its own only until it has one."""
+        super().__setattr__(name, value)
+        if name == "forward":
+            self._decoding = None
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply to the last axis: x (..., n) -> (..., m)."""
         if torch.is_grad_enabled():
@@ -115,11 +160,8 @@ class DecodingHost(Host, TemporaryDense):
             return self.structured(x)
         if x.numel() >= self._dense_below or not x.is_cpu or torch.compiler.is_compiling():
             return self.structured(x)
-        # `temporary_dense` spelled out: one call less for every token.
-        decoding = self._decoding
-        if decoding is None or not _is_current(decoding[0]):
-            decoding = self._decoding = self._decoded()
-        return self.structured(x) if decoding is None else F.linear(x, decoding[1], self.offset)
+        weight = self.temporary_dense()
+        return self.structured(x) if weight is None else F.linear(x, weight, self.offset)
 
     @abstractmethod
     def structured(self, x: Tensor) -> Tensor:
@@ -139,13 +181,13 @@ def _dense_below(shape: tuple[int, int], map_type: type[LinearMap], numbers: int
 
 def _is_current(made_of: tuple[_Part, ...]) -> bool:
     """Tell whether nothing changed since a dense weight was made; called for every token, hence so spelled out."""
-    for owner, name, registered, store, key, tensor, version, pointer, hooks, pre_hooks, attributes in made_of:
+    for owner, name, registered, store, key, tensor, version, pointer, hooks, pre_hooks, attributes, count in made_of:
         if (
             owner[name] is not registered
             or store[key] is not tensor
             or hooks
             or pre_hooks
-            or "forward" in attributes
+            or len(attributes) != count
             or tensor._version != version
             or tensor.data_ptr() != pointer
         ):

@@ -74,14 +74,14 @@ class MomentSum:
         self._second += other._second
 
     def result(self, name: str) -> Moments:
-        """Return the moments of everything added.
+        """Return the moments of everything added; the sum is used up by it.
 
         Raises:
             EckartError: if nothing was added, or NaN or Inf appeared; `name` says where.
         """
         if self.count == 0:
             raise EckartError(f"no inputs reached {name}: the calibration texts never use it")
-        second = self._second / self.count
+        second = self._second.div_(self.count)  # in place: of wide layers these are the largest tensors there are
         if not all_finite(second):
             raise EckartError(
                 f"the inputs of {name} hold NaN or Inf; check the weights before it and the calibration texts"
@@ -89,34 +89,61 @@ class MomentSum:
         return Moments(self.count, self._sum / self.count, self._abs / self.count, second)
 
 
+@dataclass(frozen=True, slots=True)
+class CrossMoments:
+    """Moments of a layer's inputs in the compressed model, and jointly with those in the original one.
+
+    Attributes:
+        shifted: of x^, the input inside the compressed model.
+        original: of x, the input in the original model; None where only x^ was followed.
+        cross: E[x x^^T], (n, n), given with `original`.
+    """
+
+    shifted: Moments
+    original: Moments | None = None
+    cross: Tensor | None = None
+
+
 class CrossSum:
-    """Accumulates what a fit on shifted inputs needs: moments of x^ and the cross moment E[x x^^T]."""
+    """Accumulates what fits on shifted inputs need: moments of x^, and if paired those of x and E[x x^^T]."""
 
-    def __init__(self, size: int, device: torch.device | None = None) -> None:
+    def __init__(self, size: int, device: torch.device | None = None, *, paired: bool = True) -> None:
         dtype = torch.float64 if size <= WIDE_ACCUMULATION else torch.float32
-        self.original, self.shifted = MomentSum(size, device), MomentSum(size, device)
-        self._cross = torch.zeros(size, size, dtype=dtype, device=device)
+        self._shifted = MomentSum(size, device)
+        self._original = MomentSum(size, device) if paired else None
+        self._cross = torch.zeros(size, size, dtype=dtype, device=device) if paired else None
 
-    def add(self, x: Tensor, shifted: Tensor) -> None:
-        """Add pairs of vectors (..., n): in the original model and in the compressed one."""
-        rows, hats = (t.detach().reshape(-1, t.shape[-1]).float() for t in (x, shifted))
-        self.original.add(rows)
-        self.shifted.add(hats)
-        self._cross += rows.mT @ hats
+    def add(self, shifted: Tensor, original: Tensor | None = None) -> None:
+        """Add vectors (..., n) in the compressed model and, if paired, the same in the original one."""
+        self._shifted.add(shifted)
+        if self._original is not None and self._cross is not None and original is not None:
+            self._original.add(original)
+            rows, hats = (t.detach().reshape(-1, t.shape[-1]).float() for t in (original, shifted))
+            self._cross += rows.mT @ hats
 
     @staticmethod
     def merged(parts: Sequence["CrossSum"]) -> "CrossSum":
-        """Return the sum over all pairs that any of at least one sum has seen."""
-        out = CrossSum(parts[0]._cross.shape[0], parts[0]._cross.device)
+        """Return the sum over everything that any of some sums, all paired or none, has seen; they stay as they are."""
+        second = parts[0]._shifted._second
+        out = CrossSum(second.shape[0], second.device, paired=parts[0]._original is not None)
         for part in parts:
-            out.original.add_sum(part.original)
-            out.shifted.add_sum(part.shifted)
-            out._cross += part._cross
+            out._shifted.add_sum(part._shifted)
+            if out._original is not None and part._original is not None:
+                out._original.add_sum(part._original)
+            if out._cross is not None and part._cross is not None:
+                out._cross += part._cross
         return out
 
-    def cross(self) -> Tensor:
-        """Return E[x x^^T], (n, n)."""
-        return self._cross / max(self.original.count, 1)
+    def result(self, name: str) -> CrossMoments:
+        """Return the moments of everything added; the sum is used up by it.
+
+        Raises:
+            EckartError: if nothing was added, or NaN or Inf appeared; `name` says where.
+        """
+        shifted = self._shifted.result(name)
+        if self._original is None or self._cross is None:
+            return CrossMoments(shifted)
+        return CrossMoments(shifted, self._original.result(name), self._cross.div_(shifted.count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +172,20 @@ class Gradients:
 
 
 class GradientSum:
-    """Accumulates the gradient moments of one layer."""
+    """Accumulates the gradient moments of one layer.
 
-    def __init__(self, size: int, device: torch.device | None = None) -> None:
+    Args:
+        size: m, its outputs.
+        device: where to.
+        inputs: n, if the mean gradient of the weight is wanted as well.
+    """
+
+    def __init__(self, size: int, device: torch.device | None = None, inputs: int | None = None) -> None:
         dtype = torch.float64 if size <= WIDE_ACCUMULATION else torch.float32
         self.count = self.sequences = 0
         self._second = torch.zeros(size, size, dtype=dtype, device=device)
         self._fisher = torch.zeros(size, dtype=torch.float64, device=device)
+        self._weight = None if inputs is None else torch.zeros(size, inputs, dtype=torch.float32, device=device)
 
     def add(self, x: Tensor, gradient: Tensor) -> None:
         """Add a batch: layer inputs x (b, t, n) and output gradients (b, t, m)."""
@@ -160,12 +194,25 @@ class GradientSum:
         self.count += rows.shape[0]
         self._second += rows.mT @ rows
         for sequence, inputs in zip(gradient, x.detach().float(), strict=True):
-            self._fisher += (sequence.mT @ inputs).square().sum(1, dtype=torch.float64)
+            of_weight = sequence.mT @ inputs
+            self._fisher += of_weight.square().sum(1, dtype=torch.float64)
+            if self._weight is not None:
+                self._weight += of_weight
         self.sequences += gradient.shape[0]
 
     def result(self, name: str) -> Gradients:
-        """Return the moments of everything added; `name` says where, if NaN or Inf appeared."""
-        second, fisher = self._second / max(self.count, 1), self._fisher / max(self.sequences, 1)
+        """Return the moments of everything added, using up the sum; `name` says where, if NaN or Inf appeared."""
+        second, fisher = self._second.div_(max(self.count, 1)), self._fisher.div_(max(self.sequences, 1))
         if not all_finite(second) or not all_finite(fisher):
             raise EckartError(f"the gradients at {name} hold NaN or Inf; check the weights and the calibration texts")
         return Gradients(self.count, second, fisher)
+
+    def of_weight(self) -> Tensor:
+        """Return the gradient of the mean loss with respect to the weight, E[g x^T] over vectors, (m, n) float32.
+
+        Raises:
+            EckartError: if it was not asked for.
+        """
+        if self._weight is None:
+            raise EckartError("the gradient of a weight is only accumulated if the size of its inputs is given")
+        return self._weight / max(self.count, 1)

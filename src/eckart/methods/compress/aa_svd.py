@@ -12,7 +12,7 @@ Source: "AA-SVD" 2026 (arXiv 2604.02119), objective 4 and its local refinement; 
 
 from eckart.fit import Metric
 from eckart.fit import metric as build_metric
-from eckart.methods.compress.recipe import LayerData, Recipe, check_share, input_moment
+from eckart.methods.compress.recipe import LayerData, Recipe, check_share, input_moment, joint_moments
 
 
 def aa_svd(*, anchor: float = 1.0) -> Recipe:
@@ -26,7 +26,7 @@ def aa_svd(*, anchor: float = 1.0) -> Recipe:
     def metric(data: LayerData) -> Metric:
         if data.cross is None:  # before the sequential pass, for predictions
             return input_moment(data)
-        original, shifted = data.cross.original.result("a layer"), data.cross.shifted.result("a layer")
-        return build_metric(original.second, shifted=shifted.second, cross=data.cross.cross(), anchor=anchor)
+        original, cross = joint_moments(data.cross)
+        return build_metric(original.second, shifted=data.cross.shifted.second, cross=cross, anchor=anchor)
 
     return Recipe(metric=metric, uses_inputs=True, sequential=True, heal=25)

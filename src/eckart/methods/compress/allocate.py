@@ -4,11 +4,41 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-from eckart.budget import DENSE, Candidates, Option, knapsack, smallest_numbers, threshold, uniform, uniform_rank
+import torch
+
+from eckart.budget import (
+    DENSE,
+    Candidates,
+    Option,
+    knapsack,
+    proportional,
+    smallest_numbers,
+    threshold,
+    uniform,
+    uniform_rank,
+    weights_by_influence,
+    weights_by_loss,
+    zero_sum,
+)
 from eckart.budget.calibrate import calibrated, probe_option
 from eckart.errors import EckartError
+from eckart.fit import coded_blank
+from eckart.maps import Dense, LinearMap, storage
+from eckart.methods.compress.fitting import by_rows, fit_layer, loss_of, structure_name
+from eckart.methods.compress.groups import Group, SharedPlan, fit_group, group_candidates, groups_of, member_plans
 from eckart.methods.compress.job import Job
-from eckart.methods.compress.layers import Known, Layer, foreseen, surveyed, unit_of
+from eckart.methods.compress.layers import (
+    LINEAR,
+    NEURONS,
+    Known,
+    Layer,
+    errors_at,
+    foreseen,
+    surveyed,
+    type_of,
+    unit_of,
+    weights,
+)
 from eckart.methods.compress.outcome import LayerPlan, Plan
 from eckart.methods.compress.probe import levels, probe, remembered
 from eckart.progress import Progress
@@ -17,10 +47,23 @@ from eckart.progress import Progress
 SENSITIVITY_LEVELS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-def allocate(
-    job: Job, layers: list[Layer], known: Known, *, predict: bool, progress: Progress
-) -> tuple[dict[str, Option], list[Candidates]]:
-    """Choose an option for every layer.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Allocation:
+    """What every layer becomes.
+
+    Attributes:
+        chosen: the option of every layer, by name; of shared tensors the owner's part alone.
+        table: the options there were, of layers in groups the dense one.
+        shared: what groups of layers become together.
+    """
+
+    chosen: dict[str, Option]
+    table: list[Candidates]
+    shared: list[SharedPlan] = dataclasses.field(default_factory=list)
+
+
+def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, progress: Progress) -> Allocation:
+    """Choose an option for every layer, and one for every group of layers that share.
 
     Args:
         job: the job.
@@ -34,13 +77,19 @@ def allocate(
     """
     allocation = job.recipe.allocation
     # The errors of low-rank maps come together, those of other families one by one: then only for what is chosen.
-    compares = allocation in ("threshold", "knapsack", "calibrated")
+    compares = job.recipe.scores or allocation in ("knapsack", "calibrated")
     errors = compares or (predict and not job.recipe.families)
-    table = surveyed(job, layers, known, errors=errors, progress=lambda i: progress("plan", i, len(layers)))
+    groups = groups_of(job, layers, known, _share(job, layers))
+    grouped = {layer.name for group in groups for layer in group.members}
+    alone = [layer for layer in layers if layer.name not in grouped]
+    table = surveyed(job, alone, known, errors=errors, progress=lambda i: progress("plan", i, len(layers)))
+    table += [group_candidates(job, known, group, errors=errors) for group in groups]
     budget = budget_of(job, table, job.request.keep)
     if budget >= sum(layer.dense.numbers for layer in table):  # nothing is gained by dropping even what seems useless
+        chosen = {layer.name: layer.dense for layer in table}
+        chosen = _with_codes(job, layers, known, chosen, progress) if predict else chosen
         progress("plan", len(layers), len(layers))
-        return {layer.name: layer.dense for layer in table}, table
+        return _unfolded(job, groups, Allocation(chosen, table))
     if allocation == "sensitivity":
         table = _sensitivities(job, layers, known, table, progress)
     elif allocation == "calibrated":
@@ -52,12 +101,61 @@ def allocate(
         "sensitivity": threshold,
         "calibrated": knapsack,
         "knapsack": knapsack,
+        "log-loss": lambda table, budget: proportional(
+            table, budget, _log_loss_weights(job, layers, known, table, budget)
+        ),
+        "influence": lambda table, budget: proportional(table, budget, _influence_weights(job, layers, known)),
+        "zero-sum": lambda table, budget: zero_sum(table, budget, job.recipe.floor),
     }
     chosen = solve[allocation](table, budget)
-    if predict and not errors:
-        chosen = foreseen(job, layers, known, chosen)
+    if predict and job.recipe.coding is not None:
+        chosen = _with_codes(job, layers, known, chosen, progress)
+    elif predict and (job.recipe.scores or not errors):
+        chosen = foreseen(job, alone, known, chosen) | _foreseen_groups(job, known, groups, chosen)
     progress("plan", len(layers), len(layers))
-    return chosen, table
+    return _unfolded(job, groups, Allocation(chosen, table))
+
+
+def _unfolded(job: Job, groups: Sequence[Group], found: Allocation) -> Allocation:
+    """Return an allocation to layers, given one in which every group stands under its owner's name."""
+    chosen, table = dict(found.chosen), [one for one in found.table if one.name not in {g.name for g in groups}]
+    shared = [SharedPlan(group, found.chosen[group.name]) for group in groups]
+    for plan in shared:
+        members = member_plans(job, plan.group, plan.option)
+        chosen |= {name: option for name, (option, _) in members.items()}
+        table += [alone for _, alone in members.values()]
+    return Allocation(chosen, table, [plan for plan in shared if not is_dense(plan.option)])
+
+
+def _foreseen_groups(job: Job, known: Known, groups: Sequence[Group], chosen: dict[str, Option]) -> dict[str, Option]:
+    """Return the options of groups with the losses of their members as fitted."""
+    out = {}
+    for group in groups:
+        option = chosen[group.name]
+        if not is_dense(option):
+            fits = fit_group(job, known, SharedPlan(group, option))
+            out[group.name] = dataclasses.replace(option, loss=sum(fit.relative for fit in fits))
+    return out
+
+
+def _share(job: Job, layers: Sequence[Layer]) -> float:
+    """Return the share of the layers' dense numbers that the budget leaves them together."""
+    dense = sum(math.prod(layer.shape) + layer.bias for layer in layers)
+    return (job.request.keep * job.model.numel - (job.model.numel - dense)) / dense
+
+
+def _with_codes(
+    job: Job, layers: list[Layer], known: Known, chosen: dict[str, Option], progress: Progress
+) -> dict[str, Option]:
+    """Return chosen options with the losses they have once their numbers are codes, if they become such."""
+    if job.recipe.coding is None:
+        return chosen
+    out = {}
+    for i, (layer, weight) in enumerate(weights(job, layers)):
+        progress("plan", i, len(layers))
+        loss = loss_of(known, fit_layer(job, known, layer, weight, chosen[layer.name]))
+        out[layer.name] = dataclasses.replace(chosen[layer.name], loss=loss)
+    return out
 
 
 def budget_of(job: Job, table: Sequence[Candidates], keep: float) -> int:
@@ -120,32 +218,55 @@ def _calibrated(
     )
 
 
-def plan_of(job: Job, layers: Sequence[Layer], chosen: dict[str, Option], table: Sequence[Candidates]) -> Plan:
+def _log_loss_weights(
+    job: Job, layers: list[Layer], known: Known, table: Sequence[Candidates], budget: int
+) -> dict[str, float]:
+    """Return SVD-LLM v2's weights: every layer's error at the common share of numbers that meets the budget."""
+    errors = errors_at(job, layers, known, uniform(table, budget))
+    vectors = sum(batch.numel() for batch in job.calibration)
+    losses = {name: math.sqrt(vectors * error) for name, error in errors.items()}
+    return weights_by_loss(losses, {layer.name: type_of(layer) for layer in layers})
+
+
+def _influence_weights(job: Job, layers: list[Layer], known: Known) -> dict[str, float]:
+    """Return MoDeGPT's weights: one per block, for all its layers; embeddings and heads are as an average block."""
+    count = len(job.parts.blocks)
+    influence = [float(known.store.load("influence", i)["block"]["influence"]) for i in range(count)]
+    by_block = weights_by_influence(influence, job.recipe.temperature)
+    return {layer.name: by_block[layer.block] if 0 <= layer.block < count else 1.0 for layer in layers}
+
+
+def plan_of(job: Job, layers: Sequence[Layer], chosen: dict[str, Option]) -> Plan:
     """Return the plan that a choice of options makes."""
-    dense = {c.name: c.dense for c in table}
-    rows = [
-        LayerPlan(
-            layer.name,
-            layer.kind,
-            layer.shape,
-            chosen[layer.name].structure,
-            chosen[layer.name].rank,
-            chosen[layer.name].numbers,
-            dense[layer.name].numbers,
-            chosen[layer.name].nbytes,
-            chosen[layer.name].loss,
-        )
-        for layer in layers
-    ]
-    return plan_from(job, rows, dense)
+    return plan_from(job, [row for layer in layers for row in _rows(job, layer, chosen[layer.name])])
 
 
-def plan_from(job: Job, rows: Sequence[LayerPlan], dense: dict[str, Option]) -> Plan:
+def _rows(job: Job, layer: Layer, option: Option) -> list[LayerPlan]:
+    """Return the row of a layer; of hidden units, a row for every layer around them, the error with their reader."""
+    if layer.kind != NEURONS:
+        dense, option = layer.shape[0] * layer.shape[1] + layer.bias, stored(job, layer, option)
+        numbers, nbytes = option.numbers, option.nbytes
+        return [
+            LayerPlan(
+                layer.name, layer.kind, layer.shape, option.structure, option.rank, numbers, dense, nbytes, option.loss
+            )
+        ]
+    rows = []
+    for member in layer.members:
+        numbers, dense = (member.narrow_numbers(units, layer) for units in (option.rank, layer.shape[1]))
+        nbytes = numbers * job.weight_dtype(member.name).itemsize
+        rank = min(member.shape) if option.structure == DENSE else option.rank
+        loss = option.loss if member.name == layer.name else 0.0
+        rows.append(LayerPlan(member.name, LINEAR, member.shape, option.structure, rank, numbers, dense, nbytes, loss))
+    return rows
+
+
+def plan_from(job: Job, rows: Sequence[LayerPlan]) -> Plan:
     """Return the plan of given rows, with the whole model's figures."""
     total = job.model.numel
     sizes = (math.prod(s) * job.model.stored_dtype(name).itemsize for name, s in job.model.parameters.items())
-    saved = sum(dense[row.name].numbers - row.numbers for row in rows)
-    saved_bytes = sum(dense[row.name].nbytes - row.nbytes for row in rows)
+    saved = sum(row.dense_numbers - row.numbers for row in rows)
+    saved_bytes = sum(row.dense_numbers * job.weight_dtype(row.name).itemsize - row.nbytes for row in rows)
     nbytes = sum(sizes)
     return Plan(
         job.request.method,
@@ -157,6 +278,22 @@ def plan_from(job: Job, rows: Sequence[LayerPlan], dense: dict[str, Option]) -> 
         unit_of(job),
         tuple(rows),
     )
+
+
+def stored(job: Job, layer: Layer, option: Option) -> Option:
+    """Return an option as it is stored: its name and bytes where numbers become codes."""
+    recipe, dtype = job.recipe, job.weight_dtype(layer.name)
+    if recipe.coding is None:
+        return option
+    family = recipe.family(option.structure)
+    if is_dense(option):
+        blank: LinearMap = Dense(torch.empty(layer.shape, device="meta"))
+    else:
+        blank = (family or storage(recipe.storage)).blank(layer.shape, option.rank)
+    map_ = coded_blank(blank, recipe.coding, dtype, table=by_rows(job, layer))
+    # What is not in the matrix is the bias.
+    nbytes = map_.nbytes + (option.numbers - map_.numbers) * dtype.itemsize
+    return dataclasses.replace(option, structure=structure_name(option, recipe.coding), nbytes=nbytes)
 
 
 def is_dense(option: Option) -> bool:

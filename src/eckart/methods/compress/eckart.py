@@ -18,7 +18,14 @@ Structure: pivoted low rank or dense, embeddings included. Budget: knapsack on p
 
 from eckart.fit import Metric
 from eckart.fit import metric as build_metric
-from eckart.methods.compress.recipe import LayerData, Recipe, check_share, gradient_moment, raw_moments
+from eckart.methods.compress.recipe import (
+    LayerData,
+    Recipe,
+    check_share,
+    gradient_moment,
+    joint_moments,
+    raw_moments,
+)
 
 
 def eckart(
@@ -50,12 +57,12 @@ def eckart(
                 input_shrinkage=input_shrinkage,
                 output_shrinkage=output_shrinkage,
             )
-        original, shifted = data.cross.original.result("a layer"), data.cross.shifted.result("a layer")
+        (original, cross), shifted = joint_moments(data.cross), data.cross.shifted
         return build_metric(
             original.second,
             mean=original.mean if bias else None,
             shifted=shifted.second,
-            cross=data.cross.cross(),
+            cross=cross,
             shifted_mean=shifted.mean if bias else None,
             outputs=outputs,
             input_shrinkage=input_shrinkage,

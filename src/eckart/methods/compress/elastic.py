@@ -26,13 +26,13 @@ from eckart.fit import regress
 from eckart.fit.refit import refit_down
 from eckart.hosts import EmbeddingHost, host, offset_of, replace
 from eckart.maps import LinearMap
-from eckart.methods.compress.allocate import budget_of
+from eckart.methods.compress.allocate import Allocation, budget_of
 from eckart.methods.compress.job import Job, check_keep
 from eckart.methods.compress.layers import EMBEDDING, HEAD, LINEAR, Known, Layer, unit_of, weights
 from eckart.methods.compress.outcome import Measured
 from eckart.methods.compress.sweep import Pair, Sweep, offset_of_head
 from eckart.progress import Progress
-from eckart.stats import CrossSum, Stream, advance, enter, load_hidden, save_hidden
+from eckart.stats import CrossMoments, CrossSum, Stream, advance, enter, load_hidden, save_hidden
 
 # Components are fitted at the largest size and at every multiple of this below it.
 STEP = 0.1
@@ -54,10 +54,13 @@ def sizes_of(keep: float, least: float) -> tuple[float, ...]:
 def check_elastic(job: Job) -> None:
     """Raise an `EckartError` unless the components of a recipe can be ordered."""
     recipe = job.recipe
-    if recipe.families or recipe.update or recipe.heal or recipe.centred or recipe.allocation != "knapsack":
+    other = recipe.families or recipe.neurons or recipe.sliced or recipe.sharing is not None or recipe.bits
+    changed = recipe.update or recipe.heal or recipe.centred or recipe.uses_weight_gradients
+    if other or changed or recipe.allocation != "knapsack":
         raise EckartError(
-            f"{job.request.method} with these settings cannot be elastic; that needs low-rank maps without healing, "
-            "update or bias, and allocation=knapsack, as the method eckart has by default"
+            f"{job.request.method} with these settings cannot be elastic; that needs a low-rank map of its own for "
+            "every layer, without codes, healing, update or bias, and allocation=knapsack, as the method eckart has by "
+            "default"
         )
 
 
@@ -140,7 +143,7 @@ class ElasticSweep(Sweep):
     def __init__(
         self, job: Job, known: Known, layers: Sequence[Layer], elastic: Elastic, partial: Partial, progress: Progress
     ) -> None:
-        super().__init__(job, known, layers, chosen_of(elastic), partial, progress)
+        super().__init__(job, known, layers, Allocation(chosen_of(elastic), []), partial, progress)
         self.elastic = elastic
         self.described = {layer.name: layer for layer in elastic.layers}
         self.layers = [layer for layer in layers if any(self.described[layer.name].ranks)]
@@ -155,12 +158,16 @@ class ElasticSweep(Sweep):
         return measured
 
     def _fitted(
-        self, layer: Layer, weight: Tensor, crosses: Sequence[CrossSum], held: dict[str, Tensor]
+        self, layer: Layer, weight: Tensor, crosses: Sequence[CrossMoments], held: dict[str, Tensor]
     ) -> list[LinearMap | None]:
-        """Fit a layer's components and put them into `held`; return its map at every size, None where it is dense."""
+        """Fit a layer's components and put them into `held`; return its map at every size, None where it is dense.
+
+        `crosses` are the joint moments of its input over all sizes together, then those at every size; none without a
+        sequential pass.
+        """
         described, name = self.described[layer.name], layer.name
         dtype = self.job.weight_dtype(name)
-        metric = self.known.metric(layer, weight, CrossSum.merged(crosses) if crosses else None)
+        metric = self.known.metric(layer, weight, crosses[0] if crosses else None)
         if metric is None:
             raise EckartError(f"the calibration texts never reach {name}, so it cannot be fitted")
         factors = regress(weight, metric, rank=max(described.ranks)).factors(max(described.ranks))
@@ -170,7 +177,7 @@ class ElasticSweep(Sweep):
             downs = [down] * len(self.plans)
         else:
             downs = []
-            for i, (cross, rank) in enumerate(zip(crosses, described.ranks, strict=True)):
+            for i, (cross, rank) in enumerate(zip(crosses[1:], described.ranks, strict=True)):
                 seen = self.known.metric(layer, weight, cross) or metric
                 downs.append(refit_down(weight, factors.up[:, :rank], seen).to(dtype))
                 held[f"{name}.down.{i}"] = downs[-1]
@@ -246,14 +253,12 @@ class ElasticSweep(Sweep):
         name: str,
         index: int,
         pairs: dict[str, Pair],
-    ) -> list[CrossSum]:
-        """Return the joint moments of a layer's input in the original model and at every size."""
+    ) -> list[CrossMoments]:
+        """Return the joint moments of a layer's input, over all sizes together and then at every size."""
         if not self._needs_cross:
             return []
-        return [
-            self._cross(block, smaller, layer, name, index, {"calibration": pair})
-            for smaller, pair in zip(copies, self._pairs(pairs), strict=True)
-        ]
+        each = zip(copies, self._pairs(pairs), strict=True)
+        return _results([self._cross_sum(block, inside, layer, name, index, pair) for inside, pair in each], layer)
 
     def _pairs(self, pairs: dict[str, Pair]) -> list[Pair]:
         """Return the calibration samples on their way through the original model and that of every size."""
@@ -264,7 +269,7 @@ class ElasticSweep(Sweep):
         for layer, weight in weights(self.job, [layer for layer in self.layers if layer.kind == HEAD]):
             bias = offset_of_head(self.job, layer.name)
             each = self._pairs(pairs) if self._needs_cross else []
-            crosses = [self._head_cross(layer.name, {"calibration": pair}) for pair in each]
+            crosses = _results([self._head_sum(layer.name, pair) for pair in each], layer.name)
             held: dict[str, Tensor] = {}
             map_ = self._fitted(layer, weight, crosses, held)[-1]
             self._save_components(HEAD, held)
@@ -279,3 +284,8 @@ class ElasticSweep(Sweep):
 
     def _save_components(self, part: str, held: dict[str, Tensor]) -> None:
         write_tensors(self.partial.path(f"{FOLDER}-{part}"), held)
+
+
+def _results(sums: Sequence[CrossSum], name: str) -> list[CrossMoments]:
+    """Return the moments of what all sums together have seen, and then of each, which uses them up; none of none."""
+    return [total.result(name) for total in (CrossSum.merged(sums), *sums)] if sums else []

@@ -120,6 +120,11 @@ def open_job(request: Request, progress: Progress) -> Job:
     """
     _check_numbers(request)
     recipe = recipe_of(request.method, request.settings)
+    if not recipe.reduces and request.keep != 1:
+        raise EckartError(
+            f"{request.method} stores all parameters in fewer bits and removes none, so keep must be 1, got "
+            f"{request.keep:g}; leave keep out, or take a method that removes parameters and give it bits={recipe.bits}"
+        )
     check_model_folder(request.model)
     if recipe.needs_text and request.calibration is None:
         raise EckartError(f"{request.method} needs a calibration text; give one with --calibration FILE")
@@ -128,8 +133,12 @@ def open_job(request: Request, progress: Progress) -> Job:
     parts = anatomy(model.model)
     causal = type(model.model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     samples = None if documents is None else _samples(request, model, documents, causal)
-    labels = recipe.labels if recipe.uses_gradients else "sampled"
+    labels = recipe.labels if recipe.uses_gradients or recipe.uses_weight_gradients else "sampled"
     goal = objective(labels, parts.head is not None, causal)
+    if recipe.uses_weight_gradients and not causal:
+        raise EckartError(
+            f"{request.method} needs the loss of predicting the next token; {request.model} is no decoder"
+        )
     model_hash = check_finite(model, progress)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runner = Blockwise(model.model, parts, model.load, device)

@@ -11,37 +11,50 @@ form.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from eckart.budget import Candidates, Option, candidates
+from eckart.budget import DENSE, Candidates, Option, candidates
 from eckart.errors import EckartError
 from eckart.fit import Metric, Regression, error_of, regress
 from eckart.fit import metric as build_metric
 from eckart.fit.families import Family
-from eckart.hosts import linear_layers, map_of, offset_of
+from eckart.fit.neurons import fit_neurons
+from eckart.hosts import Neurons, linear_layers, map_of, neurons_of, offset_of
 from eckart.maps import Storage, storage
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.recipe import LayerData
-from eckart.stats import CrossSum, Gradients, Moments, Store, gradients_of, inputs_of, token_counts
+from eckart.stats import (
+    CrossMoments,
+    Gradients,
+    Moments,
+    Store,
+    enter,
+    gradients_of,
+    inputs_of,
+    token_counts,
+    weight_gradients_of,
+)
 
 # Share of the uniform distribution in token frequencies: tokens that the calibration text lacks still count.
 FREQUENCY_SMOOTHING = 0.05
-EMBEDDING, HEAD, LINEAR = "embedding", "head", "linear"
+EMBEDDING, HEAD, LINEAR, NEURONS = "embedding", "head", "linear", "neurons"
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer that may be compressed.
+    """One layer that may be compressed, or several around the same hidden units that become narrower together.
 
     Attributes:
-        name: its module name.
-        kind: "linear", "embedding" or "head".
+        name: its module name; of hidden units, that of the layer that reads them.
+        kind: "linear", "embedding", "head" or "neurons".
         shape: (out, in); (vocabulary, width) for an embedding.
         bias: numbers in its bias.
         block: index of its block; -1 for an embedding, the number of blocks for a head.
+        writers: for hidden units, the linear layers with a row per unit.
     """
 
     name: str
@@ -49,6 +62,21 @@ class Layer:
     shape: tuple[int, int]
     bias: int
     block: int
+    writers: tuple["Layer", ...] = ()
+
+    @property
+    def members(self) -> "tuple[Layer, ...]":
+        """The linear layers it consists of; itself, if it is one layer."""
+        return (*self.writers, replace(self, kind=LINEAR, writers=())) if self.writers else (self,)
+
+    def narrow_shape(self, units: int, reader: "Layer") -> tuple[int, int]:
+        """Return the shape of this layer with so many of the hidden units that `reader` reads."""
+        return (self.shape[0], units) if self.name == reader.name else (units, self.shape[1])
+
+    def narrow_numbers(self, units: int, reader: "Layer") -> int:
+        """Return the numbers of this layer, bias included, with so many of the hidden units that `reader` reads."""
+        shape = self.narrow_shape(units, reader)
+        return shape[0] * shape[1] + (shape[0] if self.bias else 0)
 
 
 def layers_of(job: Job) -> list[Layer]:
@@ -58,11 +86,37 @@ def layers_of(job: Job) -> list[Layer]:
     if job.recipe.embeddings and parts.embedding is not None:
         table = cast(Tensor, model.get_submodule(parts.embedding).weight)
         out.append(Layer(parts.embedding, EMBEDDING, (table.shape[0], table.shape[1]), 0, -1))
+    groups = _neurons(job) if job.recipe.neurons else [[] for _ in parts.blocks]
     for index, block in enumerate(parts.blocks):
-        for name, module in linear_layers(model.get_submodule(block), block).items():
-            out.append(_layer(name, LINEAR, module, index))
+        inside = {
+            name: _layer(name, LINEAR, module, index)
+            for name, module in linear_layers(model.get_submodule(block), block).items()
+        }
+        for group in groups[index]:
+            writers = tuple(inside.pop(f"{block}.{name}") for name in group.into)
+            reader = f"{block}.{group.out_of}"
+            inside[reader] = replace(inside[reader], kind=NEURONS, writers=writers)
+        out.extend(inside.values())
     if job.recipe.embeddings and parts.head is not None and not parts.tied:
         out.append(_layer(parts.head, HEAD, model.get_submodule(parts.head), len(parts.blocks)))
+    return out
+
+
+@torch.no_grad()
+def _neurons(job: Job) -> list[list[Neurons]]:
+    """Return the sets of hidden units of every block; blocks with the same layers are tried once."""
+    runner, model = job.runner, job.model.model
+    ids = torch.arange(8)[None] % int(model.config.vocab_size)  # any few tokens will do
+    stream = enter(runner, [ids])
+    known: dict[tuple[tuple[str, tuple[int, int]], ...], list[Neurons]] = {}
+    out = []
+    for index, name in enumerate(job.parts.blocks):
+        layers = linear_layers(model.get_submodule(name))
+        alike = tuple((inner, map_of(module).shape) for inner, module in layers.items())
+        if alike not in known:
+            with runner.resident(name) as block:
+                known[alike] = neurons_of(block, partial(runner.run, block, stream.hidden[0], stream.calls[0][index]))
+        out.append(known[alike])
     return out
 
 
@@ -86,7 +140,7 @@ class Known:
     _inputs: dict[str, Moments] | None = None
     _gradients: dict[str, Gradients] | None = None
 
-    def data(self, layer: Layer, weight: Tensor, cross: CrossSum | None = None) -> LayerData | None:
+    def data(self, layer: Layer, weight: Tensor, cross: CrossMoments | None = None) -> LayerData | None:
         """Return what is known of a linear layer, or None if the calibration texts never reached it."""
         recipe = self.job.recipe
         if layer.block != self._block:
@@ -102,7 +156,7 @@ class Known:
         gradients = self._gradients[layer.name] if self._gradients is not None else None
         return LayerData(weight, inputs, gradients, cross)
 
-    def head_data(self, layer: Layer, weight: Tensor, cross: CrossSum | None = None) -> LayerData:
+    def head_data(self, layer: Layer, weight: Tensor, cross: CrossMoments | None = None) -> LayerData:
         """Return what is known of an output head: the Fisher matrix at its output is nearly diag(mean probability)."""
         recipe, inputs, gradients = self.job.recipe, None, None
         if recipe.uses_inputs:
@@ -130,13 +184,23 @@ class Known:
         counts = token_counts(self.job.calibration, vocabulary).to(self.job.runner.device)
         return _smoothed(counts / counts.sum())
 
-    def metric(self, layer: Layer, weight: Tensor, cross: CrossSum | None = None) -> Metric | None:
+    def metric(self, layer: Layer, weight: Tensor, cross: CrossMoments | None = None) -> Metric | None:
         """Return the metric of any layer; None if the calibration texts never reached it."""
         if layer.kind == EMBEDDING:
             return self.embedding_metric(layer)
         get = self.head_data if layer.kind == HEAD else self.data
         data = get(layer, weight, cross)
         return None if data is None else self.job.recipe.metric(data)
+
+    def scores(self, layer: Layer, weight: Tensor, regression: Regression) -> Tensor:
+        """Return the scores of rank 0, 1, ... that the recipe's allocation compares."""
+        recipe = self.job.recipe
+        if recipe.score is None:
+            raise AssertionError("checked when the recipe was made")
+        gradient = None
+        if recipe.uses_weight_gradients:
+            gradient = weight_gradients_of(self.store, self.job.objective, layer.block)[layer.name]
+        return recipe.score(LayerData(weight, weight_gradient=gradient), regression)
 
     def scale(self) -> float:
         """Return the factor from a fit's error to the predicted increase, in the objective's unit."""
@@ -146,6 +210,11 @@ class Known:
 
 def _smoothed(frequencies: Tensor) -> Tensor:
     return (1 - FREQUENCY_SMOOTHING) * frequencies + FREQUENCY_SMOOTHING / frequencies.shape[0]
+
+
+def type_of(layer: Layer) -> str:
+    """Return what layers of one kind in different blocks share: the name without its numbers."""
+    return ".".join(part for part in layer.name.split(".") if not part.isdigit())
 
 
 def unit_of(job: Job) -> str:
@@ -194,9 +263,7 @@ def surveyed(
             out.append(_with_options(_candidates(job, layer, [0.0]), fitted))
             continue
         regression = regress(weight, metric)
-        score = job.recipe.score
-        use_score = job.recipe.allocation == "threshold" and score is not None
-        losses = score(weight, regression) if use_score and score is not None else predicted(known, regression)
+        losses = known.scores(layer, weight, regression) if job.recipe.scores else predicted(known, regression)
         out.append(_with_options(_candidates(job, layer, losses, storage(job.recipe.storage)), fitted))
     return out
 
@@ -232,13 +299,37 @@ def _fitted_loss(job: Job, known: Known, weight: Tensor, metric: Metric, family:
 
 
 def foreseen(job: Job, layers: list[Layer], known: Known, chosen: dict[str, Option]) -> dict[str, Option]:
-    """Return chosen options of linear layers with their predicted losses, which an allocation did without."""
+    """Return chosen options with their predicted losses, which an allocation did without."""
     out = dict(chosen)
     for layer, weight in weights(job, layers):
         option = chosen[layer.name]
-        family, metric = job.recipe.family(option.structure), known.metric(layer, weight)
-        if family is not None and metric is not None:
-            out[layer.name] = replace(option, loss=_fitted_loss(job, known, weight, metric, family, option.rank))
+        metric = None if option.structure == DENSE else known.metric(layer, weight)
+        if metric is None:
+            continue
+        family = job.recipe.family(option.structure)
+        if layer.kind == NEURONS:
+            loss = fit_neurons(weight, metric, option.rank, ridge=job.recipe.ridge).relative
+        elif family is None:
+            loss = float(predicted(known, regress(weight, metric))[option.rank])
+        else:
+            loss = _fitted_loss(job, known, weight, metric, family, option.rank)
+        out[layer.name] = replace(option, loss=loss)
+    return out
+
+
+def errors_at(job: Job, layers: list[Layer], known: Known, chosen: dict[str, Option]) -> dict[str, float]:
+    """Return E | T (W x - W' x^) |^2 of every layer at its chosen option; 0 for layers left dense, or never reached."""
+    out = {}
+    for layer, weight in weights(job, layers):
+        option = chosen[layer.name]
+        metric = None if option.structure == DENSE else known.metric(layer, weight)
+        family = job.recipe.family(option.structure)
+        if metric is None:
+            out[layer.name] = 0.0
+        elif family is None:
+            out[layer.name] = float(regress(weight, metric).errors()[option.rank])
+        else:
+            out[layer.name] = error_of(weight, family.fit(weight, metric, option.rank).dense(), metric)
     return out
 
 
@@ -246,6 +337,8 @@ def _candidates(
     job: Job, layer: Layer, losses: Tensor | list[float] | None, stored: Storage | Family | None = None
 ) -> Candidates:
     """Return the ranks (or sizes of the recipe's one family) a layer may have; None for losses nobody will read."""
+    if layer.kind == NEURONS:
+        return _narrower(job, layer)
     families = job.recipe.families if layer.kind == LINEAR else ()
     stored = stored or (families[0] if families else storage(job.recipe.storage))
     return candidates(
@@ -258,6 +351,16 @@ def _candidates(
         extra_bias=job.recipe.centred and layer.kind != EMBEDDING,
         round_to=job.recipe.round_to,
     )
+
+
+def _narrower(job: Job, layer: Layer) -> Candidates:
+    """Return every number of hidden units that a set of layers may have; losses are left out."""
+    itemsize = job.weight_dtype(layer.name).itemsize
+    units, options = layer.shape[1], []
+    for count in (*range(job.recipe.round_to, units, job.recipe.round_to), units):
+        numbers = sum(member.narrow_numbers(count, layer) for member in layer.members)
+        options.append(Option(DENSE if count == units else NEURONS, count, numbers, numbers * itemsize, 0.0))
+    return Candidates(layer.name, layer.shape, tuple(options))
 
 
 def check_layers(job: Job, layers: list[Layer]) -> None:

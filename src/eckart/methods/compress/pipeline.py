@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from eckart.atomic import write_text
 from eckart.budget import Candidates
 from eckart.errors import EckartError
 from eckart.files.card import inherited, model_card
@@ -19,8 +20,9 @@ from eckart.methods.compress.elastic import ElasticSweep, check_elastic, ordered
 from eckart.methods.compress.job import Job, Request, open_job, statistics_store, trim_cache
 from eckart.methods.compress.layers import Known, Layer, check_layers, layers_of, surveyed
 from eckart.methods.compress.outcome import Measured, Outcome, Plan
+from eckart.methods.compress.slicing import measured_folder, principal_axes, residual_axis, sliced_plan, write_sliced
 from eckart.methods.compress.sweep import Sweep
-from eckart.methods.compress.table import settings_of, summary_of
+from eckart.methods.compress.table import recipe_of, settings_of, summary_of
 from eckart.progress import Progress, silent
 from eckart.stats import Store, collect_gradients, collect_inputs
 
@@ -30,7 +32,7 @@ def compress(
     out: str | Path,
     *,
     method: str = "eckart",
-    keep: float = 0.6,
+    keep: float | None = None,
     calibration: str | Path | None = None,
     samples: int | None = None,
     length: int | None = None,
@@ -50,7 +52,8 @@ def compress(
         model: folder of a decoder or encoder with safetensors weights.
         out: folder to write; must not hold anything yet.
         method: one of `eckart.METHODS`.
-        keep: share of the whole model's parameters that remains, in (0, 1].
+        keep: share of the whole model's parameters that remains, in (0, 1]; by default 0.6, or 1 for methods that only
+            store parameters in fewer bits, which take nothing else.
         calibration: text file; methods that use no data do without.
         samples: calibration samples; by default 128 windows for decoders, 2,048 lines for encoders, or what the text
             has.
@@ -67,9 +70,17 @@ def compress(
     """
     started, target = time.perf_counter(), Path(out)
     check_output(target)
-    sizes = sizes_of(keep, least) if elastic else ()
-    job, layers = _opened(_request(model, method, keep, calibration, samples, length, seed, settings, sizes), progress)
+    given = _request(model, method, keep, calibration, samples, length, seed, settings, least if elastic else None)
+    return _run(_opened(given, progress), target, started, cache, progress)
+
+
+def _run(job: Job, target: Path, started: float, cache: bool, progress: Progress) -> Outcome:
+    """Do a job that began at `started`, and publish its outcome; what is finished is kept where it stops."""
     partial = Partial(target.absolute().with_name(f".{target.absolute().name}.eckart-{job.key[:8]}"))
+    if job.recipe.sliced:
+        return _sliced(job, target, partial, started, progress)
+    layers = layers_of(job)
+    check_layers(job, layers)
     try:
         partial.begin({"out": str(target), "settings": _described(job)})
         store = statistics_store(job, None if cache else partial.folder)
@@ -87,6 +98,26 @@ def compress(
     return outcome
 
 
+def _sliced(job: Job, target: Path, partial: Partial, started: float, progress: Progress) -> Outcome:
+    """Write a sliced model: beside the target while it is made, then in one rename."""
+    axis = residual_axis(job)
+    kept, planned = sliced_plan(job, axis)
+    partial.begin({"out": str(target), "settings": _described(job)})
+    try:
+        basis = principal_axes(job, axis, progress)[:, :kept]
+        folder = partial.fresh_folder()
+        write_sliced(job, axis, basis, folder, progress)
+        measured = measured_folder(job, folder)
+        seconds = time.perf_counter() - started
+        outcome = Outcome(planned, target, measured, seconds, _peak_memory(), _described(job))
+        for name, text in _texts(job, outcome).items():
+            write_text(folder / name, text)
+        publish(folder, target)
+    finally:
+        partial.discard()
+    return outcome
+
+
 def _compressed(
     job: Job, layers: list[Layer], store: Store, partial: Partial, progress: Progress
 ) -> tuple[Plan, Measured | None]:
@@ -97,8 +128,8 @@ def _compressed(
         table = surveyed(job, layers, known, errors=True, progress=lambda i: progress("plan", i, len(layers)))
         measured = ElasticSweep(job, known, layers, ordered(job, layers, table), partial, progress).run()
     else:
-        chosen, table = allocate(job, layers, known, predict=False, progress=progress)
-        measured = Sweep(job, known, layers, chosen, partial, progress).run()
+        found = allocate(job, layers, known, predict=False, progress=progress)
+        table, measured = found.table, Sweep(job, known, layers, found, partial, progress).run()
     return _as_stored(job, layers, table, partial.records()), measured
 
 
@@ -106,8 +137,7 @@ def _publish(job: Job, partial: Partial, outcome: Outcome, progress: Progress) -
     """Write the finished parts as a model folder, and give it its name."""
     head = job.parts.head if job.parts.tied else None
     entries = layer_entries(partial.records(), job.parts.embedding, head)
-    texts = {"README.md": _card(job, outcome), "eckart.json": _report(outcome)}
-    made_by, sizes = _made_by(outcome), job.request.sizes
+    made_by, texts, sizes = _made_by(outcome), _texts(job, outcome), job.request.sizes
     folder = write_folder(partial, job.model, job.parts.blocks, entries, made_by, texts, progress, sizes)
     publish(folder, outcome.out)
 
@@ -116,7 +146,7 @@ def plan(
     model: str | Path,
     *,
     method: str = "eckart",
-    keep: float = 0.6,
+    keep: float | None = None,
     calibration: str | Path | None = None,
     samples: int | None = None,
     length: int | None = None,
@@ -129,62 +159,73 @@ def plan(
 
     Args and errors are those of `compress`.
     """
-    job, layers = _opened(_request(model, method, keep, calibration, samples, length, seed, settings), progress)
+    job = open_job(_request(model, method, keep, calibration, samples, length, seed, settings), progress)
+    if job.recipe.sliced:
+        return sliced_plan(job, residual_axis(job))[1]
+    layers = layers_of(job)
+    check_layers(job, layers)
     with tempfile.TemporaryDirectory(prefix="eckart-") as scratch:
         store = statistics_store(job, None if cache else Path(scratch))
         _collect(job, store, Store(Path(scratch) / "boundaries"), progress)
-        chosen, table = allocate(job, layers, Known(job, store), predict=True, progress=progress)
-    return plan_of(job, layers, chosen, table)
+        found = allocate(job, layers, Known(job, store), predict=True, progress=progress)
+    return plan_of(job, layers, found.chosen)
 
 
 def _request(
     model: str | Path,
     method: str,
-    keep: float,
+    keep: float | None,
     calibration: str | Path | None,
     samples: int | None,
     length: int | None,
     seed: int,
     settings: Mapping[str, Any] | None,
-    sizes: tuple[float, ...] = (),
+    least: float | None = None,
 ) -> Request:
     text = None if calibration is None else Path(calibration)
-    return Request(Path(model), method, keep, text, samples, length, seed, dict(settings or {}), sizes)
+    share = recipe_of(method, settings).usual_keep if keep is None else keep
+    sizes = () if least is None else sizes_of(share, least)
+    return Request(Path(model), method, share, text, samples, length, seed, dict(settings or {}), sizes)
 
 
-def _opened(request: Request, progress: Progress) -> tuple[Job, list[Layer]]:
-    """Return the checked job of a request, and the layers it may compress."""
+def _opened(request: Request, progress: Progress) -> Job:
+    """Return the checked job of a request."""
     job = open_job(request, progress)
     if request.sizes:
         check_elastic(job)
-    layers = layers_of(job)
-    check_layers(job, layers)
-    return job, layers
+    return job
 
 
 def _collect(job: Job, store: Store, boundaries: Store, progress: Progress) -> None:
     """Gather the statistics that the recipe reads and the store does not have yet."""
     count, recipe = len(job.parts.blocks), job.recipe
-    wants_gradients = recipe.uses_gradients and not (
-        store.has(f"gradients-{job.objective.name}", count) and store.has(f"ends-{job.objective.name}", 1)
-    )
+    kinds = [f"gradients-{job.objective.name}"] if recipe.uses_gradients else []
+    kinds += [f"weight-gradients-{job.objective.name}"] if recipe.uses_weight_gradients else []
+    ends = store.has(f"ends-{job.objective.name}", 1)
+    wants_gradients = bool(kinds) and not (ends and all(store.has(kind, count) for kind in kinds))
     has_inputs = store.has("inputs", count) and (job.parts.head is None or store.has("head-inputs", 1))
-    if wants_gradients or (recipe.uses_inputs and not has_inputs):
+    has_inputs = has_inputs and store.has("influence", count)
+    if wants_gradients or ((recipe.uses_inputs or recipe.allocation == "influence") and not has_inputs):
         collect_inputs(
             job.runner, job.calibration, store, boundaries=boundaries if wants_gradients else None, progress=progress
         )
     if wants_gradients:
         collect_gradients(
-            job.runner, job.calibration, job.objective, store, boundaries, seed=job.request.seed, progress=progress
+            job.runner,
+            job.calibration,
+            job.objective,
+            store,
+            boundaries,
+            seed=job.request.seed,
+            weights=recipe.uses_weight_gradients,
+            progress=progress,
         )
     boundaries.clear()
 
 
 def _as_stored(job: Job, layers: list[Layer], table: list[Candidates], records: list[LayerRecord]) -> Plan:
     """Return the plan with the ranks, numbers and errors of what was written."""
-    dense = {c.name: c.dense for c in table}
-    chosen = {c.name: c.dense for c in table}
-    base = plan_of(job, layers, chosen, table)
+    base = plan_of(job, layers, {c.name: c.dense for c in table})
     written = {record.name: record for record in records}
     rows = [
         replace(row, structure=r.structure, rank=r.rank, numbers=r.numbers, nbytes=r.nbytes, loss=r.loss)
@@ -192,7 +233,7 @@ def _as_stored(job: Job, layers: list[Layer], table: list[Candidates], records: 
         else row
         for row in base.layers
     ]
-    return plan_from(job, rows, dense)
+    return plan_from(job, rows)
 
 
 def _described(job: Job) -> dict[str, Any]:
@@ -239,6 +280,11 @@ def _peak_memory() -> int:
 
 def _measured(measured: Measured | None) -> dict[str, Any] | None:
     return None if measured is None else asdict(measured)
+
+
+def _texts(job: Job, outcome: Outcome) -> dict[str, str]:
+    """Return the text files that every folder gets."""
+    return {"README.md": _card(job, outcome), "eckart.json": _report(outcome)}
 
 
 def _card(job: Job, outcome: Outcome) -> str:

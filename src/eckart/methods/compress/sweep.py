@@ -7,30 +7,40 @@ and gives the same bytes as one that was not.
 
 import contextlib
 import copy
+import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from eckart.budget import Option
 from eckart.files.writing import LayerRecord, Partial
-from eckart.hosts import Call, offset_of, replace
-from eckart.methods.compress.allocate import is_dense
+from eckart.fit import Fit
+from eckart.hosts import Call, map_of, offset_of, replace
+from eckart.maps import Quantized
+from eckart.methods.compress.allocate import Allocation, is_dense
 from eckart.methods.compress.fitting import (
     fit_layer,
+    fit_narrowed,
     loss_of,
+    loss_of_map,
     running,
     running_embedding,
+    structure_name,
     tied_head,
 )
+from eckart.methods.compress.groups import GroupFits, without_borrowed
 from eckart.methods.compress.heal import heal
 from eckart.methods.compress.job import Job
-from eckart.methods.compress.layers import EMBEDDING, HEAD, Known, Layer, weights
+from eckart.methods.compress.layers import EMBEDDING, HEAD, NEURONS, Known, Layer, weights
 from eckart.methods.compress.measure import divergence, next_token_loss
 from eckart.methods.compress.outcome import Measured
+from eckart.methods.compress.rounding import LearnedRounding
 from eckart.progress import Progress
 from eckart.stats import (
+    CrossMoments,
     CrossSum,
     StopBlockError,
     Store,
@@ -65,7 +75,7 @@ class Sweep:
         job: the job.
         known: its statistics.
         layers: its layers.
-        chosen: what each becomes.
+        found: what each becomes.
         partial: where finished parts are written.
         progress: told of the stage "compress".
     """
@@ -75,12 +85,13 @@ class Sweep:
         job: Job,
         known: Known,
         layers: Sequence[Layer],
-        chosen: dict[str, Option],
+        found: Allocation,
         partial: Partial,
         progress: Progress,
     ) -> None:
-        self.job, self.known, self.chosen, self.partial, self.progress = job, known, chosen, partial, progress
-        self.layers = [layer for layer in layers if not is_dense(chosen[layer.name])]
+        self.job, self.known, self.chosen, self.partial, self.progress = job, known, found.chosen, partial, progress
+        self.layers = [layer for layer in layers if job.recipe.coding or not is_dense(found.chosen[layer.name])]
+        self.groups = GroupFits(job, known, found.shared, partial.folder)
         self.streams = Store(partial.folder)
         recipe = job.recipe
         self.learns = recipe.sequential or recipe.update or recipe.heal > 0
@@ -112,6 +123,7 @@ class Sweep:
                     loss_of(self.known, fit),
                     kind=EMBEDDING,
                     padding_idx=module.padding_idx,
+                    planned=self._planned(layer),
                 )
                 self.partial.save(EMBEDDING, self._stored(layer.name, module), [record])
             return {layer.name: module}
@@ -150,18 +162,25 @@ class Sweep:
             compressed = copy.deepcopy(block)
             for group in self._groups(block, name, index, pairs, inside):
                 cross = self._cross(block, compressed, group[0], name, index, pairs) if self._needs_cross else None
-                for layer, weight in weights(job, [inside[member] for member in group]):
+                narrowed = [inside[member] for member in group if inside[member].kind == NEURONS]
+                for layer in narrowed:
+                    records += self._narrow(layer, block, compressed, name, cross)
+                for layer, weight in weights(job, [inside[m] for m in group if inside[m].kind != NEURONS]):
                     inner = layer.name.removeprefix(f"{name}.")
                     bias = offset_of(block.get_submodule(inner))
-                    fit = fit_layer(job, self.known, layer, weight, self.chosen[layer.name], bias=bias, cross=cross)
-                    replace(compressed, inner, running(fit))
-                    planned = self.chosen[layer.name].structure, self.chosen[layer.name].rank
+                    fit = self.groups.fit(layer, bias) or fit_layer(
+                        job, self.known, layer, weight, self.chosen[layer.name], bias=bias, cross=cross
+                    )
+                    replace(compressed, inner, self._module(fit, weight))
+                    planned, taken = self._planned(layer), self.groups.taken(layer, fit)
                     loss = loss_of(self.known, fit)
-                    records.append(LayerRecord.of(layer.name, fit.map, fit.bias, loss, planned=planned))
+                    records.append(LayerRecord.of(layer.name, fit.map, fit.bias, loss, planned=planned, shared=taken))
             targets = self._advance_originals(block, index, pairs)
         # before the first compressed layer the error is zero, and healing would only decay the weights
         if job.recipe.heal and any(layer.block <= index for layer in self.layers):
             self._heal(compressed, index, pairs["calibration"], targets)
+        if job.recipe.scale_rank:
+            records = self._learned(name, compressed, inside, records)
         self._commit(index, compressed, inside, records, pairs)
 
     def _commit(
@@ -180,10 +199,30 @@ class Sweep:
         for key, pair in pairs.items():
             save_hidden(self.streams, index + 1, pair.original.hidden, f"{key}-original")
             save_hidden(self.streams, index + 1, pair.compressed.hidden, f"{key}-compressed")
-        self.partial.save_block(index, tensors, records)
+        self.partial.save_block(index, without_borrowed(tensors, records), records)
         for key in pairs:
             for stream in ("original", "compressed"):
                 self.streams.path(f"{key}-{stream}", index).unlink(missing_ok=True)
+
+    def _planned(self, layer: Layer) -> tuple[str, int]:
+        """Return what a layer becomes, as plans say it, and at which rank."""
+        option = self.chosen[layer.name]
+        return structure_name(option, self.job.recipe.coding), option.rank
+
+    def _narrow(
+        self, layer: Layer, block: nn.Module, compressed: nn.Module, name: str, cross: CrossMoments | None
+    ) -> list[LayerRecord]:
+        """Put fewer hidden units in a compressed block; return the records of the layers around them."""
+        inner = {member.name: member.name.removeprefix(f"{name}.") for member in layer.members}
+        biases = {full: offset_of(block.get_submodule(short)) for full, short in inner.items()}
+        option, records = self.chosen[layer.name], []
+        for part in fit_narrowed(self.job, self.known, layer, option, biases, cross=cross):
+            replace(compressed, inner[part.layer.name], running(part.fit))
+            loss, planned = loss_of(self.known, part.fit), (option.structure, option.rank)
+            records.append(
+                LayerRecord.of(part.layer.name, part.fit.map, part.fit.bias, loss, planned=planned, neurons=part.entry)
+            )
+        return records
 
     @property
     def _needs_cross(self) -> bool:
@@ -201,22 +240,31 @@ class Sweep:
         kept = [[member for member in group if member in inside] for group in groups]
         return [group for group in kept if group]
 
-    @torch.no_grad()
     def _cross(
         self, block: nn.Module, compressed: nn.Module, layer: str, name: str, index: int, pairs: dict[str, Pair]
+    ) -> CrossMoments:
+        """Return the moments of a layer's input in the compressed model, jointly with the original's if needed."""
+        return self._cross_sum(block, compressed, layer, name, index, pairs["calibration"]).result(layer)
+
+    @torch.no_grad()
+    def _cross_sum(
+        self, block: nn.Module, compressed: nn.Module, layer: str, name: str, index: int, pair: Pair
     ) -> CrossSum:
-        """Return the joint moments of a layer's input in the original and in the compressed model."""
-        pair, inner = pairs["calibration"], layer.removeprefix(f"{name}.")
+        inner = layer.removeprefix(f"{name}.")
         total: CrossSum | None = None
-        calls = pair.original.calls
-        for i, call in enumerate(calls):
-            x = _input_of(self.job, block, inner, pair.original.hidden[i], call[index])
+        for i, call in enumerate(pair.original.calls):
             shifted = _input_of(self.job, compressed, inner, pair.compressed.hidden[i], call[index])
-            total = total or CrossSum(x.shape[-1], x.device)
-            total.add(x, shifted)
+            total = total or CrossSum(shifted.shape[-1], shifted.device, paired=self._paired)
+            x = _input_of(self.job, block, inner, pair.original.hidden[i], call[index]) if self._paired else None
+            total.add(shifted, x)
         if total is None:
             raise AssertionError("a job with calibration samples has batches")
         return total
+
+    @property
+    def _paired(self) -> bool:
+        """Whether fits read the inputs in both models; SVD-LLM's update only reads those in the compressed one."""
+        return self.job.recipe.sequential
 
     def _advance_originals(self, block: nn.Module, index: int, pairs: dict[str, Pair]) -> list[Tensor]:
         """Move the original streams past the block; return the calibration samples' outputs, for healing."""
@@ -233,19 +281,42 @@ class Sweep:
             calls,
             pair.compressed.hidden,
             targets,
+            fixed=self.groups.shared_parameters(compressed, index),
             epochs=recipe.heal,
             rate=recipe.heal_rate,
             seed=self.job.request.seed + index,
             progress=lambda epoch: self.progress("compress", index * recipe.heal + epoch, count * recipe.heal),
+            parameters=[p for m in compressed.modules() if isinstance(m, LearnedRounding) for p in m.parameters()],
         )
+
+    def _module(self, fit: Fit, weight: Tensor) -> nn.Module:
+        """Return a fitted layer of a block as a module that runs, and learns its codes if the recipe says so."""
+        module, recipe = running(fit), self.job.recipe
+        if not recipe.scale_rank or not isinstance(fit.map, Quantized):
+            return module
+        generator = torch.Generator().manual_seed(self.job.request.seed)
+        return LearnedRounding(weight, cast(Quantized, map_of(module)), offset_of(module), recipe.scale_rank, generator)
+
+    def _learned(
+        self, name: str, compressed: nn.Module, inside: dict[str, Layer], records: list[LayerRecord]
+    ) -> list[LayerRecord]:
+        """Put the codes a block has learned in place of what learned them; return the records with their losses."""
+        losses = {}
+        for layer, weight in weights(self.job, list(inside.values())):
+            inner = layer.name.removeprefix(f"{name}.")
+            module = cast(LearnedRounding, compressed.get_submodule(inner))
+            map_ = module.result(self.job.weight_dtype(layer.name))
+            losses[layer.name] = loss_of_map(self.job, self.known, layer, weight, map_)
+            replace(compressed, inner, running(Fit(map_, module.bias, 0.0, 0.0)))
+        return [dataclasses.replace(record, loss=losses[record.name]) for record in records]
 
     @torch.no_grad()
     def _rounded(self, name: str, compressed: nn.Module, inside: dict[str, Layer]) -> dict[str, Tensor]:
         """Round a block's numbers to the dtypes they are stored in; return them by full name."""
-        out = {}
+        out, members = {}, [member.name for layer in inside.values() for member in layer.members]
         for key, tensor in compressed.state_dict(keep_vars=True).items():
             full = f"{name}.{key}"
-            owner = next((layer for layer in inside if full.startswith(f"{layer}.")), None)
+            owner = next((member for member in members if full.startswith(f"{member}.")), None)
             dtype = self.job.weight_dtype(owner) if owner else self.job.model.stored_dtype(full)
             stored = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach().clone()
             if tensor.is_floating_point():
@@ -260,22 +331,26 @@ class Sweep:
             if tied:
                 return tied
         for layer, weight in weights(self.job, [layer for layer in self.layers if layer.kind == HEAD]):
-            bias = offset_of_head(self.job, layer.name)
-            cross = self._head_cross(layer.name, pairs) if self._needs_cross else None
+            bias, name = offset_of_head(self.job, layer.name), layer.name
+            cross = self._head_sum(name, pairs["calibration"]).result(name) if self._needs_cross else None
             fit = fit_layer(self.job, self.known, layer, weight, self.chosen[layer.name], bias=bias, cross=cross)
             module = running(fit)
             if not self.partial.has(HEAD):
-                record = LayerRecord.of(layer.name, fit.map, fit.bias, loss_of(self.known, fit))
+                loss = loss_of(self.known, fit)
+                record = LayerRecord.of(layer.name, fit.map, fit.bias, loss, planned=self._planned(layer))
                 self.partial.save(HEAD, self._stored(layer.name, module), [record])
             return {layer.name: module}
         return {}
 
-    def _head_cross(self, name: str, pairs: dict[str, Pair]) -> CrossSum:
-        pair, runner = pairs["calibration"], self.job.runner
-        original = list(head_inputs(runner, name, pair.original.hidden))
-        total = CrossSum(original[0].shape[-1], runner.device)
-        for x, shifted in zip(original, head_inputs(runner, name, pair.compressed.hidden), strict=True):
-            total.add(x, shifted)
+    def _head_sum(self, name: str, pair: Pair) -> CrossSum:
+        runner = self.job.runner
+        originals = list(head_inputs(runner, name, pair.original.hidden)) if self._paired else itertools.repeat(None)
+        total: CrossSum | None = None
+        for shifted, x in zip(head_inputs(runner, name, pair.compressed.hidden), originals, strict=False):
+            total = total or CrossSum(shifted.shape[-1], runner.device, paired=self._paired)
+            total.add(shifted, x)
+        if total is None:
+            raise AssertionError("a job with calibration samples has batches")
         return total
 
     def _measure(self, pairs: dict[str, Pair], heads: dict[str, nn.Module]) -> Measured | None:
