@@ -118,6 +118,7 @@ def pages() -> dict[Path, str]:
         "memory": results("memory"),
         "constants": results("constants"),
         "sparse_coding": results("sparse_coding"),
+        "elastic": results("elastic"),
         "equal_bytes": results("equal_bytes"),
     }
     return {

@@ -14,6 +14,8 @@ from eckart.errors import EckartError as EckartError
 if TYPE_CHECKING:
     from eckart.files.inspect import densify as densify
     from eckart.files.inspect import show as show
+    from eckart.files.loading import load as load
+    from eckart.files.slicing import slice_folder as slice_folder
     from eckart.fit import Metric as Metric
     from eckart.fit import metric as metric
     from eckart.fit import regress as regress
@@ -62,6 +64,8 @@ PUBLIC: dict[str, str] = {
         "eckart.methods.compress.table": ("METHODS",),
         "eckart.methods.evaluate": ("evaluate", "Evaluation"),
         "eckart.files.inspect": ("densify", "show"),
+        "eckart.files.loading": ("load",),
+        "eckart.files.slicing": ("slice_folder",),
         "eckart.fit": ("Metric", "metric", "regress"),
         "eckart.hosts": ("host", "map_of"),
         "eckart.linalg": ("top_eigen", "truncated_svd"),

@@ -24,7 +24,7 @@ from eckart.errors import EckartError
 from eckart.methods.compress.table import METHODS
 
 DEMO = Path(str(files("eckart"))) / "demo"
-VERBS = ("compress", "eval", "methods", "show", "densify", "demo")
+VERBS = ("compress", "eval", "methods", "show", "densify", "slice", "demo")
 RUN = ["compress", "MODEL", "--keep", "0.5", "--out", "x"]
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 
@@ -68,7 +68,7 @@ def small(model: Path, text: Path, out: Path, *more: str, code: int = 0):
 HELP = """
 import sys, time
 from eckart.cli.main import app
-for verb in ([], ["compress"], ["eval"], ["methods"], ["show"], ["densify"], ["demo"]):
+for verb in ([], ["compress"], ["eval"], ["methods"], ["show"], ["densify"], ["slice"], ["demo"]):
     app([*verb, "--help"], standalone_mode=False)
 app(["--version"], standalone_mode=False)
 sys.argv = ["eckart", "compress", "no-such-folder", "--keep", "0.5", "--out", "x"]
@@ -369,3 +369,22 @@ def test_the_demonstration_compares_two_methods(tmp_path) -> None:
     assert losses["original"] < losses["eckart"] < losses["svd-llm"]
     assert "original: Once upon a time" in result.stdout
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "demo/eckart") is not None
+
+
+def test_an_elastic_folder_is_made_shown_cut_and_densified(model, text, tmp_path):
+    made = ("--samples", "4", "--length", "32", "--calibration", text, "--elastic", "--least", "0.6")
+    eckart("compress", model, "--keep", "0.8", "--out", tmp_path / "elastic", *made)
+    assert "elastic: every size from keep 0.6 to 0.8" in eckart("show", tmp_path / "elastic").stdout
+    assert "written to" in eckart("slice", tmp_path / "elastic", "--keep", "0.7", "--out", tmp_path / "cut").stdout
+    assert "elastic:" not in eckart("show", tmp_path / "cut").stdout
+    eckart("densify", tmp_path / "elastic", "--keep", "0.7", "--out", tmp_path / "one")
+    eckart("densify", tmp_path / "cut", "--out", tmp_path / "other")
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "other/model.safetensors").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "cache") == ["cut", "elastic", "one", "other"]
+
+
+def test_sizes_that_cannot_be_cut_are_one_sentence(model, tmp_path):
+    result = eckart("slice", model, "--keep", "0.7", "--out", tmp_path / "cut", code=1)
+    assert "is not elastic, so it has one size only" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "cut").exists()

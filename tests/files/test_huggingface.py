@@ -15,16 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import eckart
 from eckart.errors import EckartError
+from eckart.files.entries import EckartConfig, check_files, expected_tensors, sentinel_name
 from eckart.files.folder import SINGLE
-from eckart.files.huggingface import (
-    EckartConfig,
-    EckartQuantizer,
-    check_files,
-    expected_tensors,
-    localized,
-    register,
-    sentinel_name,
-)
+from eckart.files.huggingface import EckartQuantizer, localized, register
 from eckart.hosts import EmbeddingHost, Host, TiedHead, map_of
 
 DEMO = Path(str(files("eckart"))) / "demo" / "stories260k"

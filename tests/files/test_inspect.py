@@ -54,7 +54,7 @@ def write_compressed(
     head: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Truncate layers of a model in place and write it in the format of `eckart.files.huggingface`."""
+    """Truncate layers of a model in place and write it in the format of `eckart.files.entries`."""
     layers = {}
     for name, rank in ranks.items():
         module = model.get_submodule(name)

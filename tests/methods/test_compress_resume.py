@@ -88,6 +88,7 @@ class Case:
 
 
 SETTINGS = {"aa-svd": {"heal": 1}}
+ELASTIC = {"elastic": {"method": "eckart", "elastic": True}}
 KILLED = [
     Case("eckart", ["forward", 0]),
     Case("eckart", ["forward", 3]),
@@ -98,6 +99,8 @@ KILLED = [
     Case("eckart", ["compress", 5]),
     Case("eckart", ["write", 0]),
     Case("eckart", ["write", 1]),
+    Case("elastic", ["compress", 2]),
+    Case("elastic", ["write", 1]),
     *(Case("eckart", kill_in_file=n) for n in (2, 9, 19, 24, 31, 44)),
     Case("svd-llm", ["compress", 1]),
     Case("svd-llm", ["write", 0]),
@@ -123,6 +126,7 @@ USUAL = {
     "eckart-file-19",
     "svd-llm-compress-1",
     "aa-svd-compress-4",
+    "elastic-compress-2",
     "basis-sharing-compress-1",
     "basis-sharing-file-10",
 }
@@ -156,7 +160,7 @@ class Runs:
             "out": str(folder / "work" / "out"),
             "cache": str(folder / "cache"),
             "answer": str(folder / which),
-            "arguments": arguments | {"settings": SETTINGS.get(method, {})},
+            "arguments": arguments | {"settings": SETTINGS.get(method, {})} | ELASTIC.get(method, {}),
             **limits,
         }
 

@@ -50,6 +50,25 @@ def test_unpaired_cross_sums_follow_the_compressed_model_only():
     assert got.cross is None
 
 
+@pytest.mark.parametrize("paired", [True, False])
+def test_merged_sums_are_the_sum_of_everything_and_leave_their_parts_alone(accumulation, paired):
+    x, shifted = torch.randn(6, 8, 6), torch.randn(6, 8, 6) + 1
+    whole, parts = CrossSum(6, paired=paired), [CrossSum(6, paired=paired) for _ in range(3)]
+    for i, (a, b) in enumerate(zip(x, shifted, strict=True)):
+        for total in (whole, parts[i % 3]):
+            total.add(b, a if paired else None)
+    got, expected = CrossSum.merged(parts).result("a layer"), whole.result("a layer")
+    assert got.shifted.count == expected.shifted.count == 48
+    torch.testing.assert_close(got.shifted.second, expected.shifted.second)
+    torch.testing.assert_close(got.shifted.mean, expected.shifted.mean)
+    torch.testing.assert_close(parts[0].result("a layer").shifted.mean, shifted[::3].reshape(-1, 6).double().mean(0))
+    if paired:
+        torch.testing.assert_close(got.cross, expected.cross)
+        torch.testing.assert_close(got.original.second, expected.original.second)
+    else:
+        assert got.cross is got.original is None
+
+
 def test_gradient_sums_hold_the_second_moment_and_the_row_fisher(accumulation):
     x, gradient = torch.randn(4, 7, 6), torch.randn(4, 7, 5)
     total = GradientSum(5)

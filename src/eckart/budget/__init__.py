@@ -7,7 +7,9 @@ from eckart.budget.candidates import Candidates as Candidates
 from eckart.budget.candidates import Option as Option
 from eckart.budget.candidates import candidates as candidates
 from eckart.budget.candidates import smallest_numbers as smallest_numbers
+from eckart.budget.knapsack import hull as hull
 from eckart.budget.knapsack import knapsack as knapsack
+from eckart.budget.knapsack import upgrades as upgrades
 from eckart.budget.proportional import proportional as proportional
 from eckart.budget.proportional import weights_by_influence as weights_by_influence
 from eckart.budget.proportional import weights_by_loss as weights_by_loss

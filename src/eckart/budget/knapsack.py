@@ -21,22 +21,40 @@ def knapsack(layers: Sequence[Candidates], budget: int) -> dict[str, Option]:
         EckartError: if the cheapest options exceed the budget.
     """
     require_reachable(layers, budget)
+    chosen = {layer.name: hull(layer.options)[0] for layer in layers}
+    left = budget - sum(option.numbers for option in chosen.values())
+    full: set[str] = set()
+    for name, option in upgrades(layers):
+        step = option.numbers - chosen[name].numbers
+        if name in full or step > left:
+            full.add(name)  # no later upgrade of this layer saves more per number; others may still fit
+            continue
+        left -= step
+        chosen[name] = option
+    return _filled(layers, chosen, left)
+
+
+def upgrades(layers: Sequence[Candidates]) -> list[tuple[str, Option]]:
+    """Return all steps from one corner of a layer's hull to the next, those that save most loss per number first.
+
+    Args:
+        layers: candidates.
+
+    Returns:
+        name of the layer and the option it goes to; the first option of every layer is where it starts.
+    """
     hulls = [hull(layer.options) for layer in layers]
     at = [0] * len(hulls)
-    left = budget - sum(h[0].numbers for h in hulls)
     queue = [(-_slope(h[0], h[1]), i) for i, h in enumerate(hulls) if len(h) > 1]
     heapq.heapify(queue)
+    out = []
     while queue:
         _, i = heapq.heappop(queue)
-        step = hulls[i][at[i] + 1].numbers - hulls[i][at[i]].numbers
-        if step > left:
-            continue  # no later upgrade of this layer saves more per number; others may still fit
-        left -= step
         at[i] += 1
+        out.append((layers[i].name, hulls[i][at[i]]))
         if at[i] + 1 < len(hulls[i]):
             heapq.heappush(queue, (-_slope(hulls[i][at[i]], hulls[i][at[i] + 1]), i))
-    chosen = {layer.name: h[j] for layer, h, j in zip(layers, hulls, at, strict=True)}
-    return _filled(layers, chosen, left)
+    return out
 
 
 def hull(options: Sequence[Option]) -> list[Option]:

@@ -3,6 +3,7 @@
 import difflib
 import os
 import sys
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,10 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Elastic = Annotated[bool, typer.Option("--elastic", help="Make a folder that also loads at every smaller size.")]
+Least = Annotated[
+    float | None, typer.Option(help="Smallest size of an elastic folder, as a share like --keep.  [default: 0.5]")
+]
 EveryLayer = Annotated[bool, typer.Option("--every-layer", help="One row per layer, however many there are.")]
 CONTINUES = "interrupted; running the same command again continues where this one stopped"
 STARTS_AGAIN = "interrupted; nothing was written, running the same command again starts from the beginning"
@@ -64,6 +69,8 @@ def compress(
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting of the method.")
     ] = None,
     only_plan: Annotated[bool, typer.Option("--plan", help="Only print what every layer would become.")] = False,
+    elastic: Elastic = False,
+    least: Least = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no statistics for later runs.")] = False,
     every_layer: EveryLayer = False,
     as_json: Json = False,
@@ -71,9 +78,8 @@ def compress(
     """Make a model smaller: dense weights become structured maps under a budget, measured before and after."""
     if out is None and not only_plan:
         raise typer.BadParameter("give a folder to write, or --plan to write nothing", param_hint="--out")
+    _require_sizes(keep, elastic, least)
     _require_model(model)
-    if keep is not None and not 0.0 < keep <= 1.0:
-        raise EckartError(f"keep is the share of parameters that remains and must lie in (0, 1], got {keep:g}")
     if calibration is not None and not calibration.is_file():
         raise EckartError(f"there is no text file {calibration}")
     if out is not None and not only_plan and out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -96,7 +102,9 @@ def compress(
             planned = run_plan(model, **arguments, progress=progress)
             values, table = planned.as_dict(), plan_table(planned, every_layer)
         else:
-            outcome = run_compress(model, out, **arguments, progress=progress)
+            outcome = run_compress(
+                model, out, **arguments, elastic=elastic, least=0.5 if least is None else least, progress=progress
+            )
             values, table = outcome.as_dict(), outcome_table(outcome, every_layer)
     print_json(values) if as_json else print_all(table)
 
@@ -174,15 +182,35 @@ def show(
 def densify(
     folder: Annotated[Path, typer.Argument(help="Compressed folder.")],
     out: Annotated[Path, typer.Option(help="Folder to write; must not hold anything yet.")],
+    keep: Annotated[float | None, typer.Option(help="Size of an elastic folder.  [default: its largest]")] = None,
 ) -> None:
     """Write a compressed folder as an ordinary dense one, which loads without eckart."""
     _require_model(folder)
 
     from eckart.cli.progress import Bars
     from eckart.files.inspect import densify as run
+    from eckart.files.slicing import sliced
+
+    with Bars() as progress, nullcontext(folder) if keep is None else sliced(folder, out, keep, progress) as source:
+        run(source, out, progress)
+    typer.echo(f"written to {out}")
+
+
+@app.command("slice")
+@guarded(STARTS_AGAIN)
+def slice_(
+    folder: Annotated[Path, typer.Argument(help="Elastic folder, made by `eckart compress --elastic`.")],
+    keep: Annotated[float, typer.Option(help="Share of the dense model's parameters that remains.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not hold anything yet.")],
+) -> None:
+    """Write an elastic folder at a smaller size, without data."""
+    _require_model(folder)
+
+    from eckart.cli.progress import Bars
+    from eckart.files.slicing import slice_folder as run
 
     with Bars() as progress:
-        run(folder, out, progress)
+        run(folder, out, keep=keep, progress=progress)
     typer.echo(f"written to {out}")
 
 
@@ -210,6 +238,14 @@ def demo(
     for sample in samples:
         typer.echo(f"\n{sample.name}: {sample.continuation}")
     typer.echo(f"\nthe compressed models are in {samples[-1].folder.parent}")
+
+
+def _require_sizes(keep: float | None, elastic: bool, least: float | None) -> None:
+    """Find sizes that cannot be before anything heavy is imported."""
+    if least is not None and not elastic:
+        raise typer.BadParameter("only an elastic folder has a least size; give --elastic", param_hint="--least")
+    if keep is not None and not 0.0 < keep <= 1.0:
+        raise EckartError(f"keep is the share of parameters that remains and must lie in (0, 1], got {keep:g}")
 
 
 def _require_model(folder: Path) -> None:

@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModel
 
 from eckart.atomic import copy_file, write_json
 from eckart.errors import EckartError
-from eckart.files.folder import COMPANIONS, TensorFile, check_model_folder, quiet, tensor_file
-from eckart.files.huggingface import (
+from eckart.files.elastic import FOLDER as ELASTIC
+from eckart.files.elastic import read_order
+from eckart.files.entries import (
     EMBEDDING,
     LINEAR,
     QUANT_METHOD,
@@ -26,9 +27,10 @@ from eckart.files.huggingface import (
     EckartConfig,
     blank_map,
     blank_module,
-    check_contents,
     check_files,
 )
+from eckart.files.folder import COMPANIONS, TensorFile, check_model_folder, quiet, tensor_file
+from eckart.files.huggingface import check_contents
 from eckart.files.neurons import full_shape, padded
 from eckart.files.shards import Source, write_shards
 from eckart.files.sharing import SHARED, stored_name
@@ -78,6 +80,7 @@ class Contents:
         dense_parameters: the same of the dense model.
         nbytes: bytes of all tensors.
         made_by: what config.json says of the run that made it: method, settings, figures.
+        elastic: "least" and "largest" size of an elastic folder, and "nbytes" of its components; None of another.
     """
 
     folder: Path
@@ -87,6 +90,7 @@ class Contents:
     dense_parameters: int
     nbytes: int
     made_by: dict[str, Any]
+    elastic: dict[str, Any] | None = None
 
     @property
     def kept(self) -> float:
@@ -117,7 +121,11 @@ def show(folder: str | Path) -> Contents:
     others = _count(tensors, [name for name in tensors.files if name not in held])[0]
     parameters, nbytes = others + sum(layer.numbers for layer in layers), _count(tensors, list(tensors.files))[1]
     dense = parameters + sum(layer.dense_numbers - layer.numbers for layer in layers)
-    return Contents(folder, type(model).__name__, layers, parameters, dense, nbytes, config.made_by)
+    elastic = getattr(config, "elastic", None)
+    if elastic is not None:
+        read_order(folder)  # an incomplete copy is noticed here
+        elastic = {**elastic, "nbytes": sum(path.stat().st_size for path in (folder / ELASTIC).iterdir())}
+    return Contents(folder, type(model).__name__, layers, parameters, dense, nbytes, config.made_by, elastic)
 
 
 def densify(folder: str | Path, out: str | Path, progress: Progress = silent) -> Path:
@@ -142,14 +150,14 @@ def densify(folder: str | Path, out: str | Path, progress: Progress = silent) ->
     if not config.layers:
         raise EckartError(f"{folder} is not compressed by eckart, so there is nothing to make dense")
     check_output(out)
-    dense_raw = {key: value for key, value in raw.items() if key != "quantization_config"}
+    dense_raw = {key: value for key, value in raw.items() if key not in ("quantization_config", "keep")}
     if config.tied or any(entry["kind"] == TIED_HEAD for entry in config.layers.values()):
         dense_raw["tie_word_embeddings"] = True
     with quiet():
         options, zeros = _bias_options(folder, dense_raw, config, tensors)
     dense_raw.update(options)
     sources = _sources(config, tensors, _skeleton(folder, dense_raw, None), zeros)
-    with _appearing(out) as temporary:
+    with appearing(out) as temporary:
         write_shards(temporary, sources, lambda done: progress("densify", done, len(sources)))
         for name in COMPANIONS:
             if (folder / name).is_file():
@@ -175,7 +183,7 @@ def _opened(folder: Path) -> tuple[dict[str, Any], EckartConfig, TensorFile]:
 
 def _skeleton(folder: Path, raw: Mapping[str, Any], config: EckartConfig | None) -> nn.Module:
     """Return the dense model on the meta device, after checking that it has the compressed layers in their shapes."""
-    settings = {key: value for key, value in raw.items() if key != "quantization_config"}
+    settings = {key: value for key, value in raw.items() if key not in ("quantization_config", "keep")}
     cls: Any = getattr(transformers, _class_name(raw), None)
     if cls is None:
         raise EckartError(
@@ -330,7 +338,7 @@ def _bias(name: str, entry: Mapping[str, Any], tensors: TensorFile) -> Tensor:
 
 
 @contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
+def appearing(out: Path) -> Iterator[Path]:
     """Yield a hidden folder beside `out` that takes its place on success and is removed on failure."""
     out = out.absolute()
     temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")

@@ -5,6 +5,7 @@ While it runs, a job's parts lie in a hidden folder beside the output, `.<name>.
     job.json                   what is being done, for people who wonder what this folder is
     embedding.safetensors      the compressed embedding, if any; head.safetensors likewise
     block-0000.safetensors     every tensor of a finished block; the layers' specs are in the metadata
+    elastic-*.safetensors      the components of an elastic folder, part by part, and their order
     folder/                    the output, being written; renamed to the output at the very end
 """
 
@@ -23,8 +24,9 @@ from torch import Tensor
 
 from eckart.atomic import copy_file, write_json, write_tensors, write_text
 from eckart.errors import EckartError
+from eckart.files.elastic import FOLDER as ELASTIC
+from eckart.files.entries import EMBEDDING, FORMAT, LINEAR, QUANT_METHOD, TIED_HEAD, sentinel_name
 from eckart.files.folder import COMPANIONS, OpenModel
-from eckart.files.huggingface import EMBEDDING, FORMAT, LINEAR, QUANT_METHOD, TIED_HEAD, sentinel_name
 from eckart.files.shards import Source, write_shards
 from eckart.files.sharing import SHARED
 from eckart.hosts import host
@@ -245,6 +247,7 @@ def write_folder(
     made_by: Mapping[str, Any],
     texts: Mapping[str, str],
     progress: Progress,
+    sizes: Sequence[float] = (),
 ) -> Path:
     """Write the output inside the partial folder and return its path; `publish` renames it.
 
@@ -256,6 +259,7 @@ def write_folder(
         made_by: method, settings and figures, for config.json.
         texts: further text files by name, such as the model card.
         progress: told of the stage "write".
+        sizes: those that the components of an elastic folder were fitted at, ascending.
     """
     folder = partial.fresh_folder()
     sources = _sources(partial, model, blocks, _replaced(entries))
@@ -264,7 +268,7 @@ def write_folder(
         sources[sentinel] = Source(0, lambda: torch.empty(0))
     write_shards(folder, sources, lambda done: progress("write", done, len(sources)))
     config = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
-    if entries:
+    if entries or sizes:
         tied = any(entry["kind"] == TIED_HEAD for entry in entries.values())
         config["quantization_config"] = {
             "quant_method": QUANT_METHOD,
@@ -276,6 +280,11 @@ def write_folder(
         }
         if tied:
             config["tie_word_embeddings"] = False
+        if sizes:
+            config["quantization_config"]["elastic"] = {"least": sizes[0], "largest": sizes[-1]}
+            config["keep"] = sizes[-1]  # an attribute of the config, hence an argument of `from_pretrained`
+            for path in sorted(partial.folder.glob(f"{ELASTIC}-*.safetensors")):
+                copy_file(path, folder / ELASTIC / path.name.removeprefix(f"{ELASTIC}-"))
     write_json(folder / "config.json", config)
     for name in COMPANIONS:
         if (model.folder / name).is_file():

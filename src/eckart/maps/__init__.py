@@ -47,6 +47,7 @@ from eckart.maps.spec import from_spec as from_spec
 from eckart.maps.storage import STORAGES as STORAGES
 from eckart.maps.storage import Storage as Storage
 from eckart.maps.storage import storage as storage
+from eckart.maps.storage import stored as stored
 
 # Every map a checkpoint may name.
 FAMILIES: dict[str, type[LinearMap]] = {

@@ -77,3 +77,16 @@ def storage(name: str) -> Storage:
     if name not in STORAGES:
         raise EckartError(f"unknown storage {name!r}; choose one of {', '.join(STORAGES)}")
     return STORAGES[name]
+
+
+def stored(factors: LowRank, name: str, *, table: bool = False) -> LinearMap:
+    """Return a low-rank map as a storage keeps it.
+
+    Args:
+        factors: the map.
+        name: name of the storage.
+        table: whether it is an embedding, whose pivots are columns: one row of numbers is looked up per token.
+    """
+    if table and name == "pivoted":
+        return pivot(factors, "columns")
+    return storage(name).build(factors)

@@ -89,6 +89,9 @@ def contents_table(contents: "Contents", every_layer: bool = False) -> Renderabl
     else:
         text += "; no compressed layers"
     lines = [text]
+    if contents.elastic is not None:
+        least, largest, nbytes = (contents.elastic[key] for key in ("least", "largest", "nbytes"))
+        lines.append(f"elastic: every size from keep {least:g} to {largest:g}; components take {size(nbytes)} more")
     if isinstance(measured, Mapping):
         lines.append(f"{measured['name']} {measured['before']:.4f} before, {measured['after']:.4f} after")
     if made_by:

@@ -4,6 +4,7 @@ Legend: x (..., n) a batch of vectors; the sums run over all of them. Products a
 float64 (float32 above 4096 channels, where float64 would double hundreds of megabytes).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +66,13 @@ class MomentSum:
         self._abs += rows.abs().sum(0, dtype=torch.float64)
         self._second += rows.mT @ rows
 
+    def add_sum(self, other: "MomentSum") -> None:
+        """Add the vectors that another sum has seen."""
+        self.count += other.count
+        self._sum += other._sum
+        self._abs += other._abs
+        self._second += other._second
+
     def result(self, name: str) -> Moments:
         """Return the moments of everything added; the sum is used up by it.
 
@@ -112,6 +120,19 @@ class CrossSum:
             self._original.add(original)
             rows, hats = (t.detach().reshape(-1, t.shape[-1]).float() for t in (original, shifted))
             self._cross += rows.mT @ hats
+
+    @staticmethod
+    def merged(parts: Sequence["CrossSum"]) -> "CrossSum":
+        """Return the sum over everything that any of some sums, all paired or none, has seen; they stay as they are."""
+        second = parts[0]._shifted._second
+        out = CrossSum(second.shape[0], second.device, paired=parts[0]._original is not None)
+        for part in parts:
+            out._shifted.add_sum(part._shifted)
+            if out._original is not None and part._original is not None:
+                out._original.add_sum(part._original)
+            if out._cross is not None and part._cross is not None:
+                out._cross += part._cross
+        return out
 
     def result(self, name: str) -> CrossMoments:
         """Return the moments of everything added; the sum is used up by it.

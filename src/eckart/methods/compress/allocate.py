@@ -84,7 +84,7 @@ def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, prog
     alone = [layer for layer in layers if layer.name not in grouped]
     table = surveyed(job, alone, known, errors=errors, progress=lambda i: progress("plan", i, len(layers)))
     table += [group_candidates(job, known, group, errors=errors) for group in groups]
-    budget = _budget(job, table)
+    budget = budget_of(job, table, job.request.keep)
     if budget >= sum(layer.dense.numbers for layer in table):  # nothing is gained by dropping even what seems useless
         chosen = {layer.name: layer.dense for layer in table}
         chosen = _with_codes(job, layers, known, chosen, progress) if predict else chosen
@@ -158,20 +158,20 @@ def _with_codes(
     return out
 
 
-def _budget(job: Job, table: Sequence[Candidates]) -> int:
-    """Return the numbers that all candidate layers may store together.
+def budget_of(job: Job, table: Sequence[Candidates], keep: float) -> int:
+    """Return the numbers that all candidate layers may store together at a size.
 
     Raises:
         EckartError: if the other parameters alone, or with the cheapest options, exceed what may remain.
     """
     total = job.model.numel
     fixed = total - sum(layer.dense.numbers for layer in table)
-    budget = math.floor(job.request.keep * total + 1e-9) - fixed
+    budget = math.floor(keep * total + 1e-9) - fixed
     least = smallest_numbers(table)
     if budget < least:
         hint = "" if job.recipe.embeddings else ", or let embeddings be compressed as well with --set embeddings=true"
         raise EckartError(
-            f"keep {job.request.keep:g} of {total:,} parameters cannot be met: {fixed:,} lie outside the layers "
+            f"keep {keep:g} of {total:,} parameters cannot be met: {fixed:,} lie outside the layers "
             f"compressed, and those take {least:,} at rank 1; ask for more than {(fixed + least) / total:.3f}{hint}"
         )
     return budget

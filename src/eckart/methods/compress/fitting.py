@@ -16,7 +16,7 @@ from eckart.fit.families import Family
 from eckart.fit.neurons import fit_neurons
 from eckart.fit.refit import refit_up
 from eckart.hosts import EmbeddingHost, TiedHead, embedding_host, host
-from eckart.maps import Dense, LinearMap, LowRank, pivot, storage
+from eckart.maps import Dense, LinearMap, LowRank, stored
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import EMBEDDING, Known, Layer, weights
 from eckart.stats import CrossMoments
@@ -87,10 +87,7 @@ def _fit_structure(
     factors = cast(LowRank, fit.map)
     if recipe.update and cross is not None:
         factors = refit_up(weight, factors, cross.shifted.second)
-    if layer.kind == EMBEDDING and recipe.storage == "pivoted":
-        built: LinearMap = pivot(factors, "columns")  # looked up by row: one row of numbers per token
-    else:
-        built = storage(recipe.storage).build(factors)
+    built = stored(factors, recipe.storage, table=layer.kind == EMBEDDING)
     return dataclasses.replace(fit, map=built.to(dtype), bias=None if fit.bias is None else fit.bias.to(dtype))
 
 

@@ -39,6 +39,7 @@ class Request:
         length: tokens per sample; None for the default.
         seed: seed of everything random.
         settings: typed settings of the method.
+        sizes: for an elastic folder, the shares that its components are fitted at, ascending; the last is `keep`.
     """
 
     model: Path
@@ -49,6 +50,7 @@ class Request:
     length: int | None
     seed: int
     settings: Mapping[str, Any]
+    sizes: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,9 @@ class Job:
         text = () if self.samples is None else (*self.samples.batches, *self.samples.held_out)
         version = importlib.metadata.version("eckart")
         settings = sorted((name, repr(value)) for name, value in r.settings.items())
-        return content_key((version, self.model_hash, r.method, repr(r.keep), str(r.seed), repr(settings)), text)
+        return content_key(
+            (version, self.model_hash, r.method, repr(r.keep), repr(r.sizes), str(r.seed), repr(settings)), text
+        )
 
     @property
     def statistics_key(self) -> str:
@@ -141,10 +145,14 @@ def open_job(request: Request, progress: Progress) -> Job:
     return Job(request, recipe, model, parts, runner, samples, goal, causal, model_hash)
 
 
-def _check_numbers(request: Request) -> None:
-    keep = request.keep
+def check_keep(keep: object) -> None:
+    """Raise an `EckartError` unless a value is a share of the parameters that may remain."""
     if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0.0 < keep <= 1.0:
         raise EckartError(f"keep is the share of parameters that remains and must lie in (0, 1], got {keep!r}")
+
+
+def _check_numbers(request: Request) -> None:
+    check_keep(request.keep)
     # a sample of one token has no next token to predict; seeds leave room for one per batch
     for name, least, most in (("samples", 1, None), ("length", 2, None), ("seed", 0, 1 << 32)):
         value = getattr(request, name)

@@ -16,8 +16,9 @@ from eckart.errors import EckartError
 from eckart.files.card import inherited, model_card
 from eckart.files.writing import LayerRecord, Partial, check_output, layer_entries, publish, write_folder
 from eckart.methods.compress.allocate import allocate, plan_from, plan_of
+from eckart.methods.compress.elastic import ElasticSweep, check_elastic, ordered, sizes_of
 from eckart.methods.compress.job import Job, Request, open_job, statistics_store, trim_cache
-from eckart.methods.compress.layers import Known, Layer, check_layers, layers_of
+from eckart.methods.compress.layers import Known, Layer, check_layers, layers_of, surveyed
 from eckart.methods.compress.outcome import Measured, Outcome, Plan
 from eckart.methods.compress.slicing import measured_folder, principal_axes, residual_axis, sliced_plan, write_sliced
 from eckart.methods.compress.sweep import Sweep
@@ -37,6 +38,8 @@ def compress(
     length: int | None = None,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
+    elastic: bool = False,
+    least: float = 0.5,
     cache: bool = True,
     progress: Progress = silent,
 ) -> Outcome:
@@ -57,6 +60,8 @@ def compress(
         length: tokens per sample, 256 by default.
         seed: seed of everything random.
         settings: settings of the method by name, typed.
+        elastic: whether the folder also holds what `load` and `slice_folder` need to give every smaller size.
+        least: the smallest of those, as a share like `keep`; only read if elastic.
         cache: whether to keep statistics for later runs, in $ECKART_CACHE or the user's cache folder.
         progress: called with (stage, steps done, steps in all).
 
@@ -65,7 +70,12 @@ def compress(
     """
     started, target = time.perf_counter(), Path(out)
     check_output(target)
-    job = open_job(_request(model, method, keep, calibration, samples, length, seed, settings), progress)
+    given = _request(model, method, keep, calibration, samples, length, seed, settings, least if elastic else None)
+    return _run(_opened(given, progress), target, started, cache, progress)
+
+
+def _run(job: Job, target: Path, started: float, cache: bool, progress: Progress) -> Outcome:
+    """Do a job that began at `started`, and publish its outcome; what is finished is kept where it stops."""
     partial = Partial(target.absolute().with_name(f".{target.absolute().name}.eckart-{job.key[:8]}"))
     if job.recipe.sliced:
         return _sliced(job, target, partial, started, progress)
@@ -114,17 +124,21 @@ def _compressed(
     """Do all the work of a job up to its last finished part; return the plan as stored, and the loss."""
     _collect(job, store, Store(partial.folder / "boundaries"), progress)
     known = Known(job, store)
-    found = allocate(job, layers, known, predict=False, progress=progress)
-    measured = Sweep(job, known, layers, found, partial, progress).run()
-    return _as_stored(job, layers, found.table, partial.records()), measured
+    if job.request.sizes:
+        table = surveyed(job, layers, known, errors=True, progress=lambda i: progress("plan", i, len(layers)))
+        measured = ElasticSweep(job, known, layers, ordered(job, layers, table), partial, progress).run()
+    else:
+        found = allocate(job, layers, known, predict=False, progress=progress)
+        table, measured = found.table, Sweep(job, known, layers, found, partial, progress).run()
+    return _as_stored(job, layers, table, partial.records()), measured
 
 
 def _publish(job: Job, partial: Partial, outcome: Outcome, progress: Progress) -> None:
     """Write the finished parts as a model folder, and give it its name."""
     head = job.parts.head if job.parts.tied else None
     entries = layer_entries(partial.records(), job.parts.embedding, head)
-    made_by, texts = _made_by(outcome), _texts(job, outcome)
-    folder = write_folder(partial, job.model, job.parts.blocks, entries, made_by, texts, progress)
+    made_by, texts, sizes = _made_by(outcome), _texts(job, outcome), job.request.sizes
+    folder = write_folder(partial, job.model, job.parts.blocks, entries, made_by, texts, progress, sizes)
     publish(folder, outcome.out)
 
 
@@ -166,10 +180,20 @@ def _request(
     length: int | None,
     seed: int,
     settings: Mapping[str, Any] | None,
+    least: float | None = None,
 ) -> Request:
     text = None if calibration is None else Path(calibration)
     share = recipe_of(method, settings).usual_keep if keep is None else keep
-    return Request(Path(model), method, share, text, samples, length, seed, dict(settings or {}))
+    sizes = () if least is None else sizes_of(share, least)
+    return Request(Path(model), method, share, text, samples, length, seed, dict(settings or {}), sizes)
+
+
+def _opened(request: Request, progress: Progress) -> Job:
+    """Return the checked job of a request."""
+    job = open_job(request, progress)
+    if request.sizes:
+        check_elastic(job)
+    return job
 
 
 def _collect(job: Job, store: Store, boundaries: Store, progress: Progress) -> None:
@@ -224,6 +248,7 @@ def _described(job: Job) -> dict[str, Any]:
         "samples": None if job.samples is None else sum(b.shape[0] for b in job.samples.batches),
         "tokens": None if job.samples is None else job.samples.tokens,
         "seed": request.seed,
+        **({"sizes": list(request.sizes)} if request.sizes else {}),
         "settings": {**defaults, **request.settings},
         "model_hash": job.model_hash,
     }

@@ -181,6 +181,18 @@ class Sweep:
             self._heal(compressed, index, pairs["calibration"], targets)
         if job.recipe.scale_rank:
             records = self._learned(name, compressed, inside, records)
+        self._commit(index, compressed, inside, records, pairs)
+
+    def _commit(
+        self,
+        index: int,
+        compressed: nn.Module,
+        inside: dict[str, Layer],
+        records: list[LayerRecord],
+        pairs: dict[str, Pair],
+    ) -> None:
+        """Move the compressed streams past a finished block and write it."""
+        job, name = self.job, self.job.parts.blocks[index]
         tensors = self._rounded(name, compressed, inside)
         for pair in pairs.values():
             advance(job.runner, compressed, index, pair.compressed)
@@ -228,12 +240,17 @@ class Sweep:
         kept = [[member for member in group if member in inside] for group in groups]
         return [group for group in kept if group]
 
-    @torch.no_grad()
     def _cross(
         self, block: nn.Module, compressed: nn.Module, layer: str, name: str, index: int, pairs: dict[str, Pair]
     ) -> CrossMoments:
         """Return the moments of a layer's input in the compressed model, jointly with the original's if needed."""
-        pair, inner = pairs["calibration"], layer.removeprefix(f"{name}.")
+        return self._cross_sum(block, compressed, layer, name, index, pairs["calibration"]).result(layer)
+
+    @torch.no_grad()
+    def _cross_sum(
+        self, block: nn.Module, compressed: nn.Module, layer: str, name: str, index: int, pair: Pair
+    ) -> CrossSum:
+        inner = layer.removeprefix(f"{name}.")
         total: CrossSum | None = None
         for i, call in enumerate(pair.original.calls):
             shifted = _input_of(self.job, compressed, inner, pair.compressed.hidden[i], call[index])
@@ -242,7 +259,7 @@ class Sweep:
             total.add(shifted, x)
         if total is None:
             raise AssertionError("a job with calibration samples has batches")
-        return total.result(layer)
+        return total
 
     @property
     def _paired(self) -> bool:
@@ -314,8 +331,8 @@ class Sweep:
             if tied:
                 return tied
         for layer, weight in weights(self.job, [layer for layer in self.layers if layer.kind == HEAD]):
-            bias = offset_of_head(self.job, layer.name)
-            cross = self._head_cross(layer.name, pairs) if self._needs_cross else None
+            bias, name = offset_of_head(self.job, layer.name), layer.name
+            cross = self._head_sum(name, pairs["calibration"]).result(name) if self._needs_cross else None
             fit = fit_layer(self.job, self.known, layer, weight, self.chosen[layer.name], bias=bias, cross=cross)
             module = running(fit)
             if not self.partial.has(HEAD):
@@ -325,8 +342,8 @@ class Sweep:
             return {layer.name: module}
         return {}
 
-    def _head_cross(self, name: str, pairs: dict[str, Pair]) -> CrossMoments:
-        pair, runner = pairs["calibration"], self.job.runner
+    def _head_sum(self, name: str, pair: Pair) -> CrossSum:
+        runner = self.job.runner
         originals = list(head_inputs(runner, name, pair.original.hidden)) if self._paired else itertools.repeat(None)
         total: CrossSum | None = None
         for shifted, x in zip(head_inputs(runner, name, pair.compressed.hidden), originals, strict=False):
@@ -334,7 +351,7 @@ class Sweep:
             total.add(shifted, x)
         if total is None:
             raise AssertionError("a job with calibration samples has batches")
-        return total.result(name)
+        return total
 
     def _measure(self, pairs: dict[str, Pair], heads: dict[str, nn.Module]) -> Measured | None:
         samples = self.job.samples

@@ -1,0 +1,264 @@
+"""Elastic folders: a compressed folder that can be cut down to any smaller size, without data.
+
+Beside what every compressed folder holds, at its largest size, lies
+
+    elastic/order.safetensors      "steps" (s, 2) int32 and "losses" (s,) float64; the layers as JSON in the metadata
+    elastic/NAME.safetensors       for one part of the model (embedding, block-0000, ..., head), the components of its
+                                   layers: "<layer>.up" (k, m), one row per component, and "<layer>.down" (k, n), or
+                                   "<layer>.down.i" for the i-th size that the components were fitted at
+
+Components are ordered by importance: rank r is the first r rows. A step (l, r) says that layer l goes to rank r, or is
+left dense where r is 0; the first step of every layer is its least rank, and the others are in the order of the
+predicted loss they save per number, over all layers. A size is the longest prefix of the steps that fits.
+
+The up factors are shared by all sizes. The down factors also undo what the layers before have lost, which differs from
+size to size; a size uses those fitted at the nearest one.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from eckart.atomic import write_tensors
+from eckart.errors import EckartError
+from eckart.files.entries import EMBEDDING
+from eckart.hosts import EmbeddingHost, host, map_of, offset_of
+from eckart.maps import LinearMap, LowRank, storage, stored
+
+FOLDER, ORDER, KEY = "elastic", "order", "eckart_elastic"
+
+
+@dataclass(frozen=True, slots=True)
+class ElasticLayer:
+    """A layer that is cut.
+
+    Attributes:
+        name: its module name.
+        kind: kind of its entry in config.json.
+        shape: (out, in).
+        part: file of its components.
+        bias: numbers in its bias.
+        padding_idx: of an embedding.
+        dense: whether the folder holds it dense.
+        shared: whether one down factor serves all sizes.
+        ranks: components to be used near each size, at most.
+        itemsize: bytes per number.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    part: str
+    bias: int
+    padding_idx: int | None
+    dense: bool
+    shared: bool
+    ranks: tuple[int, ...]
+    itemsize: int
+
+    @property
+    def table(self) -> bool:
+        """Whether it is an embedding."""
+        return self.kind == EMBEDDING
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """What one layer becomes at a size.
+
+    Attributes:
+        rank: its rank; 0 for a layer left dense.
+        numbers: floating numbers it stores, bias included.
+        nbytes: bytes it stores, index tensors included.
+        loss: predicted increase of the loss.
+    """
+
+    rank: int
+    numbers: int
+    nbytes: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Elastic:
+    """The order of the components of an elastic folder.
+
+    Attributes:
+        folder: the model folder.
+        sizes: the shares of the parameters that components were fitted at, ascending.
+        parameters: of the dense model.
+        fixed: those outside the layers that are cut.
+        stored: name of the storage of low-rank maps.
+        unit: what predicted losses are measured in.
+        tied_head: head tied to the embedding, or None.
+        layers: the layers.
+        steps: (s, 2) int32: index of a layer, and its rank, 0 for dense.
+        losses: (s,) float64, predicted loss of that layer from that step on.
+    """
+
+    folder: Path
+    sizes: tuple[float, ...]
+    parameters: int
+    fixed: int
+    stored: str
+    unit: str
+    tied_head: str | None
+    layers: tuple[ElasticLayer, ...]
+    steps: Tensor
+    losses: Tensor
+
+    def layer(self, name: str) -> ElasticLayer:
+        """Return a layer by name."""
+        return next(each for each in self.layers if each.name == name)
+
+    def plan(self, keep: float) -> dict[str, Slice]:
+        """Return what every layer becomes at a size below the folder's own.
+
+        Raises:
+            EckartError: if the folder does not hold that size.
+        """
+        self.check(keep)
+        near = nearest(self.sizes, keep)
+        left = math.floor(keep * self.parameters + 1e-9) - self.fixed
+        at: dict[int, Slice] = {}
+        stopped: set[int] = set()
+        for (index, rank), loss in zip(self.steps.tolist(), self.losses.tolist(), strict=True):
+            layer, now = self.layers[index], at.get(index)
+            most = layer.ranks[near]
+            if now is None:  # the least rank, which it has in any case
+                at[index] = self._slice(layer, min(rank, most), loss)
+                left -= at[index].numbers
+                continue
+            held = rank <= most if rank else layer.dense
+            then = self._slice(layer, rank, loss)
+            if index in stopped or not held or then.numbers - now.numbers > left:
+                stopped.add(index)
+                continue
+            left -= then.numbers - now.numbers
+            at[index] = then
+        return {self.layers[index].name: cut for index, cut in sorted(at.items())}
+
+    def check(self, keep: float) -> None:
+        """Raise an `EckartError` unless the folder holds a size."""
+        if not isinstance(keep, int | float) or isinstance(keep, bool) or not self.sizes[0] <= keep <= self.sizes[-1]:
+            least, most = self.sizes[0], self.sizes[-1]
+            raise EckartError(f"{self.folder} holds every size from keep {least:g} to {most:g}, but {keep!r} was asked")
+
+    def map(self, name: str, rank: int, keep: float) -> LinearMap:
+        """Return the map of a layer at a rank, in the dtype it is stored in."""
+        layer = self.layer(name)
+        near = nearest(self.sizes, keep)
+        path = self.folder / FOLDER / f"{layer.part}.safetensors"
+        try:
+            with safe_open(path, "pt") as handle:
+                up = handle.get_slice(f"{name}.up")[:rank]
+                down = handle.get_slice(f"{name}.down" if layer.shared else f"{name}.down.{near}")[:rank]
+        except (SafetensorError, OSError) as error:
+            raise EckartError(f"{path} is missing, damaged or incomplete ({error}); copy the folder again") from error
+        if up.shape != (up.shape[0], layer.shape[0]) or down.shape != (up.shape[0], layer.shape[1]):
+            came = f"{tuple(up.shape)} and {tuple(down.shape)}"
+            raise EckartError(f"the components of {name} in {path} are {came}, not those of a {layer.shape} layer")
+        return built_map(up, down, self.stored, table=layer.table)
+
+    def entry(self, name: str, map_: LinearMap) -> dict[str, Any]:
+        """Return the entry of a cut layer in config.json."""
+        layer = self.layer(name)
+        own = {"padding_idx": layer.padding_idx} if layer.table else {"bias": layer.bias > 0}
+        return {"kind": layer.kind, "map": map_.spec(), **own}
+
+    def _slice(self, layer: ElasticLayer, rank: int, loss: float) -> Slice:
+        if rank == 0 and layer.dense:
+            numbers = math.prod(layer.shape) + layer.bias
+            return Slice(0, numbers, numbers * layer.itemsize, 0.0)
+        kept = storage(self.stored)
+        numbers = kept.numbers(layer.shape, rank) + layer.bias
+        return Slice(rank, numbers, numbers * layer.itemsize + kept.index_bytes(layer.shape, rank), loss)
+
+
+def built_map(up: Tensor, down: Tensor, storage_name: str, *, table: bool) -> LinearMap:
+    """Return the map of some components as it is stored and in their dtype.
+
+    Args:
+        up: (k, m).
+        down: (k, n).
+        storage_name: how low-rank maps are stored.
+        table: whether it is an embedding.
+    """
+    return stored(LowRank(up.mT.double(), down.double()), storage_name, table=table).to(up.dtype)
+
+
+def module_of(map_: LinearMap, layer: ElasticLayer, bias: Tensor | None) -> nn.Module:
+    """Return the module that a cut layer becomes."""
+    return EmbeddingHost(map_, layer.padding_idx) if layer.table else host(map_, bias)
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    return (module.held_map() if isinstance(module, EmbeddingHost) else map_of(module)).shape
+
+
+def resized(name: str, old: nn.Module, map_: LinearMap, layer: ElasticLayer) -> nn.Module:
+    """Return the module of a map that takes the place of a layer's module, on its device and in its dtype.
+
+    Raises:
+        EckartError: if that is offloaded, or has another shape.
+    """
+    shape = tuple(old.weight.shape) if isinstance(old, nn.Embedding) else _shape(old)
+    if shape != map_.shape:
+        raise EckartError(f"layer {name!r} is {shape} in this model, but its components are {map_.shape}")
+    parameter = next(old.parameters())
+    if parameter.is_meta:
+        raise EckartError(f"layer {name!r} is offloaded, so it cannot be cut while loading; use eckart slice first")
+    bias = None if layer.table else offset_of(old)
+    return module_of(map_.to(parameter.dtype, parameter.device), layer, bias)
+
+
+def nearest(sizes: tuple[float, ...], keep: float) -> int:
+    """Return the index of the size nearest to a given one; of two, the smaller size."""
+    return min(range(len(sizes)), key=lambda i: (round(abs(sizes[i] - keep), 9), i))
+
+
+def write_order(elastic: Elastic, path: Path) -> None:
+    """Write the order of the components."""
+    plain = {key: getattr(elastic, key) for key in ("sizes", "parameters", "fixed", "stored", "unit", "tied_head")}
+    text = json.dumps({"format": 1, **plain, "layers": [asdict(layer) for layer in elastic.layers]})
+    write_tensors(path, {"steps": elastic.steps, "losses": elastic.losses}, {"format": "pt", KEY: text})
+
+
+def read_order(folder: Path) -> Elastic:
+    """Return the order of the components of an elastic folder.
+
+    Raises:
+        EckartError: if it is not elastic, or damaged.
+    """
+    path = folder / FOLDER / f"{ORDER}.safetensors"
+    if not path.is_file():
+        raise EckartError(
+            f"{folder} is not elastic, so it has one size only; make one that is with eckart compress --elastic"
+        )
+    try:
+        with safe_open(path, "pt") as handle:
+            values: Mapping[str, Any] = json.loads(handle.metadata()[KEY])
+            steps, losses = handle.get_tensor("steps"), handle.get_tensor("losses")
+        if values["format"] != 1:
+            raise EckartError(f"{path} has format {values['format']}, but this version reads 1; update eckart")
+        layers = tuple(
+            ElasticLayer(**{**layer, "shape": tuple(layer["shape"]), "ranks": tuple(layer["ranks"])})
+            for layer in values["layers"]
+        )
+        plain = {key: values[key] for key in ("parameters", "fixed", "stored", "unit", "tied_head")}
+        sizes = tuple(float(size) for size in values["sizes"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise EckartError(f"{path} is damaged ({error}); copy the folder again") from error
+    fits = steps.ndim == 2 and steps.shape[1] == 2 and losses.shape == steps.shape[:1] and not bool((steps < 0).any())
+    named = fits and steps[:, 0].unique().tolist() == list(range(len(layers)))
+    described = all(len(layer.ranks) == len(sizes) and Path(layer.part).name == layer.part for layer in layers)
+    if not named or not described or not sizes:
+        raise EckartError(f"{path} does not describe the layers it names; copy the folder again")
+    return Elastic(folder, sizes, layers=layers, steps=steps.to(torch.int64), losses=losses, **plain)
