@@ -24,7 +24,7 @@ from eckart.errors import EckartError
 from eckart.methods.compress.table import METHODS
 
 DEMO = Path(str(files("eckart"))) / "demo"
-VERBS = ("compress", "eval", "methods", "show", "densify", "demo")
+VERBS = ("compress", "eval", "methods", "show", "densify", "delta", "restore", "demo")
 RUN = ["compress", "MODEL", "--keep", "0.5", "--out", "x"]
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 
@@ -68,7 +68,7 @@ def small(model: Path, text: Path, out: Path, *more: str, code: int = 0):
 HELP = """
 import sys, time
 from eckart.cli.main import app
-for verb in ([], ["compress"], ["eval"], ["methods"], ["show"], ["densify"], ["demo"]):
+for verb in ([], ["compress"], ["eval"], ["methods"], ["show"], ["densify"], ["delta"], ["restore"], ["demo"]):
     app([*verb, "--help"], standalone_mode=False)
 app(["--version"], standalone_mode=False)
 sys.argv = ["eckart", "compress", "no-such-folder", "--keep", "0.5", "--out", "x"]

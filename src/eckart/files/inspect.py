@@ -145,7 +145,7 @@ def densify(folder: str | Path, out: str | Path, progress: Progress = silent) ->
         options, zeros = _bias_options(folder, dense_raw, config, tensors)
     dense_raw.update(options)
     sources = _sources(config, tensors, _skeleton(folder, dense_raw, None), zeros)
-    with _appearing(out) as temporary:
+    with appearing(out) as temporary:
         write_shards(temporary, sources, lambda done: progress("densify", done, len(sources)))
         for name in COMPANIONS:
             if (folder / name).is_file():
@@ -325,7 +325,7 @@ def _bias(name: str, entry: Mapping[str, Any], tensors: TensorFile) -> Tensor:
 
 
 @contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
+def appearing(out: Path) -> Iterator[Path]:
     """Yield a hidden folder beside `out` that takes its place on success and is removed on failure."""
     out = out.absolute()
     temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
