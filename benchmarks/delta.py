@@ -1,20 +1,27 @@
 """A fine-tune stored as a difference: loss of what is restored, by size and bits, on the text tuned on and on the base's.
 
-    python benchmarks/delta.py [--keep 0.1 ...] [--bits 8 ...] [--again]
+    python benchmarks/delta.py [--keep 0.1 ...] [--tuned DIR] [--again]
 
 stories3m is fine-tuned on Shakespeare's plays (the first nine tenths of tinyshakespeare) with AdamW in plain torch,
 all weights, then stored beside the base. "plays" is the last tenth, "stories" the validation split of TinyStories,
 which the base was made for.
 """
 
+import argparse
 import gzip
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import eckart
+from harness import load, require_shared, save
+
+Row = dict[str, Any]
 STEPS, BATCH, LENGTH, RATE, WARM_UP = 400, 8, 128, 5e-4, 40
 
 
@@ -49,3 +56,53 @@ def fine_tune(base: Path, text: str, out: Path) -> None:
             print(f"step {step}: loss {loss.item():.3f}", flush=True)
     model.to(dtype).eval().save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+def measured(folder: Path, texts: dict[str, Path]) -> dict[str, float]:
+    """Return the loss on every text, in nats per token."""
+    return {name: float(eckart.evaluate(folder, text=path).nats_per_token or 0.0) for name, path in texts.items()}
+
+
+def row(base: Path, tuned: Path, texts: dict[str, Path], text: Path | None, keep: float, bits: int | None) -> Row:
+    """Store the difference, restore it twice, and measure what comes back."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, first, second = (Path(scratch) / name for name in ("delta", "first", "second"))
+        made = eckart.delta(base, tuned, folder, keep=keep, bits=bits, calibration=text)
+        exact = all(eckart.restore(base, folder, out).exact for out in (first, second))
+        same = all((second / path.name).read_bytes() == path.read_bytes() for path in first.iterdir())
+        predicted = made.after if text else None
+        return {"share": made.share, "predicted": predicted, "exact": exact and same, **measured(first, texts)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--keep", nargs="+", type=float, default=[0.1, 0.05, 0.2])
+    parser.add_argument("--tuned", type=Path, help="folder of the fine-tuned model; made if it is not there")
+    parser.add_argument("--again", action="store_true", help="measure rows that are there already")
+    given = parser.parse_args()
+    shared = require_shared()
+    base, rows = shared / "models/stories3m", [] if given.again else load("delta")["rows"]
+    with tempfile.TemporaryDirectory() as scratch:
+        plays = gzip.open(shared / "data/tinyshakespeare/input.txt.gz", "rt", encoding="utf-8").read()
+        cut = int(0.9 * len(plays))
+        stories = gzip.open(shared / "data/tinystories/valid.txt.gz", "rt", encoding="utf-8").read()
+        train, texts = Path(scratch) / "train.txt", {name: Path(scratch) / name for name in ("plays", "stories")}
+        for path, text in ((train, plays[:cut]), (texts["plays"], plays[cut:]), (texts["stories"], stories[:100_000])):
+            path.write_text(text)
+        tuned = given.tuned or Path(scratch) / "tuned"
+        if not tuned.is_dir():
+            fine_tune(base, plays[:cut], tuned)
+        if not any(r["what"] == "tuned" for r in rows):
+            rows += [{"what": what, **measured(folder, texts)} for what, folder in (("base", base), ("tuned", tuned))]
+        for keep in given.keep:
+            for text, bits in ((train, None), (train, 16), (train, 8), (train, 4), (None, None), (None, 8)):
+                key = {"what": "restored", "keep": keep, "text": text is not None, "bits": bits or "mixed"}
+                if any(key.items() <= r.items() for r in rows):
+                    continue
+                rows.append({**key, **row(base, tuned, texts, text, keep, bits)})
+                print(rows[-1], flush=True)
+                save("delta", rows)
+
+
+if __name__ == "__main__":
+    main()

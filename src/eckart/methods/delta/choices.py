@@ -58,7 +58,8 @@ class Choices:
         pair: the pair.
         table: the options; their numbers are bytes.
         made: terms, or bits of the full difference, by structure.
-        energy: squared Frobenius norm of the difference.
+        weights: squared Frobenius norm of the larger of the two matrices.
+        relative: that of the difference over it.
         own: whether the errors are under the layer's own metric.
         factor: from its errors to the unit of all.
     """
@@ -66,7 +67,8 @@ class Choices:
     pair: Pair
     table: Candidates
     made: Mapping[str, Terms | int]
-    energy: float
+    weights: float
+    relative: float
     own: bool
     factor: float = 1.0
 
@@ -124,8 +126,8 @@ class Job:
     def choices(self, pair: Pair) -> Choices:
         """Return what a pair may become."""
         target, metric, own = self.difference(pair)
-        solved = regress(target, metric)
-        floor = self._rounding(pair, metric)
+        weights = self.tuned.read(pair.name)[: pair.rows].reshape(pair.shape).double()
+        solved, floor = regress(target, metric), self._rounding(pair, weights, metric)
         before = max(float(solved.errors()[0]) - floor, 0.0)
         options, made = [Option("base", 0, 0, 0, before)], dict[str, Terms | int]()
 
@@ -144,13 +146,14 @@ class Job:
         whole = _exact_cost(pair.name, pair.shape, pair.dtype)
         options = sorted((o for o in options if o.numbers < whole), key=lambda o: (o.numbers, o.loss))
         options.append(Option(DENSE, min(pair.shape), whole, whole, 0.0))
-        energy = float(target.square().sum())
-        return Choices(pair, Candidates(pair.name, pair.shape, tuple(options)), made, energy, own)
+        table = Candidates(pair.name, pair.shape, tuple(options))
+        energy = max(float(weights.square().sum()), float((weights - target).square().sum()))
+        return Choices(pair, table, made, energy, float(target.square().sum()) / energy, own)
 
-    def _rounding(self, pair: Pair, metric: Metric) -> float:
+    def _rounding(self, pair: Pair, weights: Tensor, metric: Metric) -> float:
         """Return the error expected of rounding the weights to the coarser of the two dtypes."""
         coarse = max(torch.finfo(pair.dtype).eps, torch.finfo(self.base.dtype(pair.origin)).eps)
-        squares = self.tuned.read(pair.name)[: pair.rows].reshape(pair.shape).double().square()
+        squares = weights.square()
         for moment, axis in ((metric.inputs, 1), (metric.outputs, 0)):
             if moment is not None:
                 diagonal = moment.diagonal() if moment.ndim == 2 else moment
@@ -207,7 +210,7 @@ def _origin(base: TensorFile, name: str, tensor: Tensor) -> str | None:
 def tables(job: Job, pairs: list[Pair], progress: Progress) -> list[Choices]:
     """Return what every pair may become, all errors in one unit.
 
-    What no metric is known of counts like the mean of the others, per squared change of a weight.
+    Where no metric is known an error counts relative to the weights, and like the mean of the others where some are.
     """
     out = []
     for i, pair in enumerate(pairs):
@@ -215,11 +218,13 @@ def tables(job: Job, pairs: list[Pair], progress: Progress) -> list[Choices]:
         out.append(job.choices(pair))
     progress("plan", len(pairs), len(pairs))
     known = [choices for choices in out if choices.own]
-    energy = sum(choices.energy for choices in known)
-    usual = sum(choices.table.options[0].loss for choices in known) / energy if energy > 0 else 1.0
-    return [
-        choices if choices.own else replace(choices, table=choices.table.scaled(usual), factor=usual) for choices in out
-    ]
+    relative = sum(choices.relative for choices in known)
+    usual = sum(choices.table.options[0].loss for choices in known) / relative if relative > 0 else 1.0
+    return [choices if choices.own else _scaled(choices, usual / choices.weights) for choices in out]
+
+
+def _scaled(choices: Choices, factor: float) -> Choices:
+    return replace(choices, table=choices.table.scaled(factor), factor=factor)
 
 
 def fit(target: Tensor, metric: Metric, what: Terms | int) -> LinearMap:

@@ -4,7 +4,7 @@
 
 Structure: per matrix nothing, low-rank terms as codes, all of D as codes, or W_tuned as it is; U is fitted again to V
 as rounded, with errors fed back (fit/coded.py), and every term to what those before it left (fit/residual.py). Metric:
-Frobenius; with a text, the Fisher metric of the tuned model, E[g g^T] on the left and E[x x^T] on the right, in which
+squared error relative to that of the weights; with a text, the Fisher metric of the tuned model, E[g g^T] on the left and E[x x^T] on the right, in which
 errors are nats and layers compare. Budget: knapsack in bytes over ranks and bits; all files count. Solver: closed form.
 Trained: nothing. An error below that of rounding the weights themselves counts as none.
 
@@ -50,7 +50,7 @@ from eckart.progress import Progress, silent
 
 # Bits that may be asked for; components choose among the first where none are.
 MIXED, BITS = (2, 3, 4, 8), (4, 8, 16)
-NATS, SQUARED = "nats per token", "squared error"
+NATS, RELATIVE = "nats per token, predicted", "squared error relative to the weights"
 
 
 def delta(
@@ -117,7 +117,7 @@ def delta(
         write_delta(temporary, changes, exact, companions, base, facts)
         written = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
     table = [rows.get(name) or _row(name, own.shape(name), changes[name], exact) for name in changes]
-    return Delta(out, size, written, SQUARED if fisher is None else NATS, tuple(table))
+    return Delta(out, size, written, RELATIVE if fisher is None else NATS, tuple(table))
 
 
 def _check(base: Path, tuned: Path, keep: float | None, nbytes: int | None, bits: int | None) -> None:
