@@ -1,4 +1,4 @@
-"""A fine-tune stored as a difference: loss of what is restored, by size and bits, on the text tuned on and on the base's.
+"""A fine-tune stored as a difference: the loss of what is restored, by size and bits, on two texts.
 
     python benchmarks/delta.py [--keep 0.1 ...] [--tuned DIR] [--again]
 
@@ -83,9 +83,11 @@ def main() -> None:
     shared = require_shared()
     base, rows = shared / "models/stories3m", [] if given.again else load("delta")["rows"]
     with tempfile.TemporaryDirectory() as scratch:
-        plays = gzip.open(shared / "data/tinyshakespeare/input.txt.gz", "rt", encoding="utf-8").read()
+        plays, stories = (
+            gzip.decompress((shared / "data" / name).read_bytes()).decode()
+            for name in ("tinyshakespeare/input.txt.gz", "tinystories/valid.txt.gz")
+        )
         cut = int(0.9 * len(plays))
-        stories = gzip.open(shared / "data/tinystories/valid.txt.gz", "rt", encoding="utf-8").read()
         train, texts = Path(scratch) / "train.txt", {name: Path(scratch) / name for name in ("plays", "stories")}
         for path, text in ((train, plays[:cut]), (texts["plays"], plays[cut:]), (texts["stories"], stories[:100_000])):
             path.write_text(text)

@@ -28,6 +28,8 @@ Terms = tuple[tuple[int, int], ...]
 HALF = 16
 # Values of lambda tried for each set of bits.
 STEPS = 48
+# By what share an option must have less error than one that takes fewer bytes.
+WORTH = 0.98
 # What a term takes beside its codes: scales, and names in headers.
 TERM_BYTES = 500
 
@@ -86,7 +88,7 @@ def allocations(regression: Regression, noises: Mapping[int, float]) -> list[tup
                 out[terms] = min(kept + float(errors[rank]), out.get(terms, float("inf")))
     worth, least = list[tuple[Terms, float]](), float("inf")
     for terms, error in sorted(out.items(), key=lambda item: sum(b * k * size / 8 + TERM_BYTES for b, k in item[0])):
-        if error < least:  # than all that take fewer bytes
+        if error < WORTH * least:  # than all that take fewer bytes
             worth, least = [*worth, (terms, error)], error
     return worth
 

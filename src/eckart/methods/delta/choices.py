@@ -168,10 +168,10 @@ def sorted_out(
     changes, pairs, exact = dict[str, Change](), list[Pair](), dict[str, Tensor]()
     for name, line in lines.items():
         dtype = job.tuned.dtype(name)
-        if base_lines.get(name) == line:
+        tensor = job.tuned.read(name)
+        if base_lines.get(name) == line or _is_rounded(job.base, name, tensor):
             changes[name] = Change(_dtype_name(dtype), name)
             continue
-        tensor = job.tuned.read(name)
         origin = _origin(job.base, name, tensor)
         if origin is None:
             changes[name], exact[name] = Change(_dtype_name(dtype)), tensor
@@ -184,6 +184,13 @@ def sorted_out(
         if not torch.equal(start[:rows].to(dtype), tensor[:rows]):
             pairs.append(Pair(name, origin, rows, matrix_shape(tuple(tensor[:rows].shape)), dtype))
     return changes, pairs, exact
+
+
+def _is_rounded(base: TensorFile, name: str, tensor: Tensor) -> bool:
+    """Tell whether a tensor is the base's in another floating dtype."""
+    if name not in base or base.shape(name) != tuple(tensor.shape) or not tensor.is_floating_point():
+        return False
+    return base.dtype(name).is_floating_point and torch.equal(base.read(name).to(tensor.dtype), tensor)
 
 
 def _origin(base: TensorFile, name: str, tensor: Tensor) -> str | None:

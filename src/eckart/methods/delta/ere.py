@@ -4,9 +4,9 @@
 
 Structure: per matrix nothing, low-rank terms as codes, all of D as codes, or W_tuned as it is; U is fitted again to V
 as rounded, with errors fed back (fit/coded.py), and every term to what those before it left (fit/residual.py). Metric:
-squared error relative to that of the weights; with a text, the Fisher metric of the tuned model, E[g g^T] on the left and E[x x^T] on the right, in which
-errors are nats and layers compare. Budget: knapsack in bytes over ranks and bits; all files count. Solver: closed form.
-Trained: nothing. An error below that of rounding the weights themselves counts as none.
+squared error relative to the weights; with a text, the Fisher metric of the tuned model, E[g g^T] on the left and
+E[x x^T] on the right, in which errors are nats and layers compare. Budget: knapsack in bytes over ranks and bits; all
+files count. Solver: closed form. Trained: nothing. An error below that of rounding the weights counts as none.
 
 Source: "Efficient storage of fine-tuned models via low-rank approximation of weight residuals" (ERE): residuals, ranks
 by layer, quantized factors. The metric, bits by component and the budget in bytes are ours.
