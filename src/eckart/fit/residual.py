@@ -74,13 +74,13 @@ def allocations(regression: Regression, noises: Mapping[int, float]) -> list[tup
     energies, out = (errors[:-1] - errors[1:])[:rank].clamp_min(0), dict[Terms, float]()
     choices = [c for size in (1, 2) for c in itertools.combinations(sorted(noises), size)]
     for bits in dict.fromkeys((*choices, tuple(sorted(noises)))):
-        widths, shares = torch.tensor([0.0, *bits]), torch.tensor([1.0, *(noises[b] for b in bits)])
-        left = energies[:, None] * shares.to(energies)  # (rank, choices): the error each choice leaves
+        widths = torch.tensor([0, *bits]).to(energies)
+        left = energies[:, None] * energies.new_tensor([1.0, *(noises[b] for b in bits)])
         # Between the lambda that gives every component the most bits and the one that gives none any.
         slopes = energies / bits[0]
         low, high = slopes[slopes > 0].min().log2() - 8, slopes.max().log2() + 1
         for price in torch.logspace(float(high), float(low), STEPS, base=2.0):
-            chosen = (left + price * widths.to(energies)).argmin(1)
+            chosen = (left + price * widths).argmin(1)
             ranks = torch.bincount(chosen, minlength=len(widths)).tolist()
             terms = tuple((b, k) for b, k in zip(reversed(bits), reversed(ranks[1:]), strict=True) if k)
             if terms:

@@ -12,7 +12,8 @@ from eckart.budget import DENSE, Candidates, Option
 from eckart.files.delta import Change, compact, map_tensors, matrix_shape, stored_nbytes
 from eckart.files.folder import TensorFile
 from eckart.fit import Metric, error_of, regress
-from eckart.fit.residual import Terms, allocations, blank_full, blank_terms, fit_full, fit_terms, noise
+from eckart.fit.regression import NUMERICAL_RANK
+from eckart.fit.residual import HALF, Terms, allocations, blank_full, blank_terms, fit_full, fit_terms, noise
 from eckart.hosts import is_conv1d
 from eckart.maps import LinearMap
 from eckart.methods.compress.job import Request, open_job, statistics_store
@@ -127,7 +128,8 @@ class Job:
         """Return what a pair may become."""
         target, metric, own = self.difference(pair)
         weights = self.tuned.read(pair.name)[: pair.rows].reshape(pair.shape).double()
-        solved, floor = regress(target, metric), self._rounding(pair, weights, metric)
+        solved = regress(target, metric)
+        floor = max(self._rounding(pair, weights, metric), NUMERICAL_RANK * solved.total)
         before = max(float(solved.errors()[0]) - floor, 0.0)
         options, made = [Option("base", 0, 0, 0, before)], dict[str, Terms | int]()
 
@@ -140,7 +142,7 @@ class Job:
             noises = {bits: noise(target, solved, bits, GROUP, SCALES) for bits in self.bits}
             for terms, error in allocations(solved, noises):
                 add(_words(terms), sum(rank for _, rank in terms), terms, error)
-            for bits in (b for b in self.bits if b < 8 * pair.dtype.itemsize):
+            for bits in (b for b in self.bits if b < HALF):
                 shown = fit(target, metric, bits).to(torch.float64).dense()
                 add(f"full int{bits}", min(pair.shape), bits, error_of(target, shown, metric))
         whole = _exact_cost(pair.name, pair.shape, pair.dtype)
