@@ -118,6 +118,7 @@ def pages() -> dict[Path, str]:
         "memory": results("memory"),
         "constants": results("constants"),
         "sparse_coding": results("sparse_coding"),
+        "delta": results("delta"),
     }
     return {
         ROOT / f"docs/{name}.md": environment.get_template(f"{name}.md.jinja").render(values)

@@ -215,6 +215,26 @@ def test_a_model_is_compressed_measured_shown_and_made_dense(model, text, tmp_pa
     assert sum(p.numel() for p in loaded.parameters()) == outcome["plan"]["parameters_after"]
 
 
+def test_a_fine_tune_is_stored_and_restored(model, tmp_path) -> None:
+    tuned = LlamaForCausalLM.from_pretrained(model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    tuned.save_pretrained(tmp_path / "tuned")
+    given = ("delta", model, tmp_path / "tuned", "--bytes", "40000")
+    made = json.loads(eckart(*given, "--out", tmp_path / "delta", "--json").stdout)
+    assert made["nbytes"] == sum(p.stat().st_size for p in (tmp_path / "delta").iterdir()) <= 40_000
+    assert "model.embed_tokens.weight" in eckart(*given, "--bits", "4", "--out", tmp_path / "four").stdout
+    back = json.loads(eckart("restore", model, tmp_path / "delta", "--out", tmp_path / "back", "--json").stdout)
+    assert back["exact"] is True
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").dtype == torch.float32
+    wrong = eckart("restore", tmp_path / "tuned", tmp_path / "delta", "--out", tmp_path / "other", code=1)
+    assert wrong.stderr.count("\n") == 1
+    assert "give the base that it was made from" in wrong.stderr
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_plan_is_printed_and_nothing_written(model, text, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = (

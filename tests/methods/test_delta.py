@@ -368,7 +368,6 @@ def test_a_text_makes_the_same_bytes_lose_less(fine_tuned, tmp_path):
         assert made.unit.startswith("nats" if calibration else "squared error")
         predicted = made.after
     first, last = (eckart.evaluate(folder, text=text).nats_per_token for folder in (base, tuned))
-    print(first, last, losses, predicted)
     assert last < losses["seen"] < losses["blind"] < first
     assert losses["seen"] - last < 0.7 * (losses["blind"] - last)
     assert predicted / 4 < losses["seen"] - last < 4 * predicted

@@ -111,7 +111,7 @@ class Job:
         base: tensors of the base.
         tuned: tensors of the tuned model.
         bits: what terms may have.
-        fisher: the metric; None for the Frobenius norm.
+        fisher: the metric; None for errors relative to the weights.
     """
 
     def __init__(self, base: TensorFile, tuned: TensorFile, bits: tuple[int, ...], fisher: Fisher | None) -> None:
@@ -183,7 +183,7 @@ def sorted_out(
         changes[name] = Change(_dtype_name(dtype), origin, rows)
         if rows is not None:
             exact[f"{name}.rows"] = tensor[rows:].clone()
-        if not torch.equal(start[:rows].to(dtype), tensor[:rows]):
+        if not _same_bits(start[:rows].to(dtype), tensor[:rows]):
             pairs.append(Pair(name, origin, rows, matrix_shape(tuple(tensor[:rows].shape)), dtype))
     return changes, pairs, exact
 
@@ -192,7 +192,12 @@ def _is_rounded(base: TensorFile, name: str, tensor: Tensor) -> bool:
     """Tell whether a tensor is the base's in another floating dtype."""
     if name not in base or base.shape(name) != tuple(tensor.shape) or not tensor.is_floating_point():
         return False
-    return base.dtype(name).is_floating_point and torch.equal(base.read(name).to(tensor.dtype), tensor)
+    return base.dtype(name).is_floating_point and _same_bits(base.read(name).to(tensor.dtype), tensor)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two tensors are the same in storage; 0 and -0 are not."""
+    return torch.equal(*(t.contiguous().flatten().view(torch.uint8) for t in (a, b)))
 
 
 def _origin(base: TensorFile, name: str, tensor: Tensor) -> str | None:
