@@ -50,6 +50,7 @@ from eckart.progress import Progress, silent
 
 # Bits that may be asked for; components choose among the first where none are.
 MIXED, BITS = (2, 3, 4, 8), (4, 8, 16)
+USUAL_KEEP = 0.1
 NATS, RELATIVE = "nats per token, predicted", "squared error relative to the weights"
 
 
@@ -70,13 +71,13 @@ def delta(
 ) -> Delta:
     """Store a fine-tuned model as its difference from a base, from which `restore` makes it again.
 
-    Memory holds the difference itself and one matrix at a time; with a text, also one block and its statistics.
+    Memory holds the difference and one matrix at a time; with a text, also one block and its statistics.
 
     Args:
         base: folder of the base.
         tuned: folder of the fine-tuned model.
         out: folder to write; must not hold anything yet.
-        keep: bytes of all files written as a share of those of the tuned model's tensors, in (0, 1]; 0.1 by default.
+        keep: bytes of all files as a share of those of the tuned model's tensors, in (0, 1]; 0.1 by default.
         nbytes: the same as a number of bytes, instead of `keep`.
         bits: 4, 8 or 16 (no codes) for all factors; by default every component gets 2, 3, 4 or 8 of them.
         calibration: text like that the model was tuned on; without, errors are those of the weights alone.
@@ -89,35 +90,32 @@ def delta(
     Raises:
         EckartError: for bad input of any kind, or a budget that cannot be met; nothing is written then.
     """
-    base, tuned, out = Path(base), Path(tuned), Path(out)
+    base, tuned, out, text = Path(base), Path(tuned), Path(out), None if calibration is None else Path(calibration)
     check_output(out)
-    text = None if calibration is None else Path(calibration)
     _check(base, tuned, keep, nbytes, bits)
     origin, own = tensor_file(base), tensor_file(tuned)
     base_lines, lines = lines_of(origin, progress, finite=True), lines_of(own, progress, finite=True)
-    made_by = {
-        **{"method": "ere", "tuned": tuned.name, "keep": keep, "nbytes": nbytes, "bits": bits},
-        **{"calibration": text and text.name, "samples": samples, "length": length, "seed": seed},
-    }
+    given = {"keep": keep, "nbytes": nbytes, "bits": bits, "samples": samples, "length": length, "seed": seed}
+    made_by = {"method": "ere", "tuned": tuned.name, "calibration": text and text.name, **given}
     facts = {"base": {"name": base.name, "sha256": fingerprint(base_lines.values())}, "made_by": made_by}
     with TemporaryDirectory(prefix="eckart-") as scratch:
         request = Request(tuned, "eckart", 1.0, text, samples, length, seed, {})
         fisher = None if text is None else Fisher(request, cache, Path(scratch), progress)
-        job = Job(origin, own, MIXED if bits is None else (bits,), fisher)
+        job = Job(origin, own, (bits,) if bits else MIXED, fisher)
         changes, pairs, exact = sorted_out(job, base_lines, lines)
         companions = {name: tuned / name for name in CARRIED if (tuned / name).is_file()}
         size = sum(exact_bytes(own.shape(name), own.dtype(name)) for name in own.files)
-        limit = math.floor(0.1 * size if keep is None else keep * size) if nbytes is None else nbytes
-        fixed = _fixed(changes, exact, companions, base, facts, limit)
+        limit = nbytes or math.floor((keep or USUAL_KEEP) * size)
+        left = limit - _fixed(changes, exact, companions, base, facts, limit)
         choices = tables(job, pairs, progress)
-        chosen = knapsack([each.table for each in choices], limit - fixed)
+        chosen = knapsack([each.table for each in choices], left)
         rows = _stored(job, choices, chosen, changes, exact, lines, progress)
     facts["restored"] = fingerprint(lines.values())
     with appearing(out) as temporary:
         write_delta(temporary, changes, exact, companions, base, facts)
         written = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
-    table = [rows.get(name) or _row(name, own.shape(name), changes[name], exact) for name in changes]
-    return Delta(out, size, written, RELATIVE if fisher is None else NATS, tuple(table))
+    table = tuple(rows.get(name) or _row(name, own.shape(name), changes[name], exact) for name in changes)
+    return Delta(out, size, written, RELATIVE if fisher is None else NATS, table)
 
 
 def _check(base: Path, tuned: Path, keep: float | None, nbytes: int | None, bits: int | None) -> None:
