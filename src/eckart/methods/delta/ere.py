@@ -71,8 +71,6 @@ def delta(
 ) -> Delta:
     """Store a fine-tuned model as its difference from a base, from which `restore` makes it again.
 
-    Memory holds the difference and one matrix at a time; with a text, also one block and its statistics.
-
     Args:
         base: folder of the base.
         tuned: folder of the fine-tuned model.
@@ -91,8 +89,7 @@ def delta(
         EckartError: for bad input of any kind, or a budget that cannot be met; nothing is written then.
     """
     base, tuned, out, text = Path(base), Path(tuned), Path(out), None if calibration is None else Path(calibration)
-    check_output(out)
-    _check(base, tuned, keep, nbytes, bits)
+    _check(base, tuned, out, keep, nbytes, bits)
     origin, own = tensor_file(base), tensor_file(tuned)
     base_lines, lines = lines_of(origin, progress, finite=True), lines_of(own, progress, finite=True)
     given = {"keep": keep, "nbytes": nbytes, "bits": bits, "samples": samples, "length": length, "seed": seed}
@@ -118,8 +115,9 @@ def delta(
     return Delta(out, size, written, RELATIVE if fisher is None else NATS, table)
 
 
-def _check(base: Path, tuned: Path, keep: float | None, nbytes: int | None, bits: int | None) -> None:
+def _check(base: Path, tuned: Path, out: Path, keep: float | None, nbytes: int | None, bits: int | None) -> None:
     """Raise an `EckartError` for anything wrong that can be known without reading a weight."""
+    check_output(out)
     if keep is not None and nbytes is not None:
         raise EckartError("give the budget either as keep or as a number of bytes, not both")
     if keep is not None and not 0.0 < keep <= 1.0:
