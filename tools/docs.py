@@ -120,6 +120,7 @@ def pages() -> dict[Path, str]:
         "sparse_coding": results("sparse_coding"),
         "elastic": results("elastic"),
         "equal_bytes": results("equal_bytes"),
+        "delta": results("delta"),
     }
     return {
         ROOT / f"docs/{name}.md": environment.get_template(f"{name}.md.jinja").render(values)

@@ -12,6 +12,8 @@ from eckart import _autoload
 from eckart.errors import EckartError as EckartError
 
 if TYPE_CHECKING:
+    from eckart.files.delta import Restored as Restored
+    from eckart.files.delta import restore as restore
     from eckart.files.inspect import densify as densify
     from eckart.files.inspect import show as show
     from eckart.files.loading import load as load
@@ -50,6 +52,9 @@ if TYPE_CHECKING:
     from eckart.methods.compress.pipeline import compress as compress
     from eckart.methods.compress.pipeline import plan as plan
     from eckart.methods.compress.table import METHODS as METHODS
+    from eckart.methods.delta.ere import delta as delta
+    from eckart.methods.delta.outcome import Delta as Delta
+    from eckart.methods.delta.outcome import TensorDelta as TensorDelta
     from eckart.methods.evaluate import Evaluation as Evaluation
     from eckart.methods.evaluate import evaluate as evaluate
 
@@ -63,6 +68,9 @@ PUBLIC: dict[str, str] = {
         "eckart.methods.compress.outcome": ("Plan", "LayerPlan", "Outcome"),
         "eckart.methods.compress.table": ("METHODS",),
         "eckart.methods.evaluate": ("evaluate", "Evaluation"),
+        "eckart.methods.delta.ere": ("delta",),
+        "eckart.methods.delta.outcome": ("Delta", "TensorDelta"),
+        "eckart.files.delta": ("restore", "Restored"),
         "eckart.files.inspect": ("densify", "show"),
         "eckart.files.loading": ("load",),
         "eckart.files.slicing": ("slice_folder",),

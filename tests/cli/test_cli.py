@@ -24,7 +24,7 @@ from eckart.errors import EckartError
 from eckart.methods.compress.table import METHODS
 
 DEMO = Path(str(files("eckart"))) / "demo"
-VERBS = ("compress", "eval", "methods", "show", "densify", "slice", "demo")
+VERBS = ("compress", "eval", "methods", "show", "densify", "slice", "delta", "restore", "demo")
 RUN = ["compress", "MODEL", "--keep", "0.5", "--out", "x"]
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 
@@ -68,7 +68,8 @@ def small(model: Path, text: Path, out: Path, *more: str, code: int = 0):
 HELP = """
 import sys, time
 from eckart.cli.main import app
-for verb in ([], ["compress"], ["eval"], ["methods"], ["show"], ["densify"], ["slice"], ["demo"]):
+verbs = ["compress", "eval", "methods", "show", "densify", "slice", "delta", "restore", "demo"]
+for verb in ([], *([name] for name in verbs)):
     app([*verb, "--help"], standalone_mode=False)
 app(["--version"], standalone_mode=False)
 sys.argv = ["eckart", "compress", "no-such-folder", "--keep", "0.5", "--out", "x"]
@@ -213,6 +214,26 @@ def test_a_model_is_compressed_measured_shown_and_made_dense(model, text, tmp_pa
     assert measured[0] == pytest.approx(measured[1], rel=1e-5)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert sum(p.numel() for p in loaded.parameters()) == outcome["plan"]["parameters_after"]
+
+
+def test_a_fine_tune_is_stored_and_restored(model, tmp_path) -> None:
+    tuned = LlamaForCausalLM.from_pretrained(model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    tuned.save_pretrained(tmp_path / "tuned")
+    given = ("delta", model, tmp_path / "tuned", "--bytes", "40000")
+    made = json.loads(eckart(*given, "--out", tmp_path / "delta", "--json").stdout)
+    assert made["nbytes"] == sum(p.stat().st_size for p in (tmp_path / "delta").iterdir()) <= 40_000
+    assert "model.embed_tokens.weight" in eckart(*given, "--bits", "4", "--out", tmp_path / "four").stdout
+    back = json.loads(eckart("restore", model, tmp_path / "delta", "--out", tmp_path / "back", "--json").stdout)
+    assert back["exact"] is True
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").dtype == torch.float32
+    wrong = eckart("restore", tmp_path / "tuned", tmp_path / "delta", "--out", tmp_path / "other", code=1)
+    assert wrong.stderr.count("\n") == 1
+    assert "give the base that it was made from" in wrong.stderr
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_plan_is_printed_and_nothing_written(model, text, tmp_path, monkeypatch) -> None:

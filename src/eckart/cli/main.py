@@ -215,6 +215,66 @@ def slice_(
 
 
 @app.command()
+@guarded(STARTS_AGAIN)
+def delta(
+    base: Annotated[Path, typer.Argument(help="Folder of the model that was fine-tuned.")],
+    tuned: Annotated[Path, typer.Argument(help="Folder of the fine-tuned model.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not hold anything yet.")],
+    keep: Annotated[
+        float | None, typer.Option(help="Share of the tuned model's bytes to take, in (0, 1].  [default: 0.1]")
+    ] = None,
+    nbytes: Annotated[int | None, typer.Option("--bytes", help="The same as a number of bytes.")] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="4, 8 or 16 for all factors.  [default: 2 to 8, by component]")
+    ] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Text like that the model was tuned on.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration samples.  [default: 128 windows]")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per sample.  [default: 256]")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no statistics for later runs.")] = False,
+    every_tensor: Annotated[bool, typer.Option("--every-tensor", help="One row per tensor.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Store a fine-tuned model as a small difference from its base."""
+    _require_model(base)
+    _require_model(tuned)
+    if calibration is not None and not calibration.is_file():
+        raise EckartError(f"there is no text file {calibration}")
+
+    from eckart.cli.progress import Bars
+    from eckart.methods.delta.ere import delta as run
+    from eckart.report.console import print_all
+    from eckart.report.delta import delta_table
+
+    arguments: dict[str, Any] = {
+        "keep": keep, "nbytes": nbytes, "bits": bits, "calibration": calibration, "samples": samples,
+        "length": length, "seed": seed, "cache": not no_cache,
+    }  # fmt: skip
+    with Bars() as progress:
+        made = run(base, tuned, out, **arguments, progress=progress)
+    print_json(made.as_dict()) if as_json else print_all(delta_table(made, every_tensor))
+
+
+@app.command()
+@guarded(STARTS_AGAIN)
+def restore(
+    base: Annotated[Path, typer.Argument(help="Folder of the base that the difference was made from.")],
+    folder: Annotated[Path, typer.Argument(metavar="DELTA", help="Folder that `eckart delta` wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not hold anything yet.")],
+    as_json: Json = False,
+) -> None:
+    """Write the model that a base and a difference make, as an ordinary folder."""
+    _require_model(base)
+
+    from eckart.cli.progress import Bars
+    from eckart.files.delta import restore as run
+
+    with Bars() as progress:
+        made = run(base, folder, out, progress=progress)
+    print_json(made.as_dict()) if as_json else typer.echo(f"written to {out}: {made.tensors} tensors")
+
+
+@app.command()
 @guarded("interrupted")
 def demo(
     out: Annotated[

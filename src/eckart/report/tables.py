@@ -115,7 +115,7 @@ def _layer_table(layers: Layers, every_layer: bool, unit: str = "") -> Table:
     groups: dict[tuple[str, str], list[LayerPlan | LayerContents]] = {}
     grouped = len(layers) > MOST_ROWS and not every_layer
     for layer in layers:
-        groups.setdefault((_pattern(layer.name) if grouped else layer.name, layer.structure), []).append(layer)
+        groups.setdefault((pattern(layer.name) if grouped else layer.name, layer.structure), []).append(layer)
     patterns = list(dict.fromkeys(name for name, _ in groups))
     table = _table("layer", *(["layers"] if grouped else []), "structure", "rank", "numbers", "kept", "bytes")
     if predicted:
@@ -137,7 +137,8 @@ def _layer_table(layers: Layers, every_layer: bool, unit: str = "") -> Table:
     return table
 
 
-def _pattern(name: str) -> str:
+def pattern(name: str) -> str:
+    """Return a name with its numbers as stars."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 

@@ -1,0 +1,1 @@
+"""Storing fine-tuned models as differences from a base."""
