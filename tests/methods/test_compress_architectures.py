@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import eckart
-from eckart.hosts import EmbeddingHost, Host, TiedHead
+from eckart.hosts import EmbeddingHost, Host, TiedHead, map_of
 from eckart.methods.compress.job import Request, open_job
 from eckart.progress import silent
 from eckart.stats import sentence_embedding
@@ -128,6 +128,16 @@ def test_fused_projections_are_compressed_as_one(name, folders, text, tmp_path):
     assert len(fused) == 2
     assert all(layer.shape[0] > layer.shape[1] for layer in fused)  # (out, in), however it is stored
     assert all(layer.structure == "lowrank" for layer in fused)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_every_layer_is_near_its_own_weight_however_that_is_stored(name, folders, tmp_path):
+    eckart.compress(folders[name], tmp_path / "out", method="svd", keep=0.8)
+    before, after = load(folders[name]), load(tmp_path / "out")
+    for at, module in after.named_modules():
+        if isinstance(module, Host) and not isinstance(after.get_submodule(at.rpartition(".")[0]), Host):
+            weight = map_of(before.get_submodule(at)).dense().float()
+            assert (module.dense().float() - weight).norm() < 0.8 * weight.norm(), at
 
 
 def test_an_untied_head_is_compressed_as_well(folders, text, tmp_path):

@@ -23,7 +23,7 @@ from eckart.fit import Metric, Regression, error_of, regress
 from eckart.fit import metric as build_metric
 from eckart.fit.families import Family
 from eckart.fit.neurons import fit_neurons
-from eckart.hosts import Neurons, linear_layers, map_of, neurons_of, offset_of
+from eckart.hosts import Neurons, is_conv1d, linear_layers, map_of, neurons_of, offset_of
 from eckart.maps import Storage, storage
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.recipe import LayerData
@@ -234,7 +234,8 @@ def weights(job: Job, layers: list[Layer]) -> Iterator[tuple[Layer, Tensor]]:
     """Yield every layer with its weight (out, in) in float32, read when it is its turn."""
     for layer in layers:
         stored = job.model.read(f"{layer.name}.weight").to(job.runner.device, torch.float32)
-        yield layer, stored if tuple(stored.shape) == layer.shape else stored.mT.contiguous()
+        transposed = is_conv1d(job.model.model.get_submodule(layer.name))  # square ones do not show it
+        yield layer, stored.mT.contiguous() if transposed else stored
 
 
 def surveyed(
