@@ -37,7 +37,7 @@ def allocate(
     compares = allocation in ("threshold", "knapsack", "calibrated")
     errors = compares or (predict and not job.recipe.families)
     table = surveyed(job, layers, known, errors=errors, progress=lambda i: progress("plan", i, len(layers)))
-    budget = _budget(job, table)
+    budget = room(job, table)
     if budget >= sum(layer.dense.numbers for layer in table):  # nothing is gained by dropping even what seems useless
         progress("plan", len(layers), len(layers))
         return {layer.name: layer.dense for layer in table}, table
@@ -45,6 +45,21 @@ def allocate(
         table = _sensitivities(job, layers, known, table, progress)
     elif allocation == "calibrated":
         table = _calibrated(job, layers, known, table, progress)
+    chosen = choose(job, table, budget)
+    if predict and not errors:
+        chosen = foreseen(job, layers, known, chosen)
+    progress("plan", len(layers), len(layers))
+    return chosen, table
+
+
+def choose(job: Job, table: Sequence[Candidates], budget: int) -> dict[str, Option]:
+    """Return an option for every layer by the solver of the job's allocation.
+
+    Args:
+        job: the job.
+        table: candidates with the losses or scores that the solver reads.
+        budget: numbers all layers may store together.
+    """
     solve: dict[str, Callable[[Sequence[Candidates], int], dict[str, Option]]] = {
         "uniform": uniform,
         "uniform-rank": uniform_rank,
@@ -53,14 +68,10 @@ def allocate(
         "calibrated": knapsack,
         "knapsack": knapsack,
     }
-    chosen = solve[allocation](table, budget)
-    if predict and not errors:
-        chosen = foreseen(job, layers, known, chosen)
-    progress("plan", len(layers), len(layers))
-    return chosen, table
+    return solve[job.recipe.allocation](table, budget)
 
 
-def _budget(job: Job, table: Sequence[Candidates]) -> int:
+def room(job: Job, table: Sequence[Candidates]) -> int:
     """Return the numbers that all candidate layers may store together.
 
     Raises:

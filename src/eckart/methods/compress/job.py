@@ -123,6 +123,11 @@ def open_job(request: Request, progress: Progress) -> Job:
     model = open_model(request.model)
     parts = anatomy(model.model)
     causal = type(model.model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    if recipe.learner is not None and not causal:
+        raise EckartError(
+            f"{request.method} trains on predicting the next token, which {type(model.model).__name__} in "
+            f"{request.model} does not do; choose a method that is not trained"
+        )
     samples = None if documents is None else _samples(request, model, documents, causal)
     labels = recipe.labels if recipe.uses_gradients else "sampled"
     goal = objective(labels, parts.head is not None, causal)

@@ -17,6 +17,7 @@ from eckart.files.writing import LayerRecord, Partial, check_output, layer_entri
 from eckart.methods.compress.allocate import allocate, plan_from, plan_of
 from eckart.methods.compress.job import Job, Request, open_job, statistics_store, trim_cache
 from eckart.methods.compress.layers import Known, Layer, check_layers, layers_of
+from eckart.methods.compress.learned import Learning
 from eckart.methods.compress.outcome import Measured, Outcome, Plan
 from eckart.methods.compress.sweep import Sweep
 from eckart.methods.compress.table import settings_of, summary_of
@@ -40,8 +41,8 @@ def compress(
 ) -> Outcome:
     """Compress a Hugging Face model folder into a smaller one that `from_pretrained` loads.
 
-    Memory holds one block, its statistics and the hidden states of the calibration samples. A run that was stopped is
-    continued by the same call and ends in the same bytes.
+    Memory holds one block, its statistics and the hidden states of the calibration samples; of methods that train the
+    whole model, the whole model. A run that was stopped is continued by the same call and ends in the same bytes.
 
     Args:
         model: folder of a decoder or encoder with safetensors weights.
@@ -74,7 +75,7 @@ def compress(
         outcome = Outcome(planned, target, measured, seconds, _peak_memory(), _described(job))
         _publish(job, partial, outcome, progress)
     except EckartError:
-        if partial.blocks_done() == 0:
+        if not partial.worth_keeping():
             partial.discard()
         raise
     partial.discard()
@@ -89,8 +90,12 @@ def _compressed(
     """Do all the work of a job up to its last finished part; return the plan as stored, and the loss."""
     _collect(job, store, Store(partial.folder / "boundaries"), progress)
     known = Known(job, store)
-    chosen, table = allocate(job, layers, known, predict=False, progress=progress)
-    measured = Sweep(job, known, layers, chosen, partial, progress).run()
+    measured: Measured | None
+    if job.recipe.learner is not None:
+        table, measured = Learning(job, known, layers, partial.folder, progress).run(partial)
+    else:
+        chosen, table = allocate(job, layers, known, predict=False, progress=progress)
+        measured = Sweep(job, known, layers, chosen, partial, progress).run()
     return _as_stored(job, layers, table, partial.records()), measured
 
 
@@ -126,7 +131,11 @@ def plan(
     with tempfile.TemporaryDirectory(prefix="eckart-") as scratch:
         store = statistics_store(job, None if cache else Path(scratch))
         _collect(job, store, Store(Path(scratch) / "boundaries"), progress)
-        chosen, table = allocate(job, layers, Known(job, store), predict=True, progress=progress)
+        known = Known(job, store)
+        if job.recipe.learner is not None:
+            chosen, table = Learning(job, known, layers, Path(scratch), progress).plan()
+        else:
+            chosen, table = allocate(job, layers, known, predict=True, progress=progress)
     return plan_of(job, layers, chosen, table)
 
 

@@ -17,6 +17,7 @@ from eckart.errors import EckartError
 from eckart.fit import Metric, Regression
 from eckart.fit import metric as build_metric
 from eckart.fit.families import Family
+from eckart.methods.compress.learner import Learner
 from eckart.stats import CrossMoments, Gradients, Moments
 
 Allocation = Literal["uniform", "uniform-rank", "threshold", "sensitivity", "calibrated", "knapsack"]
@@ -72,6 +73,7 @@ class Recipe:
         heal_rate: its learning rate, per AdamW step.
         gamma: weight of the depth factor of "calibrated".
         score: scores for "threshold".
+        learner: trains the whole model, if the method does; then "threshold" reads the scores it ends with.
     """
 
     metric: Callable[[LayerData], Metric]
@@ -93,6 +95,7 @@ class Recipe:
     heal_rate: float = 1e-4
     gamma: float = 0.0
     score: Score | None = None
+    learner: Learner | None = None
 
     def __post_init__(self) -> None:
         if self.round_to < 1:
@@ -108,8 +111,21 @@ class Recipe:
             raise EckartError(f"allocation={self.allocation} cannot choose among structures; use knapsack")
         if self.families and self.update:
             raise EckartError("update refits low-rank maps only")
-        if self.allocation == "threshold" and self.score is None:
+        if self.learner is not None:
+            self._check_learner(self.learner)
+        elif self.allocation == "threshold" and self.score is None:
             raise EckartError("allocation=threshold needs a method that scores spectra, such as welore")
+
+    def _check_learner(self, learner: Learner) -> None:
+        if self.embeddings:
+            raise EckartError("embeddings=true does not go with this method, which trains linear layers only")
+        if self.heal:
+            raise EckartError("heal does not go with this method, which trains the whole model; set its own steps")
+        known = ("uniform", "uniform-rank", "threshold") if learner.search else ("uniform", "uniform-rank", "knapsack")
+        if self.allocation not in known:
+            raise EckartError(
+                f"allocation={self.allocation} does not go with this method; choose one of {', '.join(known)}"
+            )
 
     def family(self, name: str) -> Family | None:
         """Return the family of that name, None for low-rank maps and dense layers."""
@@ -119,7 +135,8 @@ class Recipe:
     def needs_text(self) -> bool:
         """Whether the recipe cannot run without calibration text."""
         measured = self.allocation in ("sensitivity", "calibrated")
-        return self.uses_inputs or self.uses_gradients or self.sequential or self.update or self.heal > 0 or measured
+        trained = self.heal > 0 or self.learner is not None
+        return self.uses_inputs or self.uses_gradients or self.sequential or self.update or trained or measured
 
 
 # Answers that may be overridden for any method, beside the method's own settings.

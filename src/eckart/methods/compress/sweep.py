@@ -8,7 +8,7 @@ and gives the same bytes as one that was not.
 import contextlib
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -164,7 +164,7 @@ class Sweep:
         # before the first compressed layer the error is zero, and healing would only decay the weights
         if job.recipe.heal and any(layer.block <= index for layer in self.layers):
             self._heal(compressed, index, pairs["calibration"], targets)
-        tensors = self._rounded(name, compressed, inside)
+        tensors = rounded(job, name, compressed, inside)
         for pair in pairs.values():
             advance(job.runner, compressed, index, pair.compressed)
         for key, pair in pairs.items():
@@ -233,20 +233,6 @@ class Sweep:
             progress=lambda epoch: self.progress("compress", index * recipe.heal + epoch, count * recipe.heal),
         )
 
-    @torch.no_grad()
-    def _rounded(self, name: str, compressed: nn.Module, inside: dict[str, Layer]) -> dict[str, Tensor]:
-        """Round a block's numbers to the dtypes they are stored in; return them by full name."""
-        out = {}
-        for key, tensor in compressed.state_dict(keep_vars=True).items():
-            full = f"{name}.{key}"
-            owner = next((layer for layer in inside if full.startswith(f"{layer}.")), None)
-            dtype = self.job.weight_dtype(owner) if owner else self.job.model.stored_dtype(full)
-            stored = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach().clone()
-            if tensor.is_floating_point():
-                tensor.copy_(stored)
-            out[full] = stored
-        return out
-
     def _heads(self, swaps: dict[str, nn.Module], pairs: dict[str, Pair]) -> dict[str, nn.Module]:
         """Return the modules that replace the head: tied to a compressed embedding, or compressed itself."""
         for module in swaps.values():
@@ -288,6 +274,28 @@ class Sweep:
         moved = divergence(runner, batches, pair.original.hidden, pair.compressed.hidden, heads)
         name = "distance" if self.job.parts.head is None else "divergence"
         return Measured(name, 0.0, moved, tokens, samples.disjoint)
+
+
+@torch.no_grad()
+def rounded(job: Job, name: str, compressed: nn.Module, inside: Collection[str]) -> dict[str, Tensor]:
+    """Round a block's numbers to the dtypes they are stored in; return them by full name.
+
+    Args:
+        job: the job.
+        name: of the block.
+        compressed: the block, changed in place.
+        inside: names of its compressed layers, whose numbers are stored in the dtype of the weight they replace.
+    """
+    out = {}
+    for key, tensor in compressed.state_dict(keep_vars=True).items():
+        full = f"{name}.{key}"
+        owner = next((layer for layer in inside if full.startswith(f"{layer}.")), None)
+        dtype = job.weight_dtype(owner) if owner else job.model.stored_dtype(full)
+        stored = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach().clone()
+        if tensor.is_floating_point():
+            tensor.copy_(stored)
+        out[full] = stored
+    return out
 
 
 def _input_of(job: Job, block: nn.Module, inner: str, hidden: Tensor, call: Call) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, get_args, get_type_hints
 
 from eckart.errors import EckartError
 from eckart.methods.compress.aa_svd import aa_svd
+from eckart.methods.compress.acip import acip
 from eckart.methods.compress.afm import afm
 from eckart.methods.compress.asvd import asvd
 from eckart.methods.compress.compot import compot
@@ -18,6 +19,7 @@ from eckart.methods.compress.eckart_mixed import eckart_mixed
 from eckart.methods.compress.fwsvd import fwsvd
 from eckart.methods.compress.kfac import kfac
 from eckart.methods.compress.lord import lord
+from eckart.methods.compress.maestro import maestro
 from eckart.methods.compress.oats import oats
 from eckart.methods.compress.recipe import COMMON, Recipe, overridden
 from eckart.methods.compress.rocket import rocket
@@ -44,6 +46,9 @@ METHODS: dict[str, Page] = {
     "oats": oats,
     "eckart": eckart,
     "eckart-mixed": eckart_mixed,
+    # These train the whole model.
+    "maestro": maestro,
+    "acip": acip,
 }
 
 
