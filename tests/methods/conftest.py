@@ -19,6 +19,11 @@ FEWER = {
     "compot": {"iterations": 2},
     "oats": {"iterations": 2},
     "eckart-mixed": {"iterations": 1},
+    "trp": {"steps": 4, "interval": 2},
+    "pela": {"tune": 3},
+    "maestro": {"steps": 3, "tune": 2},
+    "acip": {"steps": 4, "tune": 2, "rate": 0.1},
+    "dobi-svd": {"steps": 2, "batch": 2},
 }
 
 

@@ -117,8 +117,3 @@ def course(steps: int, rate: float, batch: int, **more: float) -> Course | None:
 def frozen(tensor: Tensor) -> nn.Parameter:
     """Return a tensor as a parameter that is not trained, hence not part of a run's state."""
     return nn.Parameter(tensor, requires_grad=False)
-
-
-def lowrank_size(layer: LearnedLayer, rank: float | Tensor) -> float | Tensor:
-    """Return the numbers that two factors of a rank take."""
-    return rank * sum(layer.shape)

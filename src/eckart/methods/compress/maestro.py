@@ -72,7 +72,7 @@ class OrderedFactors(LearnedLayer):
             squares.flip(0).cumsum(0).clamp_min(TINY).sqrt().sum()
             for squares in (self.up[:, :b].square().sum(0), self.down[:b].square().sum(1))
         ]
-        return cast(Tensor, tails[0] + tails[1])
+        return tails[0] + tails[1]
 
     @torch.no_grad()
     def drop(self, threshold: float) -> None:
@@ -81,7 +81,7 @@ class OrderedFactors(LearnedLayer):
         self.rank.fill_(min(int(self.rank), 1 + int(large.max()) if large.numel() else 1))
 
     def _sizes(self) -> Tensor:
-        return (self.up.norm(dim=0) * self.down.norm(dim=1)).detach()
+        return cast(Tensor, self.up.norm(dim=0) * self.down.norm(dim=1)).detach()
 
     def matrix(self) -> Tensor:
         b = int(self.rank)

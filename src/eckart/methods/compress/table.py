@@ -14,6 +14,7 @@ from eckart.methods.compress.afm import afm
 from eckart.methods.compress.asvd import asvd
 from eckart.methods.compress.compot import compot
 from eckart.methods.compress.cospadi import cospadi
+from eckart.methods.compress.dobi_svd import dobi_svd
 from eckart.methods.compress.eckart import eckart
 from eckart.methods.compress.eckart_mixed import eckart_mixed
 from eckart.methods.compress.fwsvd import fwsvd
@@ -21,10 +22,12 @@ from eckart.methods.compress.kfac import kfac
 from eckart.methods.compress.lord import lord
 from eckart.methods.compress.maestro import maestro
 from eckart.methods.compress.oats import oats
+from eckart.methods.compress.pela import pela
 from eckart.methods.compress.recipe import COMMON, Recipe, overridden
 from eckart.methods.compress.rocket import rocket
 from eckart.methods.compress.svd import svd
 from eckart.methods.compress.svd_llm import svd_llm
+from eckart.methods.compress.trp import trp
 from eckart.methods.compress.welore import welore
 
 Page = Callable[..., Recipe]
@@ -47,8 +50,11 @@ METHODS: dict[str, Page] = {
     "eckart": eckart,
     "eckart-mixed": eckart_mixed,
     # These train the whole model.
+    "trp": trp,
+    "pela": pela,
     "maestro": maestro,
     "acip": acip,
+    "dobi-svd": dobi_svd,
 }
 
 
