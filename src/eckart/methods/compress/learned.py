@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from eckart.budget import Candidates, Option
 from eckart.files.writing import TRAINING, LayerRecord, Partial
-from eckart.fit import error_of, metric
+from eckart.fit import error_of
 from eckart.hosts import host, is_conv1d, map_of, offset_of, replace
 from eckart.maps import LinearMap, storage
 from eckart.methods.compress.allocate import allocate, choose, is_dense, room
@@ -27,10 +27,11 @@ from eckart.methods.compress.layers import Known, Layer, layer_candidates, weigh
 from eckart.methods.compress.learner import LearnedLayer, Learner
 from eckart.methods.compress.measure import LOGITS
 from eckart.methods.compress.outcome import Measured
+from eckart.methods.compress.recipe import LayerData
 from eckart.methods.compress.sweep import rounded
 from eckart.methods.training import Step, train
 from eckart.progress import Progress
-from eckart.stats import MomentSum, content_key, hooked
+from eckart.stats import Moments, MomentSum, content_key, hooked
 
 Maps = dict[str, tuple[LinearMap, Tensor | None, float]]  # map, bias and relative error by layer name
 
@@ -157,23 +158,24 @@ class Learning:
             option, learned = chosen[layer.name], layers[layer.name]
             if is_dense(option):
                 continue
-            factors = learned.factors(option.rank, moments[layer.name])
+            matrix = learned.matrix()
+            seen = self.job.recipe.metric(LayerData(matrix, moments[layer.name]))
+            factors = learned.factors(option.rank, seen)
             built = storage(self.job.recipe.storage).build(factors).to(torch.float32)
-            seen, matrix = metric(moments[layer.name]), learned.matrix()
             whole = error_of(matrix, torch.zeros_like(matrix), seen)
             error = error_of(matrix, built.dense(), seen)
             bias = None if learned.bias is None else learned.bias.detach().clone()
             maps[layer.name] = (built, bias, error / whole if whole > 0 else 0.0)
         return chosen, table, maps
 
-    def _moments(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the second moments of all layers' inputs in the model as it is, (n, n) float64."""
+    def _moments(self, model: nn.Module) -> dict[str, Moments]:
+        """Return the moments of all layers' inputs in the model as it is."""
         sums = {layer.name: MomentSum(layer.shape[1], self.samples.device) for layer in self.layers}
         modules = {layer.name: model.get_submodule(layer.name) for layer in self.layers}
         with torch.no_grad(), hooked(modules, lambda name, x: sums[name].add(x)):
             for batch in self.text.batches:
                 model(input_ids=batch.to(self.samples.device), use_cache=False)
-        return {name: total.result(name).second.double() for name, total in sums.items()}
+        return {name: total.result(name) for name, total in sums.items()}
 
     def _trainable(self, layers: Sequence[nn.Module]) -> None:
         """Mark what is trained: everything in the blocks, or what a layer itself says is."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from eckart.errors import EckartError
-from eckart.fit import metric, regress
+from eckart.fit import Metric, regress
 from eckart.maps import LowRank
 from eckart.methods.training import Course, Step
 
@@ -44,14 +44,14 @@ class LearnedLayer(nn.Module, ABC):
         """Return the matrix (m, n) that the map of a rank is to come close to."""
         return self.matrix()
 
-    def factors(self, rank: int, second: Tensor) -> LowRank:
-        """Return the map of a rank, by default the best one on the layer's inputs.
+    def factors(self, rank: int, seen: Metric) -> LowRank:
+        """Return the map of a rank, by default the best one under the recipe's metric.
 
         Args:
             rank: k.
-            second: second moment of the layer's inputs in the trained model, (n, n) float64.
+            seen: metric built from the layer's inputs in the trained model.
         """
-        return regress(self.target(rank), metric(second), rank=rank).factors(rank)
+        return regress(self.target(rank), seen, rank=rank).factors(rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,11 @@ class Learner:
     features: float = 0.0
     departure: float = 0.0
     any_size: bool = True
+
+    @property
+    def windows(self) -> int:
+        """Windows of text in which no run sees one twice."""
+        return max((c.steps * c.batch for c in (self.search, self.tuning) if c is not None), default=1)
 
     def layer(self, weight: Tensor, bias: Tensor | None, share: float, generator: torch.Generator) -> LearnedLayer:
         """Return a layer to search.

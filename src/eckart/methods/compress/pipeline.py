@@ -50,8 +50,8 @@ def compress(
         method: one of `eckart.METHODS`.
         keep: share of the whole model's parameters that remains, in (0, 1].
         calibration: text file; methods that use no data do without.
-        samples: calibration samples; by default 128 windows for decoders, 2,048 lines for encoders, or what the text
-            has.
+        samples: calibration samples; by default 128 windows for decoders (as many as they train on, for methods that
+            train the whole model), 2,048 lines for encoders, or what the text has.
         length: tokens per sample, 256 by default.
         seed: seed of everything random.
         settings: settings of the method by name, typed.
