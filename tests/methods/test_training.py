@@ -148,6 +148,13 @@ def test_a_damaged_state_is_named(tmp_path):
         run(path)
 
 
+def test_the_state_of_another_model_is_named(tmp_path):
+    path, other = tmp_path / "state.safetensors", torch.nn.Linear(6, 6)
+    run(path)
+    with pytest.raises(EckartError, match="holds the state of another run or version; delete it and run again"):
+        train(other, DATA, Course(1, 1.0, 1), lambda step: None, state=path, seed=0, progress=silent)
+
+
 def test_rates_rise_then_fall():
     course = Course(100, 2.0, 1, final=0.25, warm_up=0.1)
     rates = [course.rate_at(i) for i in range(100)]

@@ -6,7 +6,8 @@ safetensors file written atomically; a run that was killed goes on from the last
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,8 @@ def train(
         EckartError: if the loss becomes NaN, Inf or far larger than it was at first; the last good state is kept.
     """
     accelerator = Accelerator(cpu=samples.device.type == "cpu")
+    if accelerator.num_processes > 1:
+        raise EckartError("training runs in one process; start the command without a launcher")
     parameters = {name: p for name, p in trained.named_parameters() if p.requires_grad}
     optimizer = accelerator.prepare(torch.optim.AdamW(list(parameters.values()), lr=course.rate, weight_decay=0.0))
     run = _Run(trained, parameters, optimizer, state)
@@ -125,8 +128,7 @@ def train(
         step = _step(samples, course, index, seed)
         for group in optimizer.param_groups:
             group["lr"] = step.rate
-        with torch.enable_grad(), torch.random.fork_rng(devices=_devices(samples)):
-            torch.manual_seed(seed * STRIDE + index)  # of dropout, which takes no generator
+        with torch.enable_grad(), _seeded(samples.device, seed * STRIDE + index):
             total, task = loss(step)
         value = float(task.detach())
         first = value if first is None else first
@@ -155,8 +157,15 @@ def _diverged(stage: str, index: int, value: float, first: float, state: Path) -
     )
 
 
-def _devices(samples: Tensor) -> list[torch.device]:
-    return [samples.device] if samples.device.type == "cuda" else []
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed the global generators for a while: dropout takes no other."""
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if cuda else []):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would queue a call for CUDA, every time
+        if cuda:
+            torch.cuda.manual_seed(seed)
+        yield
 
 
 def _step(samples: Tensor, course: Course, index: int, seed: int) -> Step:
@@ -204,6 +213,8 @@ class _Run:
                 tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise EckartError(f"{self.path} is damaged ({error}); delete it and run again") from error
+        if not {f"model|{name}" for name in self.held()} <= tensors.keys():
+            raise EckartError(f"{self.path} holds the state of another run or version; delete it and run again")
         moments: dict[int, dict[str, Tensor]] = {}
         with torch.no_grad():
             for name, tensor in self.held().items():

@@ -102,7 +102,7 @@ class Learning:
         out = {}
         for layer, weight in weights(self.job, [layer for layer in self.layers if not is_dense(chosen[layer.name])]):
             key = f"{layer.name}.bias"
-            bias = self.job.model.read(key).float() if layer.bias else None
+            bias = self.job.model.read(key).to(weight) if layer.bias else None
             fit = fit_layer(self.job, self.known, layer, weight, chosen[layer.name], bias=bias, dtype=torch.float32)
             out[layer.name] = (fit.map, fit.bias, loss_of(self.known, fit))
         return out

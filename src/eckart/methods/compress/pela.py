@@ -3,7 +3,8 @@
     W ~ U_k V_k at the budget, then over everything inside the blocks
     min  cross-entropy + a mean_b |h'_b - h_b|^2 / |h_b|^2 + c mean_l |U V - W|_F^2 / |W|_F^2
 
-h_b are the hidden states behind block b in the original model, h'_b those in the compressed one.
+h_b are the hidden states behind block b in the original model (behind the final norm as well for the last), h'_b those
+in the compressed one.
 
 Structure: low rank. Metric: Frobenius; `start=inputs` begins with the input second moment instead, which is SVD-LLM
 without its update. Budget: uniform. Solver: SVD, then AdamW. Trained: everything inside the blocks. Both terms are the
