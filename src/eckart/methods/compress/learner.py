@@ -90,7 +90,7 @@ class Learner:
             share: of the layers' numbers that may remain.
             generator: what is random in it, on the CPU.
         """
-        raise EckartError("this method searches no structure")
+        raise AssertionError("a learner without a search has no layers")
 
     def prepare(self, layers: "Layers", step: Step) -> None:
         """Change the layers before a step of the search."""
