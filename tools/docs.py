@@ -61,12 +61,16 @@ def tables(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             ]
             dense = at["dense", 1.0][measure]
             larger = measure in ("STS-B", "TREC")
-            best = [_best([v[i] for n, v in lines if "healed" not in n], larger) for i in range(len(keeps))]
-            lines.sort(key=lambda line: ("healed" in line[0], _order(line[1], larger)))
+            best = [_best([v[i] for n, v in lines if not _is_trained(n)], larger) for i in range(len(keeps))]
+            lines.sort(key=lambda line: (_is_trained(line[0]), _order(line[1], larger)))
             out.append(
                 {"model": model, "measure": measure, "dense": dense, "keeps": keeps, "lines": lines, "best": best}
             )
     return out
+
+
+def _is_trained(variant: str) -> bool:
+    return variant.endswith((" healed", " trained"))
 
 
 def _best(values: list[float | None], larger: bool) -> float | None:

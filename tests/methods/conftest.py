@@ -21,6 +21,11 @@ FEWER = {
     "oats": {"iterations": 2},
     "lrq": {"heal": 1},
     "eckart-mixed": {"iterations": 1},
+    "trp": {"steps": 4, "interval": 2},
+    "pela": {"tune": 3},
+    "maestro": {"steps": 3, "tune": 2},
+    "acip": {"steps": 4, "tune": 2, "rate": 0.1},
+    "dobi-svd": {"steps": 2, "batch": 2},
 }
 
 

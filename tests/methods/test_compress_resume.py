@@ -87,7 +87,7 @@ class Case:
         return f"{self.method}-file-{self.kill_in_file}" if self.kill_in_file else f"{self.method}-{self.largest_file}"
 
 
-SETTINGS = {"aa-svd": {"heal": 1}}
+SETTINGS = {"aa-svd": {"heal": 1}, "acip": {"steps": 60, "tune": 60, "batch": 1}}
 ELASTIC = {"elastic": {"method": "eckart", "elastic": True}}
 KILLED = [
     Case("eckart", ["forward", 0]),
@@ -113,6 +113,11 @@ KILLED = [
     Case("basis-sharing", kill_in_file=8),
     Case("basis-sharing", kill_in_file=10),
     Case("basis-sharing", kill_in_file=13),
+    Case("acip", ["train", 7]),
+    Case("acip", ["train", 53]),
+    Case("acip", ["tune", 57]),
+    Case("acip", ["write", 0]),
+    Case("acip", kill_in_file=2),
 ]
 # bytes: nothing fits; statistics fit, but hidden states do not; blocks fit, but the output does not
 FULL = [Case("eckart", largest_file=size) for size in (300, 20_000, 700_000)]
@@ -129,6 +134,8 @@ USUAL = {
     "elastic-compress-2",
     "basis-sharing-compress-1",
     "basis-sharing-file-10",
+    "acip-train-53",
+    "acip-tune-57",
 }
 
 
@@ -204,7 +211,10 @@ def test_what_was_finished_is_not_done_again(case, runs):
         assert first["forward"] == done
         return
     assert "forward" not in first or first["forward"] == 5
-    if stage in ("compress", "write"):
+    if case.method == "acip":
+        assert first["train"] == (done // 50 * 50 if stage == "train" else 60)  # a state every 50 steps
+        assert first.get("tune") == {"train": 0, "tune": 50, "write": 60}[stage]
+    elif stage in ("compress", "write"):
         assert not {"objective", "backward"} & first.keys()
         assert first["compress"] == (done if stage == "compress" else 5)
 

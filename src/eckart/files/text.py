@@ -103,6 +103,7 @@ def windows(
     samples: int | None,
     length: int,
     batch: int,
+    usual: int = WINDOWS,
     held_out: int = 16,
 ) -> Samples:
     """Pack documents one after the other and cut windows of equal length, for models that read running text.
@@ -110,15 +111,16 @@ def windows(
     Args:
         tokenizer: encodes each document with its own special tokens.
         documents: the texts, used in order.
-        samples: number of windows for calibration; None for `WINDOWS`, or fewer if the text is shorter.
+        samples: number of windows for calibration; None for `usual`, or fewer if the text is shorter.
         length: tokens per window.
         batch: windows per batch.
+        usual: windows where no number is asked for.
         held_out: windows after those, for measuring.
 
     Raises:
         EckartError: if the text does not fill the calibration windows asked for, or not one.
     """
-    wanted = ((samples or WINDOWS) + held_out) * length
+    wanted = ((samples or usual) + held_out) * length
     ids: list[int] = []
     for document in documents:
         ids += encode_document(tokenizer, document)
@@ -131,7 +133,7 @@ def windows(
             f"the calibration text has {len(ids)} tokens, but {samples or 1} samples of {length} need "
             f"{(samples or 1) * length}; {hint}"
         )
-    count = samples or _share(full, WINDOWS, held_out)
+    count = samples or _share(full, usual, held_out)
     cut = torch.tensor(ids[: full * length], dtype=torch.int64).view(-1, length)
     left = cut[count : count + held_out]
     own = left.shape[0] == 0

@@ -6,6 +6,7 @@ While it runs, a job's parts lie in a hidden folder beside the output, `.<name>.
     embedding.safetensors      the compressed embedding, if any; head.safetensors likewise
     block-0000.safetensors     every tensor of a finished block; the layers' specs are in the metadata
     elastic-*.safetensors      the components of an elastic folder, part by part, and their order
+    search.safetensors         the state of a training run, of methods that have one; tune.safetensors likewise
     folder/                    the output, being written; renamed to the output at the very end
 """
 
@@ -32,6 +33,9 @@ from eckart.files.sharing import SHARED
 from eckart.hosts import host
 from eckart.maps import LinearMap, LowRank, Pivoted
 from eckart.progress import Progress
+
+# Parts that hold the state of a training run.
+TRAINING = ("search", "tune")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +140,10 @@ class Partial:
         while self.has(_block(done)):
             done += 1
         return done
+
+    def worth_keeping(self) -> bool:
+        """Tell whether hours of work may be in here: a finished block, or the state of a training run."""
+        return self.blocks_done() > 0 or any(self.has(part) for part in TRAINING)
 
     def save(self, part: str, tensors: Mapping[str, Tensor], records: Sequence[LayerRecord]) -> None:
         """Write a finished part: tensors by full name, and the records of its compressed layers."""

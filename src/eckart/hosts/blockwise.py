@@ -108,6 +108,18 @@ class Blockwise:
             return_memory()
 
     @contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        """Load the weights of the whole skeleton, for methods that train it, and put them back afterwards."""
+        for name, module in self.model.named_modules():
+            self._fill(module, name)
+        try:
+            yield self.model
+        finally:
+            for module in self.model.modules():
+                release(module)
+            return_memory()
+
+    @contextmanager
     def resident_ends(self, head: bool, embedding: bool) -> Iterator[None]:
         """Load what surrounds the blocks: norms and position tables always, head and embedding as asked for."""
         skipped = {*self.parts.blocks}

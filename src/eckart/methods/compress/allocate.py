@@ -94,6 +94,25 @@ def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, prog
         table = _sensitivities(job, layers, known, table, progress)
     elif allocation == "calibrated":
         table = _calibrated(job, layers, known, table, progress)
+    chosen = choose(job, layers, known, table, budget)
+    if predict and job.recipe.coding is not None:
+        chosen = _with_codes(job, layers, known, chosen, progress)
+    elif predict and (job.recipe.scores or not errors):
+        chosen = foreseen(job, alone, known, chosen) | _foreseen_groups(job, known, groups, chosen)
+    progress("plan", len(layers), len(layers))
+    return _unfolded(job, groups, Allocation(chosen, table))
+
+
+def choose(job: Job, layers: list[Layer], known: Known, table: Sequence[Candidates], budget: int) -> dict[str, Option]:
+    """Return an option for every layer by the solver of the job's allocation.
+
+    Args:
+        job: the job.
+        layers: its layers.
+        known: their statistics, which some solvers weigh layers by.
+        table: candidates with the losses or scores that the solver reads.
+        budget: numbers all layers may store together.
+    """
     solve: dict[str, Callable[[Sequence[Candidates], int], dict[str, Option]]] = {
         "uniform": uniform,
         "uniform-rank": uniform_rank,
@@ -107,13 +126,7 @@ def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, prog
         "influence": lambda table, budget: proportional(table, budget, _influence_weights(job, layers, known)),
         "zero-sum": lambda table, budget: zero_sum(table, budget, job.recipe.floor),
     }
-    chosen = solve[allocation](table, budget)
-    if predict and job.recipe.coding is not None:
-        chosen = _with_codes(job, layers, known, chosen, progress)
-    elif predict and (job.recipe.scores or not errors):
-        chosen = foreseen(job, alone, known, chosen) | _foreseen_groups(job, known, groups, chosen)
-    progress("plan", len(layers), len(layers))
-    return _unfolded(job, groups, Allocation(chosen, table))
+    return solve[job.recipe.allocation](table, budget)
 
 
 def _unfolded(job: Job, groups: Sequence[Group], found: Allocation) -> Allocation:

@@ -55,7 +55,9 @@ def check_elastic(job: Job) -> None:
     """Raise an `EckartError` unless the components of a recipe can be ordered."""
     recipe = job.recipe
     other = recipe.families or recipe.neurons or recipe.sliced or recipe.sharing is not None or recipe.bits
-    changed = recipe.update or recipe.heal or recipe.centred or recipe.uses_weight_gradients
+    changed = (
+        recipe.update or recipe.heal or recipe.centred or recipe.uses_weight_gradients or recipe.learner is not None
+    )
     if other or changed or recipe.allocation != "knapsack":
         raise EckartError(
             f"{job.request.method} with these settings cannot be elastic; that needs a low-rank map of its own for "

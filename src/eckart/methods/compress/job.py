@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from eckart.errors import EckartError
 from eckart.files.folder import OpenModel, check_finite, check_model_folder, open_model
-from eckart.files.text import Samples, load_tokenizer, read_documents, sentences, windows
+from eckart.files.text import WINDOWS, Samples, load_tokenizer, read_documents, sentences, windows
 from eckart.hosts import Anatomy, Blockwise, anatomy
 from eckart.methods.compress.recipe import Recipe
 from eckart.methods.compress.table import recipe_of
@@ -132,7 +132,12 @@ def open_job(request: Request, progress: Progress) -> Job:
     model = open_model(request.model)
     parts = anatomy(model.model)
     causal = type(model.model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    samples = None if documents is None else _samples(request, model, documents, causal)
+    if recipe.learner is not None and not causal:
+        raise EckartError(
+            f"{request.method} trains on predicting the next token, which {type(model.model).__name__} in "
+            f"{request.model} does not do; choose a method that is not trained"
+        )
+    samples = None if documents is None else _samples(request, recipe, model, documents, causal)
     labels = recipe.labels if recipe.uses_gradients or recipe.uses_weight_gradients else "sampled"
     goal = objective(labels, parts.head is not None, causal)
     if recipe.uses_weight_gradients and not causal:
@@ -165,16 +170,16 @@ def _check_numbers(request: Request) -> None:
             raise EckartError(f"{name} must be {limit}, got {value}")
 
 
-def _samples(request: Request, model: OpenModel, documents: list[str], causal: bool) -> Samples:
+def _samples(request: Request, recipe: Recipe, model: OpenModel, documents: list[str], causal: bool) -> Samples:
     tokenizer = load_tokenizer(request.model)
     context = int(getattr(model.config, "max_position_embeddings", None) or request.length or 256)
     if request.length is not None and request.length > context:
         raise EckartError(f"length {request.length} exceeds the model's context of {context} tokens; give at most that")
     length = min(request.length or 256, context)
     if causal:
-        return windows(
-            tokenizer, documents, samples=request.samples, length=length, batch=max(1, TOKENS_PER_BATCH // length)
-        )
+        usual = WINDOWS if recipe.learner is None else max(WINDOWS, recipe.learner.windows)
+        batch = max(1, TOKENS_PER_BATCH // length)
+        return windows(tokenizer, documents, samples=request.samples, length=length, batch=batch, usual=usual)
     return sentences(tokenizer, documents, samples=request.samples, length=length, tokens_per_batch=TOKENS_PER_BATCH)
 
 

@@ -251,21 +251,21 @@ def surveyed(
         progress: called with the number of layers done.
     """
     if not errors:
-        return [_candidates(job, layer, None) for layer in layers]
+        return [layer_candidates(job, layer, None) for layer in layers]
     out = []
     for i, (layer, weight) in enumerate(weights(job, layers)):
         progress(i)
         metric = known.metric(layer, weight)
         if metric is None:
-            out.append(_candidates(job, layer, [0.0]))
+            out.append(layer_candidates(job, layer, [0.0]))
             continue
         fitted = _fitted_options(job, known, layer, weight, metric) if layer.kind == LINEAR else []
         if fitted and not job.recipe.mixed:
-            out.append(_with_options(_candidates(job, layer, [0.0]), fitted))
+            out.append(_with_options(layer_candidates(job, layer, [0.0]), fitted))
             continue
         regression = regress(weight, metric)
         losses = known.scores(layer, weight, regression) if job.recipe.scores else predicted(known, regression)
-        out.append(_with_options(_candidates(job, layer, losses, storage(job.recipe.storage)), fitted))
+        out.append(_with_options(layer_candidates(job, layer, losses, storage(job.recipe.storage)), fitted))
     return out
 
 
@@ -334,7 +334,7 @@ def errors_at(job: Job, layers: list[Layer], known: Known, chosen: dict[str, Opt
     return out
 
 
-def _candidates(
+def layer_candidates(
     job: Job, layer: Layer, losses: Tensor | list[float] | None, stored: Storage | Family | None = None
 ) -> Candidates:
     """Return the ranks (or sizes of the recipe's one family) a layer may have; None for losses nobody will read."""

@@ -19,6 +19,7 @@ from eckart.methods.compress.allocate import allocate, plan_from, plan_of
 from eckart.methods.compress.elastic import ElasticSweep, check_elastic, ordered, sizes_of
 from eckart.methods.compress.job import Job, Request, open_job, statistics_store, trim_cache
 from eckart.methods.compress.layers import Known, Layer, check_layers, layers_of, surveyed
+from eckart.methods.compress.learned import Learning
 from eckart.methods.compress.outcome import Measured, Outcome, Plan
 from eckart.methods.compress.slicing import measured_folder, principal_axes, residual_axis, sliced_plan, write_sliced
 from eckart.methods.compress.sweep import Sweep
@@ -45,8 +46,8 @@ def compress(
 ) -> Outcome:
     """Compress a Hugging Face model folder into a smaller one that `from_pretrained` loads.
 
-    Memory holds one block, its statistics and the hidden states of the calibration samples. A run that was stopped is
-    continued by the same call and ends in the same bytes.
+    Memory holds one block, its statistics and the hidden states of the calibration samples; of methods that train the
+    whole model, the whole model. A run that was stopped is continued by the same call and ends in the same bytes.
 
     Args:
         model: folder of a decoder or encoder with safetensors weights.
@@ -55,8 +56,8 @@ def compress(
         keep: share of the whole model's parameters that remains, in (0, 1]; by default 0.6, or 1 for methods that only
             store parameters in fewer bits, which take nothing else.
         calibration: text file; methods that use no data do without.
-        samples: calibration samples; by default 128 windows for decoders, 2,048 lines for encoders, or what the text
-            has.
+        samples: calibration samples; by default 128 windows for decoders (as many as they train on, for methods that
+            train the whole model), 2,048 lines for encoders, or what the text has.
         length: tokens per sample, 256 by default.
         seed: seed of everything random.
         settings: settings of the method by name, typed.
@@ -89,7 +90,7 @@ def _run(job: Job, target: Path, started: float, cache: bool, progress: Progress
         outcome = Outcome(planned, target, measured, seconds, _peak_memory(), _described(job))
         _publish(job, partial, outcome, progress)
     except EckartError:
-        if partial.blocks_done() == 0:
+        if not partial.worth_keeping():
             partial.discard()
         raise
     partial.discard()
@@ -124,7 +125,10 @@ def _compressed(
     """Do all the work of a job up to its last finished part; return the plan as stored, and the loss."""
     _collect(job, store, Store(partial.folder / "boundaries"), progress)
     known = Known(job, store)
-    if job.request.sizes:
+    measured: Measured | None
+    if job.recipe.learner is not None:
+        table, measured = Learning(job, known, layers, partial.folder, progress).run(partial)
+    elif job.request.sizes:
         table = surveyed(job, layers, known, errors=True, progress=lambda i: progress("plan", i, len(layers)))
         measured = ElasticSweep(job, known, layers, ordered(job, layers, table), partial, progress).run()
     else:
@@ -167,8 +171,12 @@ def plan(
     with tempfile.TemporaryDirectory(prefix="eckart-") as scratch:
         store = statistics_store(job, None if cache else Path(scratch))
         _collect(job, store, Store(Path(scratch) / "boundaries"), progress)
-        found = allocate(job, layers, Known(job, store), predict=True, progress=progress)
-    return plan_of(job, layers, found.chosen)
+        known = Known(job, store)
+        if job.recipe.learner is not None:
+            chosen = Learning(job, known, layers, Path(scratch), progress).plan()
+        else:
+            chosen = allocate(job, layers, known, predict=True, progress=progress).chosen
+    return plan_of(job, layers, chosen)
 
 
 def _request(

@@ -19,6 +19,7 @@ from eckart.fit import Coding, Metric, Regression
 from eckart.fit import metric as build_metric
 from eckart.fit.families import Family
 from eckart.fit.quantize import Levels, Rounding
+from eckart.methods.compress.learner import Learner
 from eckart.methods.compress.sharing import Sharing
 from eckart.stats import CrossMoments, Gradients, Moments
 
@@ -108,6 +109,7 @@ class Recipe:
         clip: whether scales are searched for instead of covering the extremes.
         scale_rank: if not 0, healing trains which code each weight takes, through divisors of that rank, and nothing
             else (LRQ).
+        learner: trains the whole model, if the method does; then "threshold" reads the scores it ends with.
     """
 
     metric: Callable[[LayerData], Metric]
@@ -145,6 +147,7 @@ class Recipe:
     floor: float = 0.0
     temperature: float = 0.1
     ridge: float = 1.0
+    learner: Learner | None = None
 
     def __post_init__(self) -> None:
         if self.round_to < 1:
@@ -160,13 +163,11 @@ class Recipe:
             raise EckartError(f"allocation={self.allocation} cannot choose among structures; use knapsack")
         if self.families and self.update:
             raise EckartError("update refits low-rank maps only")
-        if self.allocation == "threshold" and self.score is None:
+        if self.learner is not None:
+            self._check_learner(self.learner)
+        elif self.allocation == "threshold" and self.score is None:
             raise EckartError("allocation=threshold needs a method that scores spectra, such as welore")
-        Coding(self.bits or 8, self.group_size)  # refuses what cannot be
-        if self.scale_rank and self.levels != "uniform":
-            raise EckartError("codes are learned for uniform levels only; give levels=uniform")
-        if not self.reduces and not self.bits:
-            raise EckartError("bits=0 leaves this method nothing to do; give 2, 3, 4 or 8")
+        self._check_coding()
         if self.allocation == "zero-sum" and not self.uses_weight_gradients:
             raise EckartError("allocation=zero-sum needs the gradients of the weights, which zs-svd collects")
         if self.uses_weight_gradients and self.embeddings:
@@ -197,6 +198,26 @@ class Recipe:
             if not getattr(self, name) > 0:
                 raise EckartError(f"{name} must be positive, got {getattr(self, name)}")
 
+    def _check_coding(self) -> None:
+        Coding(self.bits or 8, self.group_size)  # refuses what cannot be
+        if self.scale_rank and self.levels != "uniform":
+            raise EckartError("codes are learned for uniform levels only; give levels=uniform")
+        if not self.reduces and not self.bits:
+            raise EckartError("bits=0 leaves this method nothing to do; give 2, 3, 4 or 8")
+
+    def _check_learner(self, learner: Learner) -> None:
+        if self.embeddings:
+            raise EckartError("embeddings=true does not go with this method, which trains linear layers only")
+        if self.heal:
+            raise EckartError("heal does not go with this method, which trains the whole model; set its own steps")
+        if self.bits:
+            raise EckartError("bits does not go with this method, which trains the numbers it stores; leave it at 0")
+        known = ("uniform", "uniform-rank", "threshold") if learner.search else ("uniform", "uniform-rank", "knapsack")
+        if self.allocation not in known:
+            raise EckartError(
+                f"allocation={self.allocation} does not go with this method; choose one of {', '.join(known)}"
+            )
+
     def family(self, name: str) -> Family | None:
         """Return the family of that name, None for low-rank maps and dense layers."""
         return next((f for f in self.families if f.name == name), None)
@@ -223,7 +244,8 @@ class Recipe:
         """Whether the recipe cannot run without calibration text."""
         measured = self.allocation in ("sensitivity", "calibrated", "log-loss", "influence")
         gradients = self.uses_gradients or self.uses_weight_gradients
-        return self.uses_inputs or gradients or self.sequential or self.update or self.heal > 0 or measured
+        trained = self.heal > 0 or self.learner is not None
+        return self.uses_inputs or gradients or self.sequential or self.update or trained or measured
 
 
 # Answers that may be overridden for any method, beside the method's own settings.

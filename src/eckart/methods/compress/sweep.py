@@ -9,7 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -193,7 +193,7 @@ class Sweep:
     ) -> None:
         """Move the compressed streams past a finished block and write it."""
         job, name = self.job, self.job.parts.blocks[index]
-        tensors = self._rounded(name, compressed, inside)
+        tensors = rounded(job, name, compressed, [member.name for layer in inside.values() for member in layer.members])
         for pair in pairs.values():
             advance(job.runner, compressed, index, pair.compressed)
         for key, pair in pairs.items():
@@ -310,20 +310,6 @@ class Sweep:
             replace(compressed, inner, running(Fit(map_, module.bias, 0.0, 0.0)))
         return [dataclasses.replace(record, loss=losses[record.name]) for record in records]
 
-    @torch.no_grad()
-    def _rounded(self, name: str, compressed: nn.Module, inside: dict[str, Layer]) -> dict[str, Tensor]:
-        """Round a block's numbers to the dtypes they are stored in; return them by full name."""
-        out, members = {}, [member.name for layer in inside.values() for member in layer.members]
-        for key, tensor in compressed.state_dict(keep_vars=True).items():
-            full = f"{name}.{key}"
-            owner = next((member for member in members if full.startswith(f"{member}.")), None)
-            dtype = self.job.weight_dtype(owner) if owner else self.job.model.stored_dtype(full)
-            stored = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach().clone()
-            if tensor.is_floating_point():
-                tensor.copy_(stored)
-            out[full] = stored
-        return out
-
     def _heads(self, swaps: dict[str, nn.Module], pairs: dict[str, Pair]) -> dict[str, nn.Module]:
         """Return the modules that replace the head: tied to a compressed embedding, or compressed itself."""
         for module in swaps.values():
@@ -366,6 +352,28 @@ class Sweep:
         moved = divergence(runner, batches, pair.original.hidden, pair.compressed.hidden, heads)
         name = "distance" if self.job.parts.head is None else "divergence"
         return Measured(name, 0.0, moved, tokens, samples.disjoint)
+
+
+@torch.no_grad()
+def rounded(job: Job, name: str, compressed: nn.Module, inside: Collection[str]) -> dict[str, Tensor]:
+    """Round a block's numbers to the dtypes they are stored in; return them by full name.
+
+    Args:
+        job: the job.
+        name: of the block.
+        compressed: the block, changed in place.
+        inside: names of its compressed layers, whose numbers are stored in the dtype of the weight they replace.
+    """
+    out = {}
+    for key, tensor in compressed.state_dict(keep_vars=True).items():
+        full = f"{name}.{key}"
+        owner = next((layer for layer in inside if full.startswith(f"{layer}.")), None)
+        dtype = job.weight_dtype(owner) if owner else job.model.stored_dtype(full)
+        stored = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach().clone()
+        if tensor.is_floating_point():
+            tensor.copy_(stored)
+        out[full] = stored
+    return out
 
 
 def _input_of(job: Job, block: nn.Module, inner: str, hidden: Tensor, call: Call) -> Tensor:

@@ -1,0 +1,168 @@
+"""ACIP: singular values switched off one by one by a growing penalty; the order in which they go ranks them all.
+
+    W = U diag(s * m) V^T + (alpha / r) B A,    m_i = [p_i > 0], straight through to ReLU(p_i)
+    min over p, A, B of  cross-entropy + lambda sum |ReLU(p)|_1,    lambda = lambda_0 growth^step
+    score_i = p_i of the survivors, minus the number of steps since it was switched off otherwise
+
+One search serves every budget: the highest scores are kept until the budget is spent, layers whose factors would be
+larger than dense stay dense. A and B are then merged: the sum is truncated to the rank kept on the layer's inputs, and
+the error of that is in the report; the paper keeps A and B beside the factors.
+
+Structure: low rank. Metric: none for the choice, input second moment for the merger. Budget: learned. Solver: AdamW.
+Trained: masks and A, B in the search; the factors kept in the tuning. lambda_0, alpha, dropout and the stop at 0.4 of
+the numbers are the paper's. Scaled to minutes: a step stands for 20 of the paper's (rate 1e-3 for 5e-5, growth 1.05
+for 1.01 every 4 steps), 100 tuning steps for 1,000; r is 32 or an eighth of the layer's rank: in a small layer 32 would
+hide what the masks remove.
+
+Source: Genzel et al. 2025, "Choose your model size: any compression of LLMs without re-computation", sections 3.2-3.4;
+initial masks of norm 1, scores and settings as in merantix-momentum/acip.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eckart.linalg import truncated_svd
+from eckart.methods.compress.learner import Layers, LearnedLayer, Learner, course, frozen
+from eckart.methods.compress.recipe import Recipe, check_least, check_share, input_moment
+from eckart.methods.training import Step
+
+ALPHA, SMALLEST_SHARE = 16.0, 8
+
+
+class MaskedSVD(LearnedLayer):
+    """U diag(s * m) V^T + (alpha / r) B A with learned m, A and B."""
+
+    off: Tensor
+    age: Tensor
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, lora_rank: int, dropout: float, generator: torch.Generator
+    ) -> None:
+        m, n = weight.shape
+        super().__init__((m, n), bias)
+        svd = truncated_svd(weight)
+        self.left, self.right = frozen(svd.left), frozen(svd.values[:, None] * svd.right)  # (m, K), (K, n)
+        self.unit = 1 / math.sqrt(svd.rank)
+        self.gate = nn.Parameter(torch.full_like(svd.values, self.unit))
+        rank = max(1, min(lora_rank, svd.rank // SMALLEST_SHARE))
+        bound = 1 / math.sqrt(n)
+        drawn = torch.empty(rank, n).uniform_(-bound, bound, generator=generator)
+        self.down, self.up = nn.Parameter(drawn.to(weight.device)), nn.Parameter(weight.new_zeros(m, rank))
+        self.dropout, self._scale = dropout, ALPHA / lora_rank
+        self.register_buffer("off", torch.zeros_like(svd.values))  # steps since each was switched off
+        self.register_buffer("age", svd.values.new_zeros(()))  # steps in all
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to the last axis; what the masks get from above is divided by their first value, as in the paper."""
+        open_, soft = (self.gate > 0).to(x.dtype), F.relu(self.gate) / self.unit
+        mask = open_ + soft - soft.detach()
+        lora = F.linear(F.linear(F.dropout(x, self.dropout), self.down), self.up)
+        return F.linear(F.linear(x, self.right) * mask, self.left, self.bias) + self._scale * lora
+
+    @property
+    def alive(self) -> int:
+        """How many singular values are switched on."""
+        return int((self.gate > 0).sum())
+
+    def count(self) -> None:
+        """Note that a step was done."""
+        closed = self.gate <= 0
+        self.off.add_(1).mul_(closed)
+        self.age.add_(1)
+
+    def matrix(self) -> Tensor:
+        return self.target(self.left.shape[1])
+
+    def target(self, rank: int) -> Tensor:
+        kept = self._values().argsort(descending=True, stable=True)[:rank]
+        return (self.left[:, kept] @ self.right[kept] + self._scale * self.up @ self.down).detach()
+
+    def scores(self) -> Tensor:
+        return self._values().sort(descending=True, stable=True).values
+
+    def _values(self) -> Tensor:
+        """Return every singular value's score, moved up to be positive: (K,)."""
+        return torch.where(self.gate > 0, self.gate, -self.off).detach() + self.age + 1
+
+
+@dataclass(frozen=True, slots=True)
+class MaskLearner(Learner):
+    """The search of ACIP.
+
+    Attributes:
+        penalty: lambda_0.
+        growth: of lambda, per step.
+        stop: share of the layers' numbers at which the search ends.
+        lora_rank: r.
+        dropout: of the input of A.
+    """
+
+    penalty: float = 1e-3
+    growth: float = 1.05
+    stop: float = 0.4
+    lora_rank: int = 32
+    dropout: float = 0.05
+
+    def layer(self, weight: Tensor, bias: Tensor | None, share: float, generator: torch.Generator) -> LearnedLayer:
+        return MaskedSVD(weight, bias, self.lora_rank, self.dropout, generator)
+
+    def objective(self, loss: Tensor, layers: Layers, step: Step) -> Tensor:
+        gates = torch.cat([F.relu(layer.gate) for layer in layers.values()])
+        return loss + self.penalty * self.growth**step.index * gates.sum()
+
+    def after(self, layers: Layers, step: Step) -> bool:
+        size = full = 0
+        for each in layers.values():
+            layer = cast(MaskedSVD, each)
+            layer.count()
+            m, n = layer.shape
+            size, full = size + min(layer.alive * (m + n), m * n), full + m * n
+        return size <= self.stop * full
+
+
+def acip(
+    *,
+    steps: int = 400,
+    tune: int = 100,
+    rate: float = 1e-3,
+    batch: int = 4,
+    penalty: float = 1e-3,
+    growth: float = 1.05,
+    stop: float = 0.4,
+    lora_rank: int = 32,
+    dropout: float = 0.05,
+) -> Recipe:
+    """Singular values switched off by a growing penalty on learned masks, one search for all budgets.
+
+    Args:
+        steps: most steps of the search.
+        tune: steps in which the factors kept are trained.
+        rate: learning rate of both.
+        batch: windows per step.
+        penalty: lambda_0, weight of the masks' sum at first.
+        growth: factor of that weight per step.
+        stop: share of the layers' numbers at which the search ends.
+        lora_rank: rank of the correction trained beside every layer, at most an eighth of the layer's.
+        dropout: share of its inputs dropped in a step.
+    """
+    check_share("stop", stop)
+    check_share("dropout", dropout)
+    check_least("penalty", penalty, 0)
+    check_least("growth", growth, 1)
+    check_least("lora_rank", lora_rank, 1)
+    check_least("steps", steps, 1)
+    learner = MaskLearner(
+        search=course(steps, rate, batch, final=1.0),
+        tuning=course(tune, rate, batch),
+        penalty=penalty,
+        growth=growth,
+        stop=stop,
+        lora_rank=lora_rank,
+        dropout=dropout,
+    )
+    return Recipe(metric=input_moment, allocation="threshold", learner=learner)

@@ -1,0 +1,270 @@
+"""Compressing by training the whole model: search, choice, tuning, and the same files as every other method writes.
+
+Memory holds the whole model in float32, its gradients and the optimizer's moments (and the original, for a method that
+distils from it). Both runs keep their state on disk (methods/training.py); what lies between them follows from it, so a
+run that was stopped ends in the same bytes as one that was not.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eckart.budget import Candidates, Option
+from eckart.files.writing import TRAINING, LayerRecord, Partial
+from eckart.fit import error_of
+from eckart.hosts import host, is_conv1d, map_of, offset_of, replace
+from eckart.maps import LinearMap, storage
+from eckart.methods.compress.allocate import allocate, budget_of, choose, is_dense
+from eckart.methods.compress.fitting import fit_layer, loss_of
+from eckart.methods.compress.job import Job
+from eckart.methods.compress.layers import Known, Layer, layer_candidates, weights
+from eckart.methods.compress.learner import LearnedLayer, Learner
+from eckart.methods.compress.measure import LOGITS
+from eckart.methods.compress.outcome import Measured
+from eckart.methods.compress.recipe import LayerData
+from eckart.methods.compress.sweep import rounded
+from eckart.methods.training import Step, train
+from eckart.progress import Progress
+from eckart.stats import Moments, MomentSum, content_key, hooked
+
+Maps = dict[str, tuple[LinearMap, Tensor | None, float]]  # map, bias and relative error by layer name
+
+SEARCH, TUNE = TRAINING
+
+
+class Learning:
+    """A compression by training.
+
+    Args:
+        job: the job; its recipe has a learner.
+        known: its statistics.
+        layers: its layers.
+        folder: where the states of its runs are kept.
+        progress: told of the stages "train" and "tune".
+    """
+
+    def __init__(self, job: Job, known: Known, layers: list[Layer], folder: Path, progress: Progress) -> None:
+        if job.recipe.learner is None:
+            raise AssertionError("a recipe without a learner is not learned")
+        self.job, self.known, self.layers, self.folder, self.progress = job, known, layers, folder, progress
+        self.learner: Learner = job.recipe.learner
+        if job.samples is None:
+            raise AssertionError("a job that learns has a text")
+        self.text, self.samples = job.samples, torch.cat(job.samples.batches).to(job.runner.device)
+        self.blocks = nn.ModuleList()
+        self.teacher: nn.Module | None = None
+
+    def plan(self) -> dict[str, Option]:
+        """Return what every layer would become; the search is done for it."""
+        if self.learner.search is None:
+            return allocate(self.job, self.layers, self.known, predict=True, progress=self.progress).chosen
+        with self.job.runner.whole() as model:
+            self._enter(model)
+            chosen, _, _ = self._searched(model)
+        return {name: dataclasses.replace(option, loss=0.0) for name, option in chosen.items()}
+
+    def run(self, partial: Partial) -> tuple[list[Candidates], Measured]:
+        """Do everything and write all blocks; return the candidates, and the loss before and after."""
+        maps: Maps = {}
+        searches = self.learner.search is not None
+        if not searches:
+            found = allocate(self.job, self.layers, self.known, predict=False, progress=self.progress)
+            chosen, table = found.chosen, found.table
+            maps = self._closed_form(chosen)
+        with self.job.runner.whole() as model:
+            before = self._loss(model)
+            self._enter(model)
+            if searches:
+                chosen, table, maps = self._searched(model)
+            originals = {name: map_of(model.get_submodule(name)).dense() for name in maps if self.learner.departure}
+            for name, (map_, bias, _) in maps.items():
+                replace(model, name, host(map_, bias))
+            if maps and self.learner.tuning is not None:
+                self._tune(model, originals, maps)
+            losses = {name: loss for name, (_, _, loss) in maps.items()}
+            self._write(model, chosen, losses, partial)
+            after = self._loss(model)
+        tokens = sum(batch.numel() for batch in self.text.held_out)
+        return table, Measured("loss", before, after, tokens, self.text.disjoint)
+
+    def _enter(self, model: nn.Module) -> None:
+        self.blocks = nn.ModuleList(model.get_submodule(name) for name in self.job.parts.blocks)
+        if self.learner.features:
+            self.teacher = copy.deepcopy(model)
+
+    def _closed_form(self, chosen: dict[str, Option]) -> Maps:
+        """Return the recipe's own maps of the layers that do not stay dense."""
+        out = {}
+        for layer, weight in weights(self.job, [layer for layer in self.layers if not is_dense(chosen[layer.name])]):
+            key = f"{layer.name}.bias"
+            bias = self.job.model.read(key).to(weight) if layer.bias else None
+            fit = fit_layer(self.job, self.known, layer, weight, chosen[layer.name], bias=bias, dtype=torch.float32)
+            out[layer.name] = (fit.map, fit.bias, loss_of(self.known, fit))
+        return out
+
+    def _searched(self, model: nn.Module) -> tuple[dict[str, Option], list[Candidates], Maps]:
+        """Train the layers, choose their ranks, leave them dense in the model; return the maps of those chosen."""
+        job, learner, course = self.job, self.learner, self.learner.search
+        dense = [layer_candidates(job, layer, None) for layer in self.layers]
+        budget, full = budget_of(job, dense, job.request.keep), sum(layer.dense.numbers for layer in dense)
+        if course is None or budget >= full:
+            return {layer.name: layer.dense for layer in dense}, dense, {}
+        originals: dict[str, nn.Module] = {}
+        layers: dict[str, LearnedLayer] = {}
+        generator = torch.Generator().manual_seed(job.request.seed)
+        for layer, weight in weights(job, self.layers):
+            bias = offset_of(model.get_submodule(layer.name))
+            module = learner.layer(weight, bias, budget / full, generator).to(job.runner.device)
+            layers[layer.name], originals[layer.name] = module, replace(model, layer.name, module)
+
+        def loss(step: Step) -> tuple[Tensor, Tensor]:
+            learner.prepare(layers, step)
+            task, features = self._losses(model, step.samples)
+            return learner.objective(task, layers, step) + learner.features * features, task
+
+        self._trainable(list(layers.values()))
+        train(
+            self.blocks, self.samples, course, loss,
+            state=self._state(), seed=job.request.seed, after=lambda step: learner.after(layers, step),
+            progress=self.progress,
+        )  # fmt: skip
+        with torch.no_grad():
+            for name, original in originals.items():
+                _put(replace(model, name, original), original)
+            return self._chosen(model, layers, budget)
+
+    def _state(self) -> Path:
+        """Return where the search's state is: with the statistics if every budget shares it."""
+        if not self.learner.any_size:
+            return self.folder / f"{SEARCH}.safetensors"
+        request = self.job.request
+        settings = sorted((name, repr(value)) for name, value in request.settings.items())
+        return self.known.store.path(f"search-{content_key((request.method, repr(settings)), [])[:16]}", 0)
+
+    def _chosen(
+        self, model: nn.Module, layers: dict[str, LearnedLayer], budget: int
+    ) -> tuple[dict[str, Option], list[Candidates], Maps]:
+        moments, table = self._moments(model), []
+        for layer in self.layers:
+            scores = layers[layer.name].scores().double()
+            table.append(layer_candidates(self.job, layer, torch.cat((scores, scores.new_zeros(1)))))
+        chosen, maps = choose(self.job, self.layers, self.known, table, budget), {}
+        for layer in self.layers:
+            option, learned = chosen[layer.name], layers[layer.name]
+            if is_dense(option):
+                continue
+            matrix = learned.matrix()
+            seen = self.job.recipe.metric(LayerData(matrix, moments[layer.name]))
+            factors = learned.factors(option.rank, seen)
+            built = storage(self.job.recipe.storage).build(factors).to(torch.float32)
+            whole = error_of(matrix, torch.zeros_like(matrix), seen)
+            error = error_of(matrix, built.dense(), seen)
+            bias = None if learned.bias is None else learned.bias.detach().clone()
+            maps[layer.name] = (built, bias, error / whole if whole > 0 else 0.0)
+        return chosen, table, maps
+
+    def _moments(self, model: nn.Module) -> dict[str, Moments]:
+        """Return the moments of all layers' inputs in the model as it is."""
+        sums = {layer.name: MomentSum(layer.shape[1], self.samples.device) for layer in self.layers}
+        modules = {layer.name: model.get_submodule(layer.name) for layer in self.layers}
+        with torch.no_grad(), hooked(modules, lambda name, x: sums[name].add(x)):
+            for batch in self.text.batches:
+                model(input_ids=batch.to(self.samples.device), use_cache=False)
+        return {name: total.result(name) for name, total in sums.items()}
+
+    def _trainable(self, layers: Sequence[nn.Module]) -> None:
+        """Mark what is trained: everything in the blocks, or what a layer itself says is."""
+        for parameter in self.blocks.parameters():
+            kept = parameter.requires_grad and any(parameter is p for layer in layers for p in layer.parameters())
+            parameter.requires_grad_(self.learner.everything or kept)
+
+    def _tune(
+        self,
+        model: nn.Module,
+        originals: dict[str, Tensor],
+        maps: Maps,
+    ) -> None:
+        """Train the structure that was chosen."""
+        course, learner = self.learner.tuning, self.learner
+        if course is None:
+            raise AssertionError("a learner without a tuning does not tune")
+        hosts = [model.get_submodule(name) for name in maps]
+        for module in hosts:
+            module.requires_grad_(True)
+        self._trainable(hosts)
+
+        def loss(step: Step) -> tuple[Tensor, Tensor]:
+            task, features = self._losses(model, step.samples)
+            return task + learner.features * features + learner.departure * departure(), task
+
+        def departure() -> Tensor | float:
+            moved: list[Tensor] = []
+            for name, weight in originals.items():
+                change = map_of(model.get_submodule(name)).dense() - weight
+                moved.append(change.square().sum() / weight.square().sum())
+            return torch.stack(moved).mean() if moved else 0.0
+
+        state = self.folder / f"{TUNE}.safetensors"
+        train(
+            self.blocks, self.samples, course, loss,
+            state=state, seed=self.job.request.seed, stage="tune", progress=self.progress,
+        )  # fmt: skip
+
+    def _losses(self, model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Return the next-token loss, and the distance of the blocks' outputs from the original model's."""
+        outputs: Any = model(input_ids=ids, use_cache=False, output_hidden_states=self.teacher is not None)
+        logits = outputs.logits[:, :-1].flatten(0, 1).float()
+        task = F.cross_entropy(logits, ids[:, 1:].flatten())
+        if self.teacher is None:
+            return task, 0.0
+        with torch.no_grad():
+            wanted = cast(Any, self.teacher(input_ids=ids, use_cache=False, output_hidden_states=True)).hidden_states
+        pairs = list(zip(outputs.hidden_states, wanted, strict=True))[1:]
+        far = [(got - want).square().sum() / want.square().sum() for got, want in pairs]
+        return task, torch.stack(far).mean()
+
+    @torch.no_grad()
+    def _loss(self, model: nn.Module) -> float:
+        """Return the next-token loss on the held-out samples, nats per token."""
+        total, count = 0.0, 0
+        for batch in self.text.held_out:
+            step = max(1, LOGITS // (batch.shape[1] * int(self.job.model.config.vocab_size)))
+            for ids in batch.to(self.samples.device).split(step):
+                logits = cast(Any, model(input_ids=ids, use_cache=False)).logits.float()[:, :-1].flatten(0, 1)
+                each = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
+                total, count = total + float(each.sum(dtype=torch.float64)), count + each.numel()
+        return total / max(count, 1)
+
+    def _write(self, model: nn.Module, chosen: dict[str, Option], losses: dict[str, float], partial: Partial) -> None:
+        """Round everything to the dtypes it is stored in, and write the blocks."""
+        for index, name in enumerate(self.job.parts.blocks):
+            inside = {layer.name: layer for layer in self.layers if layer.block == index}
+            tensors = rounded(self.job, name, model.get_submodule(name), inside)
+            records = []
+            for layer in inside.values():
+                if layer.name in losses:
+                    module, dtype = model.get_submodule(layer.name), self.job.weight_dtype(layer.name)
+                    bias, option = offset_of(module), chosen[layer.name]
+                    records.append(
+                        LayerRecord.of(
+                            layer.name, map_of(module).to(dtype), bias, losses[layer.name],
+                            planned=(option.structure, option.rank),
+                        )
+                    )  # fmt: skip
+            partial.save_block(index, tensors, records)
+
+
+def _put(learned: nn.Module, original: nn.Module) -> None:
+    """Write what was learned of a layer into the dense layer it came from."""
+    if not isinstance(learned, LearnedLayer):
+        raise AssertionError("only layers under search are put back")
+    matrix = learned.matrix().detach()
+    cast(Tensor, original.weight).copy_(matrix.mT if is_conv1d(original) else matrix)
+    if learned.bias is not None:
+        cast(Tensor, original.bias).copy_(learned.bias)
