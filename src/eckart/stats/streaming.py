@@ -21,6 +21,9 @@ from eckart.stats.moments import Gradients, GradientSum, Moments, MomentSum
 from eckart.stats.objectives import Objective
 from eckart.stats.store import Store
 
+# Tokens run backward at once: what autograd keeps of a block is many times as large as its hidden states.
+BACKWARD_TOKENS = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Stream:
@@ -262,11 +265,12 @@ def collect_gradients(
     count, kind = len(runner.parts.blocks), f"gradients-{objective.name}"
     ends = _Ends(runner)
     gradients = ends.from_objective(samples, load_hidden(boundaries, count, runner.device), objective, seed, progress)
-    stream = enter(runner, samples)
+    pieces, gradients = _pieces(samples, samples), _pieces(gradients, samples)
+    stream = enter(runner, pieces)
     for index in reversed(range(count)):
         progress("backward", count - index, count + 1)
         name = runner.parts.blocks[index]
-        inputs = load_hidden(boundaries, index, runner.device)
+        inputs = _pieces(load_hidden(boundaries, index, runner.device), samples)
         with runner.resident(name) as block:
             layers = linear_layers(block, name)
             sums = {
@@ -280,9 +284,15 @@ def collect_gradients(
         store.save(kind, index, {layer: s.result(layer).tensors() for layer, s in reached.items()})
         if weights:
             store.save(f"weight-{kind}", index, {layer: {"mean": s.of_weight()} for layer, s in reached.items()})
-    ends.into_embedding(samples, gradients)
+    ends.into_embedding(pieces, gradients)
     store.save(f"ends-{objective.name}", 0, ends.parts(samples))
     progress("backward", count + 1, count + 1)
+
+
+def _pieces(tensors: Sequence[Tensor], samples: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors that go with the samples, (b, t, ...) per batch, in pieces that may be run backward at once."""
+    sizes = (max(1, BACKWARD_TOKENS // ids.shape[1]) for ids in samples)
+    return [piece for tensor, size in zip(tensors, sizes, strict=True) for piece in tensor.split(size)]
 
 
 def _backward(runner: Blockwise, block: nn.Module, hidden: Tensor, call: Call, gradient: Tensor) -> Tensor:
