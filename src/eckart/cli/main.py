@@ -59,6 +59,7 @@ def compress(
     ] = None,
     only_plan: Annotated[bool, typer.Option("--plan", help="Only print what every layer would become.")] = False,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no statistics for later runs.")] = False,
+    no_check: Annotated[bool, typer.Option("--no-check", help="Publish the result without loading it.")] = False,
     every_layer: EveryLayer = False,
     as_json: Json = False,
 ) -> None:
@@ -90,7 +91,7 @@ def compress(
             planned = run_plan(model, **arguments, progress=progress)
             values, table = planned.as_dict(), plan_table(planned, every_layer)
         else:
-            outcome = run_compress(model, out, **arguments, progress=progress)
+            outcome = run_compress(model, out, **arguments, check=not no_check, progress=progress)
             values, table = outcome.as_dict(), outcome_table(outcome, every_layer)
     print_json(values) if as_json else print_all(table)
 

@@ -186,10 +186,13 @@ class OpenModel:
         """Return the shape of a tensor without reading it."""
         return tuple(self.held[name].shape) if self.held is not None else self.tensors.shape(self.names[name])
 
+    def buffers(self) -> set[str]:
+        """Return the names of the buffers that are stored."""
+        return {name for name, _ in self.model.named_buffers()} & set(self.model.state_dict())
+
     def outside(self, blocks: Sequence[str]) -> list[str]:
         """Return the names of stored parameters and buffers outside the blocks, each tied one once."""
-        buffers = {name for name, _ in self.model.named_buffers()} & set(self.model.state_dict())
-        names = [*self.parameters, *sorted(buffers)]
+        names = [*self.parameters, *sorted(self.buffers())]
         return [name for name in names if not any(name.startswith(f"{block}.") for block in blocks)]
 
 

@@ -9,7 +9,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from eckart.methods.compress.outcome import LayerPlan, Measured, Outcome, Plan
+from eckart.methods.compress.outcome import Checked, LayerPlan, Measured, Outcome, Plan
 from eckart.methods.compress.table import METHODS, Setting, settings_of, source_of, summary_of
 from eckart.report.units import count, duration, loss, share, size
 
@@ -63,9 +63,20 @@ def outcome_table(outcome: Outcome, every_layer: bool = False) -> RenderableType
     if outcome.measured is not None:
         table.add_row(*_measured_row(outcome.measured))
         notes.append(_measured_on(outcome.measured))
+    if outcome.checked is not None:
+        notes.append(_checked(outcome.checked))
     notes.append(f"{duration(outcome.seconds)}, {size(outcome.peak_memory)} of memory at most")
     notes.append(f"written to {outcome.out}")
     return _stack(_layer_table(plan.layers, every_layer, plan.unit), table, Text("\n".join(notes)))
+
+
+def _checked(checked: Checked) -> str:
+    speeds = "".join(
+        f"; {task} {count(s.compressed)} tokens/s, {s.compressed / s.dense:.2f} x the dense model's"
+        for task, s in checked.speeds.items()
+    )
+    agree = f"{checked.what} agree to {checked.difference:.0e}"
+    return f"checked: a fresh process loads it, {agree}, {size(checked.nbytes)}{speeds}"
 
 
 def _measured_row(measured: Measured) -> tuple[str, str, str, str]:

@@ -91,6 +91,40 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
+class Speed:
+    """Tokens per second at batch 1, medians of one run in which both models took turns.
+
+    Attributes:
+        dense: of the original model.
+        compressed: of the compressed one.
+    """
+
+    dense: float
+    compressed: float
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a fresh process found when it loaded the folder.
+
+    Attributes:
+        what: what was compared with the compressed model in memory, "logits" or "hidden states".
+        difference: largest difference, as a share of the largest magnitude.
+        tolerance: the most that was allowed.
+        tokens: how many were read for that.
+        nbytes: bytes of its parameters, as the plan says.
+        speeds: "reading" and, for decoders, "generating".
+    """
+
+    what: str
+    difference: float
+    tolerance: float
+    tokens: int
+    nbytes: int
+    speeds: dict[str, Speed]
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What a compression run did.
 
@@ -101,6 +135,7 @@ class Outcome:
         seconds: wall time.
         peak_memory: largest resident memory of the process, bytes.
         settings: everything that decided the result, for the model card.
+        checked: what a fresh process found; None without a check.
     """
 
     plan: Plan
@@ -109,6 +144,7 @@ class Outcome:
     seconds: float
     peak_memory: int
     settings: dict[str, Any]
+    checked: Checked | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
@@ -118,5 +154,6 @@ class Outcome:
             "seconds": round(self.seconds, 3),
             "peak_memory": self.peak_memory,
             "settings": self.settings,
+            "checked": asdict(self.checked) if self.checked else None,
             "plan": self.plan.as_dict(),
         }

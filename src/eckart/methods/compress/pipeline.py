@@ -15,9 +15,10 @@ from eckart.errors import EckartError
 from eckart.files.card import inherited, model_card
 from eckart.files.writing import LayerRecord, Partial, check_output, layer_entries, publish, write_folder
 from eckart.methods.compress.allocate import allocate, plan_from, plan_of
+from eckart.methods.compress.check import BrokenOutputError, Expected, check_reload
 from eckart.methods.compress.job import Job, Request, open_job, statistics_store, trim_cache
 from eckart.methods.compress.layers import Known, Layer, check_layers, layers_of
-from eckart.methods.compress.outcome import Measured, Outcome, Plan
+from eckart.methods.compress.outcome import Checked, Measured, Outcome, Plan
 from eckart.methods.compress.sweep import Sweep
 from eckart.methods.compress.table import settings_of, summary_of
 from eckart.progress import Progress, silent
@@ -36,6 +37,7 @@ def compress(
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
     cache: bool = True,
+    check: bool = True,
     progress: Progress = silent,
 ) -> Outcome:
     """Compress a Hugging Face model folder into a smaller one that `from_pretrained` loads.
@@ -55,10 +57,12 @@ def compress(
         seed: seed of everything random.
         settings: settings of the method by name, typed.
         cache: whether to keep statistics for later runs, in $ECKART_CACHE or the user's cache folder.
+        check: whether a fresh process loads the folder before it gets its name, and must find what was promised.
         progress: called with (stage, steps done, steps in all).
 
     Raises:
-        EckartError: for bad input of any kind, in one sentence; nothing is written then.
+        EckartError: for bad input of any kind, in one sentence, or an output that fails its check; nothing is written
+            then.
     """
     started, target = time.perf_counter(), Path(out)
     check_output(target)
@@ -69,38 +73,48 @@ def compress(
     try:
         partial.begin({"out": str(target), "settings": _described(job)})
         store = statistics_store(job, None if cache else partial.folder)
-        planned, measured = _compressed(job, layers, store, partial, progress)
-        seconds = time.perf_counter() - started
-        outcome = Outcome(planned, target, measured, seconds, _peak_memory(), _described(job))
-        _publish(job, partial, outcome, progress)
-    except EckartError:
-        if partial.blocks_done() == 0:
+        planned, measured, expected = _compressed(job, layers, store, partial, progress)
+        outcome = Outcome(planned, target, measured, 0.0, _peak_memory(), _described(job))
+        checked = _publish(job, partial, outcome, expected if check else None, progress)
+    except EckartError as error:
+        if partial.blocks_done() == 0 or isinstance(error, BrokenOutputError):
             partial.discard()
         raise
     partial.discard()
     if cache:
         trim_cache(store)
-    return outcome
+    return replace(outcome, seconds=time.perf_counter() - started, checked=checked)
 
 
 def _compressed(
     job: Job, layers: list[Layer], store: Store, partial: Partial, progress: Progress
-) -> tuple[Plan, Measured | None]:
-    """Do all the work of a job up to its last finished part; return the plan as stored, and the loss."""
+) -> tuple[Plan, Measured | None, Expected]:
+    """Do all the work of a job up to its last finished part; return the plan as stored, the loss, and what to expect of
+    the reloaded model.
+    """
     _collect(job, store, Store(partial.folder / "boundaries"), progress)
     known = Known(job, store)
     chosen, table = allocate(job, layers, known, predict=False, progress=progress)
-    measured = Sweep(job, known, layers, chosen, partial, progress).run()
-    return _as_stored(job, layers, table, partial.records()), measured
+    measured, expected = Sweep(job, known, layers, chosen, partial, progress).run()
+    return _as_stored(job, layers, table, partial.records()), measured, expected
 
 
-def _publish(job: Job, partial: Partial, outcome: Outcome, progress: Progress) -> None:
-    """Write the finished parts as a model folder, and give it its name."""
+def _publish(
+    job: Job, partial: Partial, outcome: Outcome, expected: Expected | None, progress: Progress
+) -> Checked | None:
+    """Write the finished parts as a model folder, check it unless nothing is expected, and give it its name."""
     head = job.parts.head if job.parts.tied else None
     entries = layer_entries(partial.records(), job.parts.embedding, head)
-    texts = {"README.md": _card(job, outcome), "eckart.json": _report(outcome)}
+    promised = None if expected is None else expected.promise
+    texts = {"README.md": _card(job, outcome, promised), "eckart.json": _report(outcome, promised)}
     folder = write_folder(partial, job.model, job.parts.blocks, entries, _made_by(outcome), texts, progress)
+    checked = None
+    if expected is not None:
+        progress("reload", 0, 1)
+        checked = check_reload(job, folder, outcome.plan, expected)
+        progress("reload", 1, 1)
     publish(folder, outcome.out)
+    return checked
 
 
 def plan(
@@ -206,10 +220,10 @@ def _made_by(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _report(outcome: Outcome) -> str:
+def _report(outcome: Outcome, promised: dict[str, Any] | None) -> str:
     """Return the outcome as JSON, without what differs between two runs of the same job."""
     kept = {k: v for k, v in outcome.as_dict().items() if k not in ("out", "seconds", "peak_memory")}
-    return json.dumps(kept, indent=2) + "\n"
+    return json.dumps({**kept, "checked": promised}, indent=2) + "\n"
 
 
 def _peak_memory() -> int:
@@ -222,7 +236,8 @@ def _measured(measured: Measured | None) -> dict[str, Any] | None:
     return None if measured is None else asdict(measured)
 
 
-def _card(job: Job, outcome: Outcome) -> str:
-    stated = {**_made_by(outcome), **inherited(job.model.folder), "method_summary": summary_of(job.request.method)}
+def _card(job: Job, outcome: Outcome, promised: dict[str, Any] | None) -> str:
+    summary = summary_of(job.request.method)
+    stated = {**_made_by(outcome), **inherited(job.model.folder), "method_summary": summary, "checked": promised}
     name, rows = str(outcome.settings["model"]), [asdict(row) for row in outcome.plan.layers]
     return model_card(name, outcome.settings, stated, rows)
