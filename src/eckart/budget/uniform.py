@@ -1,55 +1,56 @@
-"""The same share for every layer: of its numbers, or of its rank."""
+"""The same share for every layer: of its cost, or of its rank."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from eckart.budget.candidates import Candidates, Option, require_reachable
+from eckart.budget.candidates import NUMBERS, Candidates, Measure, Option, require_reachable
 
 
-def uniform(layers: Sequence[Candidates], budget: int) -> dict[str, Option]:
-    """Give every layer the largest option within one common share of its dense numbers; what rounding leaves is spent
+def uniform(layers: Sequence[Candidates], budget: float, measure: Measure = NUMBERS) -> dict[str, Option]:
+    """Give every layer the largest option within one common share of its dense cost; what rounding leaves is spent
     on the layers furthest below that share, one rank each.
 
     Args:
         layers: candidates.
-        budget: numbers all layers may store together.
+        budget: what all layers may cost together.
+        measure: what is counted; options ascend in it.
 
     Raises:
         EckartError: if the cheapest options exceed the budget.
     """
-    require_reachable(layers, budget)
-    share = _largest_share(lambda s: _within(layers, s), layers, budget)
-    chosen = _within(layers, share)
-    left = budget - _numbers(layers, chosen)
-    for i in sorted(range(len(layers)), key=lambda i: layers[i].options[chosen[i]].numbers / layers[i].dense.numbers):
+    require_reachable(layers, budget, measure)
+    chosen = _within(layers, _largest_share(layers, budget, measure), measure)
+    left = budget - _cost(layers, chosen, measure)
+    for i in sorted(range(len(layers)), key=lambda i: _share(layers[i], layers[i].options[chosen[i]], measure)):
         options, at = layers[i].options, chosen[i]
-        if at + 1 < len(options) and options[at + 1].numbers - options[at].numbers <= left:
-            left -= options[at + 1].numbers - options[at].numbers
+        if at + 1 < len(options) and (step := measure.of(options[at + 1]) - measure.of(options[at])) <= left:
+            left -= step
             chosen[i] = at + 1
     return {layer.name: layer.options[at] for layer, at in zip(layers, chosen, strict=True)}
 
 
-def uniform_rank(layers: Sequence[Candidates], budget: int) -> dict[str, Option]:
+def uniform_rank(layers: Sequence[Candidates], budget: float, measure: Measure = NUMBERS) -> dict[str, Option]:
     """Reduce every rank to one common share of full rank; a layer that this does not make smaller stays dense.
 
     Args:
         layers: candidates.
-        budget: numbers all layers may store together.
+        budget: what all layers may cost together.
+        measure: what is counted; options ascend in it.
 
     Raises:
         EckartError: if the cheapest options exceed the budget.
 
     Source: Kaushal et al. 2023, "LoRD", which states rank reductions common to all linear layers.
     """
-    require_reachable(layers, budget)
+    require_reachable(layers, budget, measure)
 
     chosen = [0] * len(layers)
-    left = budget - _numbers(layers, chosen)
+    left = budget - _cost(layers, chosen, measure)
     stuck: set[int] = set()
     # The share rises step by step; a layer whose next step does not fit stays, the others may use what is left.
     for _, i, at in sorted(
         (_share_of_rank(layer, at), i, at) for i, layer in enumerate(layers) for at in range(1, len(layer.options))
     ):
-        step = layers[i].options[at].numbers - layers[i].options[at - 1].numbers
+        step = measure.of(layers[i].options[at]) - measure.of(layers[i].options[at - 1])
         if i in stuck or step > left:
             stuck.add(i)
             continue
@@ -64,24 +65,30 @@ def _share_of_rank(layer: Candidates, at: int) -> float:
     return (option.rank if option is not layer.dense else before.rank + 1) / min(layer.shape)
 
 
-def _within(layers: Sequence[Candidates], share: float) -> list[int]:
-    """Return the index of every layer's largest option within a share of its dense numbers (the cheapest at least)."""
+def _share(layer: Candidates, option: Option, measure: Measure) -> float:
+    """Return an option's share of the dense cost; 1 for a layer that costs nothing."""
+    return measure.of(option) / measure.of(layer.dense) if measure.of(layer.dense) else 1.0
+
+
+def _within(layers: Sequence[Candidates], share: float, measure: Measure) -> list[int]:
+    """Return the index of every layer's largest option within a share of its dense cost (the cheapest at least)."""
     return [
-        max((i for i, o in enumerate(c.options) if o.numbers <= share * c.dense.numbers + 1e-9), default=0)
+        max((i for i, o in enumerate(c.options) if _share(c, o, measure) <= share * (1 + 1e-12)), default=0)
         for c in layers
     ]
 
 
-def _numbers(layers: Sequence[Candidates], chosen: Sequence[int]) -> int:
-    return sum(layer.options[at].numbers for layer, at in zip(layers, chosen, strict=True))
+def _cost(layers: Sequence[Candidates], chosen: Sequence[int], measure: Measure) -> float:
+    return sum(measure.of(layer.options[at]) for layer, at in zip(layers, chosen, strict=True))
 
 
-def _largest_share(choose: Callable[[float], list[int]], layers: Sequence[Candidates], budget: int) -> float:
+def _largest_share(layers: Sequence[Candidates], budget: float, measure: Measure) -> float:
     """Return the largest share in [0, 1] whose choice fits the budget, by bisection."""
     low, high = 0.0, 1.0
-    if _numbers(layers, choose(high)) <= budget:
+    if _cost(layers, _within(layers, high, measure), measure) <= budget:
         return high
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if _numbers(layers, choose(middle)) <= budget else (low, middle)
+        fits = _cost(layers, _within(layers, middle, measure), measure) <= budget
+        low, high = (middle, high) if fits else (low, middle)
     return low

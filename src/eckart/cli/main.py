@@ -45,7 +45,12 @@ def _main(
 @guarded(CONTINUES)
 def compress(
     model: Annotated[Path, typer.Argument(help="Folder of a Hugging Face decoder or encoder.")],
-    keep: Annotated[float, typer.Option(help="Share of the whole model's parameters that remains, in (0, 1].")],
+    keep: Annotated[
+        float | None, typer.Option(help="Share of the whole model's parameters that remains, in (0, 1].")
+    ] = None,
+    nbytes: Annotated[
+        str | None, typer.Option("--bytes", metavar="SIZE", help="Instead: bytes of all parameters, 20MB or 20MiB.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; must not hold anything yet.")] = None,
     method: Annotated[str, typer.Option(help="Name of a method; `eckart methods` lists them.")] = "eckart",
     calibration: Annotated[Path | None, typer.Option(help="Text the method learns the layers' inputs from.")] = None,
@@ -64,10 +69,12 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Make a model smaller: dense weights become structured maps under a budget, measured before and after."""
+    if keep is None and nbytes is None:
+        raise typer.BadParameter("give a budget: --keep or --bytes", param_hint="--keep")
     if out is None and not only_plan:
         raise typer.BadParameter("give a folder to write, or --plan to write nothing", param_hint="--out")
     _require_model(model)
-    if not 0.0 < keep <= 1.0:
+    if keep is not None and not 0.0 < keep <= 1.0:
         raise EckartError(f"keep is the share of parameters that remains and must lie in (0, 1], got {keep:g}")
     if calibration is not None and not calibration.is_file():
         raise EckartError(f"there is no text file {calibration}")
@@ -82,7 +89,8 @@ def compress(
     from eckart.report.tables import outcome_table, plan_table
 
     arguments: dict[str, Any] = {
-        "method": method, "keep": keep, "calibration": calibration, "samples": samples, "length": length, "seed": seed,
+        "method": method, "keep": keep, "bytes": nbytes,
+        "calibration": calibration, "samples": samples, "length": length, "seed": seed,
         "settings": parse_settings(method, settings or []), "cache": not no_cache,
     }  # fmt: skip
     values: dict[str, Any]

@@ -182,6 +182,11 @@ class OpenModel:
         """Number of parameters, tied ones once."""
         return sum(math.prod(shape) for shape in self.parameters.values())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parameters as stored, tied ones once."""
+        return sum(math.prod(shape) * self.stored_dtype(name).itemsize for name, shape in self.parameters.items())
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor without reading it."""
         return tuple(self.held[name].shape) if self.held is not None else self.tensors.shape(self.names[name])

@@ -36,12 +36,16 @@ def plan_table(plan: Plan, every_layer: bool = False) -> RenderableType:
         every_layer: one row per layer, however many there are.
     """
     lines = [
-        f"{plan.method} at keep {plan.keep:g}: {share(plan.kept)} of {plan.parameters_before:,} parameters remain, "
+        f"{plan.method} at {_asked(plan)}: {share(plan.kept)} of {plan.parameters_before:,} parameters remain, "
         f"{plan.parameters_after:,}; {size(plan.bytes_before)} become {size(plan.bytes_after)}"
     ]
     if plan.unit != RELATIVE:
         lines.append(f"predicted increase of the loss: {loss(plan.loss)} {plan.unit}, the sum over the layers")
     return _stack(_layer_table(plan.layers, every_layer, plan.unit), Text("\n".join([*lines, *_legend(plan)])))
+
+
+def _asked(plan: Plan) -> str:
+    return plan.spent.limit if plan.spent is not None else f"keep {plan.keep:g}"
 
 
 def _legend(plan: Plan) -> list[str]:

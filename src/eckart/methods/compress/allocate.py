@@ -1,15 +1,26 @@
 """From candidates to a plan: the allocations a recipe can name, each filling or solving the same table."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from eckart.budget import DENSE, Candidates, Option, knapsack, smallest_numbers, threshold, uniform, uniform_rank
+from eckart.budget import (
+    DENSE,
+    NUMBERS,
+    Candidates,
+    Measure,
+    Option,
+    knapsack,
+    least_cost,
+    threshold,
+    uniform,
+    uniform_rank,
+)
 from eckart.budget.calibrate import calibrated, probe_option
 from eckart.errors import EckartError
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import Known, Layer, foreseen, surveyed, unit_of
-from eckart.methods.compress.outcome import LayerPlan, Plan
+from eckart.methods.compress.outcome import LayerPlan, Plan, Spent
 from eckart.methods.compress.probe import levels, probe, remembered
 from eckart.progress import Progress
 
@@ -17,9 +28,22 @@ from eckart.progress import Progress
 SENSITIVITY_LEVELS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-def allocate(
-    job: Job, layers: list[Layer], known: Known, *, predict: bool, progress: Progress
-) -> tuple[dict[str, Option], list[Candidates]]:
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """What was chosen among what.
+
+    Attributes:
+        chosen: an option for every layer.
+        table: the candidates.
+        fixed: what the rest of the model costs in the measure of the budget.
+    """
+
+    chosen: dict[str, Option]
+    table: list[Candidates]
+    fixed: float
+
+
+def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, progress: Progress) -> Allocation:
     """Choose an option for every layer.
 
     Args:
@@ -37,15 +61,17 @@ def allocate(
     compares = allocation in ("threshold", "knapsack", "calibrated")
     errors = compares or (predict and not job.recipe.families)
     table = surveyed(job, layers, known, errors=errors, progress=lambda i: progress("plan", i, len(layers)))
-    budget = _budget(job, table)
-    if budget >= sum(layer.dense.numbers for layer in table):  # nothing is gained by dropping even what seems useless
+    measure = job.request.limit.measure
+    fixed = _fixed(job, table)
+    budget = _budget(job, [layer.by(measure) for layer in table], fixed)
+    if budget >= sum(measure.of(layer.dense) for layer in table):  # nothing is gained by dropping what seems useless
         progress("plan", len(layers), len(layers))
-        return {layer.name: layer.dense for layer in table}, table
+        return Allocation({layer.name: layer.dense for layer in table}, table, fixed)
     if allocation == "sensitivity":
         table = _sensitivities(job, layers, known, table, progress)
     elif allocation == "calibrated":
         table = _calibrated(job, layers, known, table, progress)
-    solve: dict[str, Callable[[Sequence[Candidates], int], dict[str, Option]]] = {
+    solve: dict[str, Callable[[Sequence[Candidates], float, Measure], dict[str, Option]]] = {
         "uniform": uniform,
         "uniform-rank": uniform_rank,
         "threshold": threshold,
@@ -53,28 +79,34 @@ def allocate(
         "calibrated": knapsack,
         "knapsack": knapsack,
     }
-    chosen = solve[allocation](table, budget)
+    chosen = solve[allocation]([layer.by(measure) for layer in table], budget, measure)
     if predict and not errors:
         chosen = foreseen(job, layers, known, chosen)
     progress("plan", len(layers), len(layers))
-    return chosen, table
+    return Allocation(chosen, table, fixed)
 
 
-def _budget(job: Job, table: Sequence[Candidates]) -> int:
-    """Return the numbers that all candidate layers may store together.
+def _fixed(job: Job, table: Sequence[Candidates]) -> float:
+    """Return what everything outside the candidate layers costs."""
+    total = job.model.numel if job.request.limit.measure == NUMBERS else job.model.nbytes
+    return total - sum(job.request.limit.measure.of(layer.dense) for layer in table)
+
+
+def _budget(job: Job, table: Sequence[Candidates], fixed: float) -> float:
+    """Return what all candidate layers may cost together.
 
     Raises:
-        EckartError: if the other parameters alone, or with the cheapest options, exceed what may remain.
+        EckartError: if the rest of the model alone, or with the cheapest options, exceeds what may remain.
     """
-    total = job.model.numel
-    fixed = total - sum(layer.dense.numbers for layer in table)
-    budget = math.floor(job.request.keep * total + 1e-9) - fixed
-    least = smallest_numbers(table)
+    limit = job.request.limit
+    total = fixed + sum(limit.measure.of(layer.dense) for layer in table)
+    budget, least = limit.budget(total) * (1 + 1e-12) - fixed, least_cost(table, limit.measure)
     if budget < least:
         hint = "" if job.recipe.embeddings else ", or let embeddings be compressed as well with --set embeddings=true"
         raise EckartError(
-            f"keep {job.request.keep:g} of {total:,} parameters cannot be met: {fixed:,} lie outside the layers "
-            f"compressed, and those take {least:,} at rank 1; ask for more than {(fixed + least) / total:.3f}{hint}"
+            f"{limit} of {limit.measure.show(total)} cannot be met: {limit.measure.show(fixed)} lie outside the layers "
+            f"compressed, and those take {limit.measure.show(least)} at their smallest; ask for more than "
+            f"{limit.needed(fixed + least, total)}{hint}"
         )
     return budget
 
@@ -120,9 +152,9 @@ def _calibrated(
     )
 
 
-def plan_of(job: Job, layers: Sequence[Layer], chosen: dict[str, Option], table: Sequence[Candidates]) -> Plan:
-    """Return the plan that a choice of options makes."""
-    dense = {c.name: c.dense for c in table}
+def plan_of(job: Job, layers: Sequence[Layer], allocation: Allocation) -> Plan:
+    """Return the plan of an allocation, as it was chosen."""
+    dense, chosen = {c.name: c.dense for c in allocation.table}, allocation.chosen
     rows = [
         LayerPlan(
             layer.name,
@@ -137,26 +169,36 @@ def plan_of(job: Job, layers: Sequence[Layer], chosen: dict[str, Option], table:
         )
         for layer in layers
     ]
-    return plan_from(job, rows, dense)
+    return plan_from(job, rows, allocation)
 
 
-def plan_from(job: Job, rows: Sequence[LayerPlan], dense: dict[str, Option]) -> Plan:
+def plan_from(job: Job, rows: Sequence[LayerPlan], allocation: Allocation) -> Plan:
     """Return the plan of given rows, with the whole model's figures."""
-    total = job.model.numel
-    sizes = (math.prod(s) * job.model.stored_dtype(name).itemsize for name, s in job.model.parameters.items())
+    dense = {c.name: c.dense for c in allocation.table}
     saved = sum(dense[row.name].numbers - row.numbers for row in rows)
     saved_bytes = sum(dense[row.name].nbytes - row.nbytes for row in rows)
-    nbytes = sum(sizes)
+    total, nbytes = job.model.numel, job.model.nbytes
     return Plan(
         job.request.method,
-        job.request.keep,
+        job.request.limit.amount if job.request.limit.option == "keep" else None,
         total,
         total - saved,
         nbytes,
         nbytes - saved_bytes,
         unit_of(job),
         tuple(rows),
+        _spent(job, allocation),
     )
+
+
+def _spent(job: Job, allocation: Allocation) -> Spent | None:
+    limit = job.request.limit
+    measure = limit.measure
+    if limit.option == "keep":
+        return None
+    before = allocation.fixed + sum(measure.of(layer.dense) for layer in allocation.table)
+    after = allocation.fixed + sum(measure.of(option) for option in allocation.chosen.values())
+    return Spent(str(limit), measure.unit, before * measure.scale, after * measure.scale)
 
 
 def is_dense(option: Option) -> bool:

@@ -15,6 +15,7 @@ from eckart.errors import EckartError
 from eckart.files.folder import OpenModel, check_finite, check_model_folder, open_model
 from eckart.files.text import Samples, load_tokenizer, read_documents, sentences, windows
 from eckart.hosts import Anatomy, Blockwise, anatomy
+from eckart.methods.compress.limits import Limit, limit_of
 from eckart.methods.compress.recipe import Recipe
 from eckart.methods.compress.table import recipe_of
 from eckart.progress import Progress
@@ -33,22 +34,37 @@ class Request:
     Attributes:
         model: folder of the model.
         method: name of a method.
-        keep: share of the whole model's parameters that may remain, in (0, 1].
+        keep: share of the whole model's parameters that may remain, in (0, 1]; None if another budget is given.
         calibration: text file, or None.
         samples: number of calibration samples; None for the default, or as many as the text has.
         length: tokens per sample; None for the default.
         seed: seed of everything random.
         settings: typed settings of the method.
+        bytes: bytes of parameters that may remain, or text with a unit.
+        flops: share of the operations, as in "0.6x".
+        latency: share of the time, as in "0.7x".
     """
 
     model: Path
     method: str
-    keep: float
+    keep: float | None
     calibration: Path | None
     samples: int | None
     length: int | None
     seed: int
     settings: Mapping[str, Any]
+    bytes: int | str | None = None
+    flops: str | None = None
+    latency: str | None = None
+
+    @property
+    def limit(self) -> Limit:
+        """The one budget that is given.
+
+        Raises:
+            EckartError: if there are several, or it cannot be read.
+        """
+        return limit_of(keep=self.keep, bytes=self.bytes, flops=self.flops, latency=self.latency)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +100,7 @@ class Job:
         text = () if self.samples is None else (*self.samples.batches, *self.samples.held_out)
         version = importlib.metadata.version("eckart")
         settings = sorted((name, repr(value)) for name, value in r.settings.items())
-        return content_key((version, self.model_hash, r.method, repr(r.keep), str(r.seed), repr(settings)), text)
+        return content_key((version, self.model_hash, r.method, str(r.limit), str(r.seed), repr(settings)), text)
 
     @property
     def statistics_key(self) -> str:
@@ -133,9 +149,7 @@ def open_job(request: Request, progress: Progress) -> Job:
 
 
 def _check_numbers(request: Request) -> None:
-    keep = request.keep
-    if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0.0 < keep <= 1.0:
-        raise EckartError(f"keep is the share of parameters that remains and must lie in (0, 1], got {keep!r}")
+    _ = request.limit  # raises
     # a sample of one token has no next token to predict; seeds leave room for one per batch
     for name, least, most in (("samples", 1, None), ("length", 2, None), ("seed", 0, 1 << 32)):
         value = getattr(request, name)

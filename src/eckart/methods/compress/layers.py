@@ -202,8 +202,9 @@ def surveyed(
 
 
 def _with_options(layer: Candidates, more: list[Option]) -> Candidates:
-    """Return candidates with further options; those no smaller than dense are left out."""
-    smaller = [option for option in (*layer.options[:-1], *more) if option.numbers < layer.dense.numbers]
+    """Return candidates with further options; those no smaller than dense, in numbers or bytes, are left out."""
+    dense = layer.dense
+    smaller = [o for o in (*layer.options[:-1], *more) if o.numbers < dense.numbers and o.nbytes < dense.nbytes]
     smaller.sort(key=lambda option: (option.numbers, option.loss))
     return replace(layer, options=(*smaller, layer.dense))
 

@@ -33,28 +33,47 @@ class LayerPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Spent:
+    """A budget over something else than parameters, and what the plan makes of it.
+
+    Attributes:
+        limit: what was asked for, in words: "bytes 20,000,000", "latency 0.7x".
+        unit: "bytes", "operations" or "microseconds"; the latter two of the linear layers, for one token.
+        before: the dense model's.
+        after: the plan's.
+    """
+
+    limit: str
+    unit: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What every layer becomes under a budget.
 
     Attributes:
         method: name of the method.
-        keep: share of the whole model's parameters asked for.
+        keep: share of the whole model's parameters asked for; None under another budget.
         parameters_before: floating parameters of the model, tied ones once.
         parameters_after: the same after compression.
         bytes_before: bytes of those parameters as stored.
         bytes_after: the same after compression, index tensors included.
         unit: what the predicted losses are measured in.
         layers: every layer that was considered, dense ones included, in the model's order.
+        spent: the budget, if it is over something else than parameters.
     """
 
     method: str
-    keep: float
+    keep: float | None
     parameters_before: int
     parameters_after: int
     bytes_before: int
     bytes_after: int
     unit: str
     layers: tuple[LayerPlan, ...]
+    spent: Spent | None = None
 
     @property
     def loss(self) -> float:

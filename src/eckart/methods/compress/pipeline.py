@@ -10,11 +10,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from eckart.budget import Candidates
 from eckart.errors import EckartError
 from eckart.files.card import inherited, model_card
 from eckart.files.writing import LayerRecord, Partial, check_output, layer_entries, publish, write_folder
-from eckart.methods.compress.allocate import allocate, plan_from, plan_of
+from eckart.methods.compress.allocate import Allocation, allocate, plan_from, plan_of
 from eckart.methods.compress.check import BrokenOutputError, Expected, check_reload
 from eckart.methods.compress.job import Job, Request, open_job, statistics_store, trim_cache
 from eckart.methods.compress.layers import Known, Layer, check_layers, layers_of
@@ -30,7 +29,8 @@ def compress(
     out: str | Path,
     *,
     method: str = "eckart",
-    keep: float = 0.6,
+    keep: float | None = None,
+    bytes: int | str | None = None,
     calibration: str | Path | None = None,
     samples: int | None = None,
     length: int | None = None,
@@ -49,7 +49,9 @@ def compress(
         model: folder of a decoder or encoder with safetensors weights.
         out: folder to write; must not hold anything yet.
         method: one of `eckart.METHODS`.
-        keep: share of the whole model's parameters that remains, in (0, 1].
+        keep: share of the whole model's parameters that remains, in (0, 1]; 0.6 if no budget is given.
+        bytes: instead of `keep`: bytes that all parameters may take, index tensors included; a whole number, or text
+            such as "20MB" (decimal) or "20MiB" (binary).
         calibration: text file; methods that use no data do without.
         samples: calibration samples; by default 128 windows for decoders, 2,048 lines for encoders, or what the text
             has.
@@ -66,7 +68,9 @@ def compress(
     """
     started, target = time.perf_counter(), Path(out)
     check_output(target)
-    job = open_job(_request(model, method, keep, calibration, samples, length, seed, settings), progress)
+    job = open_job(
+        _request(model, method, calibration, samples, length, seed, settings, keep=keep, bytes=bytes), progress
+    )
     layers = layers_of(job)
     check_layers(job, layers)
     partial = Partial(target.absolute().with_name(f".{target.absolute().name}.eckart-{job.key[:8]}"))
@@ -94,9 +98,9 @@ def _compressed(
     """
     _collect(job, store, Store(partial.folder / "boundaries"), progress)
     known = Known(job, store)
-    chosen, table = allocate(job, layers, known, predict=False, progress=progress)
-    measured, expected = Sweep(job, known, layers, chosen, partial, progress).run()
-    return _as_stored(job, layers, table, partial.records()), measured, expected
+    allocation = allocate(job, layers, known, predict=False, progress=progress)
+    measured, expected = Sweep(job, known, layers, allocation.chosen, partial, progress).run()
+    return _as_stored(job, layers, allocation, partial.records()), measured, expected
 
 
 def _publish(
@@ -121,7 +125,8 @@ def plan(
     model: str | Path,
     *,
     method: str = "eckart",
-    keep: float = 0.6,
+    keep: float | None = None,
+    bytes: int | str | None = None,
     calibration: str | Path | None = None,
     samples: int | None = None,
     length: int | None = None,
@@ -134,28 +139,32 @@ def plan(
 
     Args and errors are those of `compress`.
     """
-    job = open_job(_request(model, method, keep, calibration, samples, length, seed, settings), progress)
+    job = open_job(
+        _request(model, method, calibration, samples, length, seed, settings, keep=keep, bytes=bytes), progress
+    )
     layers = layers_of(job)
     check_layers(job, layers)
     with tempfile.TemporaryDirectory(prefix="eckart-") as scratch:
         store = statistics_store(job, None if cache else Path(scratch))
         _collect(job, store, Store(Path(scratch) / "boundaries"), progress)
-        chosen, table = allocate(job, layers, Known(job, store), predict=True, progress=progress)
-    return plan_of(job, layers, chosen, table)
+        allocation = allocate(job, layers, Known(job, store), predict=True, progress=progress)
+    return plan_of(job, layers, allocation)
 
 
 def _request(
     model: str | Path,
     method: str,
-    keep: float,
     calibration: str | Path | None,
     samples: int | None,
     length: int | None,
     seed: int,
     settings: Mapping[str, Any] | None,
+    *,
+    keep: float | None,
+    **budgets: Any,
 ) -> Request:
     text = None if calibration is None else Path(calibration)
-    return Request(Path(model), method, keep, text, samples, length, seed, dict(settings or {}))
+    return Request(Path(model), method, keep, text, samples, length, seed, dict(settings or {}), **budgets)
 
 
 def _collect(job: Job, store: Store, boundaries: Store, progress: Progress) -> None:
@@ -176,11 +185,9 @@ def _collect(job: Job, store: Store, boundaries: Store, progress: Progress) -> N
     boundaries.clear()
 
 
-def _as_stored(job: Job, layers: list[Layer], table: list[Candidates], records: list[LayerRecord]) -> Plan:
+def _as_stored(job: Job, layers: list[Layer], allocation: Allocation, records: list[LayerRecord]) -> Plan:
     """Return the plan with the ranks, numbers and errors of what was written."""
-    dense = {c.name: c.dense for c in table}
-    chosen = {c.name: c.dense for c in table}
-    base = plan_of(job, layers, chosen, table)
+    base = plan_of(job, layers, replace(allocation, chosen={c.name: c.dense for c in allocation.table}))
     written = {record.name: record for record in records}
     rows = [
         replace(row, structure=r.structure, rank=r.rank, numbers=r.numbers, nbytes=r.nbytes, loss=r.loss)
@@ -188,7 +195,7 @@ def _as_stored(job: Job, layers: list[Layer], table: list[Candidates], records: 
         else row
         for row in base.layers
     ]
-    return plan_from(job, rows, dense)
+    return plan_from(job, rows, allocation)
 
 
 def _described(job: Job) -> dict[str, Any]:
@@ -198,7 +205,7 @@ def _described(job: Job) -> dict[str, Any]:
     return {
         "model": request.model.name,
         "method": request.method,
-        "keep": request.keep,
+        request.limit.option: request.limit.value,
         "calibration": request.calibration.name if request.calibration else None,
         "samples": None if job.samples is None else sum(b.shape[0] for b in job.samples.batches),
         "tokens": None if job.samples is None else job.samples.tokens,
