@@ -1,5 +1,6 @@
 """Allocators against brute force on small tables, and the promises all of them make."""
 
+import dataclasses
 import itertools
 import math
 
@@ -9,7 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eckart.budget import (
+    BYTES,
     DENSE,
+    FLOPS,
+    NUMBERS,
+    SECONDS,
     Candidates,
     Option,
     calibrated,
@@ -22,6 +27,7 @@ from eckart.budget import (
     uniform_rank,
 )
 from eckart.budget.knapsack import hull
+from eckart.budget.latency import Latencies, between, grid, rising
 from eckart.errors import EckartError
 from eckart.maps import storage
 
@@ -289,3 +295,78 @@ def test_largest_rank_of_a_storage_fits():
             assert stored.numbers((20, 30), rank) <= numbers
             assert rank == 20 or stored.numbers((20, 30), rank + 1) > numbers
     assert math.isfinite(storage("lowrank").numbers((1, 1), 1))
+
+
+def timed(layers: list[Candidates], factor: float = 0.01) -> list[Candidates]:
+    """The same layers with seconds in proportion to their numbers."""
+    return [
+        dataclasses.replace(
+            c, options=tuple(dataclasses.replace(o, flops=2 * o.numbers, seconds=factor * o.numbers) for o in c.options)
+        )
+        for c in layers
+    ]
+
+
+@given(tables(falling=False), st.floats(0, 1), st.sampled_from([BYTES, FLOPS, SECONDS]))
+@settings(max_examples=100, deadline=None)
+@pytest.mark.parametrize("name", ALLOCATORS)
+def test_a_proportional_measure_chooses_the_same(name, layers, share, measure):
+    possible = budgets(layers)
+    budget = possible[round(share * (len(possible) - 1))]
+    factor = {"nbytes": 4, "flops": 2, "seconds": 0.01}[measure.name]
+    chosen = ALLOCATORS[name](timed(layers), factor * budget * (1 + 1e-9), measure)
+    expected = ALLOCATORS[name](layers, budget)
+    assert {n: o.numbers for n, o in chosen.items()} == {n: o.numbers for n, o in expected.items()}
+
+
+def test_options_are_sorted_by_what_counts_and_none_costs_more_than_dense():
+    slow, fast, even = (
+        Option(n, 1, k, 4 * k, 1.0, seconds=s) for n, k, s in (("slow", 4, 3.0), ("fast", 6, 1.0), ("even", 5, 2.0))
+    )
+    dense = Option(DENSE, 8, 8, 32, 0.0, seconds=2.0)
+    c = Candidates("l", (2, 4), (slow, even, fast, dense))
+    assert c.by(SECONDS).options == (fast, dense)
+    assert c.by(NUMBERS).options == (slow, even, fast, dense)
+    with pytest.raises(EckartError, match="a budget over flops needs options that know theirs"):
+        c.by(FLOPS)
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=12))
+def test_cleaned_times_rise_and_are_nearest(values):
+    found = rising(values)
+    assert all(a <= b for a, b in itertools.pairwise(found))
+    assert sum(found) == pytest.approx(sum(values), abs=1e-9)
+    assert rising(found) == pytest.approx(found)
+    # the optimum of least squares over a convex cone: no step towards another member of the cone helps
+    for other in ([min(values)] * len(values), sorted(values), [max(values)] * len(values)):
+        assert sum((v - f) * (o - f) for v, f, o in zip(values, found, other, strict=True)) <= 1e-9
+
+
+def test_times_between_measured_sizes_lie_on_lines():
+    assert [between([2, 4, 8], [1.0, 2.0, 6.0], size) for size in (1, 2, 3, 4, 6, 8, 9)] == [1, 1, 1.5, 2, 4, 6, 6]
+    assert between([3], [5.0], 7) == 5.0
+
+
+@given(st.sets(st.integers(1, 500), max_size=60))
+def test_few_sizes_are_measured_the_ends_among_them(sizes):
+    found = grid(sorted(sizes))
+    assert found == sorted(set(found))
+    assert set(found) <= sizes
+    assert len(found) <= 8
+    if sizes:
+        assert {min(sizes), max(sizes)} <= set(found)
+
+
+def test_a_latency_table_is_measured_once(tmp_path):
+    table, calls = Latencies(tmp_path, torch.device("cpu")), []
+
+    def tasks():
+        calls.append(1)
+        return {"dense": lambda: sum(range(1000)), "small": lambda: sum(range(10))}
+
+    first = table.seconds("sums", tasks)
+    assert first["small"] < first["dense"]
+    assert table.seconds("sums", tasks) == first
+    assert len(calls) == 1
+    table.seconds("other sums", tasks)
+    assert len(calls) == 2

@@ -1,13 +1,18 @@
-"""Budgets over bytes: met within one per cent where they can be, and refused in one sentence where not."""
+"""Budgets over bytes, operations and time: met within one per cent, or refused in one sentence."""
 
 import json
 import re
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import eckart
+from eckart.budget import latency
 from eckart.errors import EckartError
+from eckart.hosts import EmbeddingHost, Host, map_of
 from eckart.methods.compress.limits import parse_ratio, parse_size
 
 # How small the demonstration model can become by methods that leave its embedding alone, and with it.
@@ -89,3 +94,96 @@ def test_there_is_one_budget(demo):
     ):
         eckart.plan(demo, method="svd", keep=0.5, bytes="1MB")
     assert eckart.plan(demo, method="svd").keep == 0.6
+
+
+def operations(folder) -> int:
+    """What the linear layers, the head and factored lookups of a model do for one token, from its modules."""
+
+    def inside(module: nn.Module) -> int:
+        if isinstance(module, EmbeddingHost):  # its head multiplies by the same table
+            return module.held_map().flops(1) + 2 * module.rest.weight.numel()
+        if isinstance(module, Host | nn.Linear):
+            return map_of(module).flops(1)
+        return sum(inside(child) for child in module.children())
+
+    return inside(AutoModelForCausalLM.from_pretrained(folder))
+
+
+@pytest.mark.parametrize(
+    ("method", "share", "settings"),
+    [("svd", "0.7x", {}), ("lord", "0.8x", {}), ("eckart", "0.6x", {}), ("eckart-mixed", "0.7x", {})],
+)
+def test_a_budget_of_operations_is_met(method, share, settings, demo, quick, tmp_path):
+    outcome = eckart.compress(demo, tmp_path / "out", flops=share, **quick(method, **settings))
+    spent = outcome.plan.spent
+    assert spent.limit == f"flops {share}"
+    assert spent.before == operations(demo)
+    assert spent.after == operations(outcome.out)
+    assert 0.99 * parse_ratio("flops", share) <= spent.after / spent.before <= parse_ratio("flops", share)
+
+
+@pytest.fixture
+def times(monkeypatch):
+    """Times that a slope decides: an option of size r takes `slope` r / largest of the dense layer's; counts tables."""
+    tables = []
+
+    def set_slope(slope: float) -> list:
+        def measured(tasks):
+            tables.append(sorted(tasks))
+            largest = max((int(name.split()[-1]) for name in tasks if name != "dense"), default=1)
+            return {name: 1e-4 if name == "dense" else 1e-4 * slope * int(name.split()[-1]) / largest for name in tasks}
+
+        monkeypatch.setattr(latency, "measured", measured)
+        return tables
+
+    return set_slope
+
+
+@pytest.mark.parametrize("method", ["svd", "welore", "eckart", "eckart-mixed"])
+def test_a_latency_budget_is_met(method, times, demo, quick):
+    tables = times(1.25)
+    plan = eckart.plan(demo, latency="0.6x", **quick(method))
+    assert 0.59 <= plan.spent.after / plan.spent.before <= 0.6
+    assert (plan.spent.limit, plan.spent.unit) == ("latency 0.6x", "microseconds")
+    count = len(tables)
+    again = eckart.plan(demo, latency="0.6x", **quick(method))
+    assert again == plan
+    assert len(tables) == count  # nothing was measured twice
+
+
+def test_no_layer_is_slower_than_dense(times, demo):
+    times(2.0)
+    plan = eckart.plan(demo, method="svd", latency="0.9x")
+    for layer in plan.layers:
+        m, n = layer.shape
+        largest = (m * n - 1) // (m + n)  # takes twice as long as dense, so less than half of it is faster
+        assert layer.structure == "dense" or 2.0 * layer.rank / largest < 0.95
+    assert {layer.structure for layer in plan.layers} == {"dense", "lowrank"}
+
+
+def test_nothing_faster_than_dense_means_no_latency_budget(times, demo):
+    times(40.0)
+    message = r"latency 0\.9x of [\d,]+ microseconds cannot be met: .* ask for more than (1\.000|0\.9\d\d)"
+    with pytest.raises(EckartError, match=message):
+        eckart.plan(demo, method="svd", latency="0.9x")
+
+
+def test_a_damaged_latency_table_is_named(times, demo, cache):
+    times(1.0)
+    eckart.plan(demo, method="svd", latency="0.9x")
+    next(cache.glob("latency-*.json")).write_text("{}")
+    with pytest.raises(EckartError, match=r"latency-\w+\.json is damaged .*; delete it and run again"):
+        eckart.plan(demo, method="svd", latency="0.9x")
+
+
+def test_a_real_latency_budget(tmp_path, cache):
+    """Layers wide enough for factors to be faster than a dense weight."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=64, **sizes)).save_pretrained(tmp_path / "wide")
+    outcome = eckart.compress(tmp_path / "wide", tmp_path / "out", method="svd", latency="0.8x")
+    assert outcome.plan.spent.after <= 0.8 * outcome.plan.spent.before
+    assert any(layer.structure == "lowrank" for layer in outcome.plan.layers)
+    held = [json.loads(path.read_text())["seconds"] for path in cache.glob("latency-*.json")]
+    assert len(held) == 4  # three shapes of layers, and the head
+    assert all(0 < seconds < 0.1 for table in held for seconds in table.values())

@@ -51,6 +51,13 @@ def compress(
     nbytes: Annotated[
         str | None, typer.Option("--bytes", metavar="SIZE", help="Instead: bytes of all parameters, 20MB or 20MiB.")
     ] = None,
+    flops: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="Instead: share of the linear layers' operations, as in 0.6x.")
+    ] = None,
+    latency: Annotated[
+        str | None,
+        typer.Option(metavar="SHARE", help="Instead: share of their time per token, measured here, as in 0.7x."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; must not hold anything yet.")] = None,
     method: Annotated[str, typer.Option(help="Name of a method; `eckart methods` lists them.")] = "eckart",
     calibration: Annotated[Path | None, typer.Option(help="Text the method learns the layers' inputs from.")] = None,
@@ -69,8 +76,8 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Make a model smaller: dense weights become structured maps under a budget, measured before and after."""
-    if keep is None and nbytes is None:
-        raise typer.BadParameter("give a budget: --keep or --bytes", param_hint="--keep")
+    if not any((keep is not None, nbytes, flops, latency)):
+        raise typer.BadParameter("give a budget: this, --bytes, --flops or --latency", param_hint="--keep")
     if out is None and not only_plan:
         raise typer.BadParameter("give a folder to write, or --plan to write nothing", param_hint="--out")
     _require_model(model)
@@ -89,7 +96,7 @@ def compress(
     from eckart.report.tables import outcome_table, plan_table
 
     arguments: dict[str, Any] = {
-        "method": method, "keep": keep, "bytes": nbytes,
+        "method": method, "keep": keep, "bytes": nbytes, "flops": flops, "latency": latency,
         "calibration": calibration, "samples": samples, "length": length, "seed": seed,
         "settings": parse_settings(method, settings or []), "cache": not no_cache,
     }  # fmt: skip

@@ -8,12 +8,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from eckart.fit.dictionary import Learner, fit_dictionary
 from eckart.fit.metric import Metric
 from eckart.fit.sparse_plus_lowrank import fit_sparse_plus_lowrank
-from eckart.maps import LinearMap
+from eckart.maps import Dense, LinearMap, Product, Sum, bitmap, random_lowrank
 
 # Shares of a layer's dense numbers at which a family is offered where its error has to be measured by fitting it.
 SHARES = (0.1, 0.16, 0.22, 0.28, 0.34, 0.4, 0.46, 0.52, 0.58, 0.64, 0.7, 0.76, 0.82, 0.88, 0.94)
@@ -29,6 +30,8 @@ class Family:
         index_bytes: (shape, size) -> bytes of index tensors.
         largest: (shape) -> the largest size.
         fit: (W (m, n), metric, size) -> the fitted map, float64.
+        example: (shape, size, device) -> a map of that size with random numbers, for what depends on sizes alone; None
+            if only a fit can tell.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Family:
     index_bytes: Callable[[tuple[int, int], int], int]
     largest: Callable[[tuple[int, int]], int]
     fit: Callable[[Tensor, Metric, int], LinearMap]
+    example: Callable[[tuple[int, int], int, torch.device], LinearMap] | None = None
 
     def size_within(self, shape: tuple[int, int], numbers: float) -> int:
         """Return the largest size that stores at most that many numbers, 0 if none does."""
@@ -80,7 +84,12 @@ def dictionary_family(learner: Learner, ratio: float = 2.0, name: str = "diction
         atoms, nonzeros = split((weight.shape[0], weight.shape[1]), size)
         return fit_dictionary(weight, metric, atoms, nonzeros, learner=learner)
 
-    return Family(name, numbers, index_bytes, largest, fit)
+    def example(shape: tuple[int, int], size: int, device: torch.device) -> LinearMap:
+        atoms, nonzeros = split(shape, size)
+        codes = bitmap(torch.randn(shape[0], atoms, device=device), nonzeros)
+        return Product((codes, Dense(torch.randn(atoms, shape[1], device=device))))
+
+    return Family(name, numbers, index_bytes, largest, fit, example)
 
 
 def sparse_plus_lowrank_family(share: float = 0.25, iterations: int = 80, name: str = "sparse + lowrank") -> Family:
@@ -103,4 +112,11 @@ def sparse_plus_lowrank_family(share: float = 0.25, iterations: int = 80, name: 
         shape = weight.shape[0], weight.shape[1]
         return fit_sparse_plus_lowrank(weight, metric, rank(shape, size), size, iterations=iterations)
 
-    return Family(name, numbers, lambda shape, size: shape[0] * -(-shape[1] // 8), lambda shape: shape[1], fit)
+    def index_bytes(shape: tuple[int, int], size: int) -> int:
+        return shape[0] * -(-shape[1] // 8)
+
+    def example(shape: tuple[int, int], size: int, device: torch.device) -> LinearMap:
+        entries = bitmap(torch.randn(shape, device=device), size)
+        return Sum((random_lowrank(shape, rank(shape, size), device), entries))
+
+    return Family(name, numbers, index_bytes, lambda shape: shape[1], fit, example)

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from eckart.errors import EckartError
 from eckart.maps.base import LinearMap
-from eckart.maps.lowrank import LowRank, lowrank_numbers
-from eckart.maps.pivoted import pivot, pivoted_numbers
+from eckart.maps.lowrank import LowRank, lowrank_numbers, random_lowrank
+from eckart.maps.pivoted import pivot, pivoted_numbers, random_pivoted
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +20,14 @@ class Storage:
         numbers: (shape, rank) -> floating numbers stored.
         index_bytes: (shape, rank) -> bytes of index tensors.
         build: makes the stored map from a `LowRank`.
+        example: (shape, rank, device) -> a stored map with random numbers.
     """
 
     name: str
     numbers: Callable[[tuple[int, int], int], int]
     index_bytes: Callable[[tuple[int, int], int], int]
     build: Callable[[LowRank], LinearMap]
+    example: Callable[[tuple[int, int], int, torch.device], LinearMap]
 
     def largest(self, shape: tuple[int, int]) -> int:
         """Return the largest rank there is."""
@@ -41,8 +45,8 @@ class Storage:
 STORAGES: dict[str, Storage] = {
     s.name: s
     for s in (
-        Storage("lowrank", lowrank_numbers, lambda shape, rank: 0, lambda factors: factors),
-        Storage("pivoted", pivoted_numbers, lambda shape, rank: 4 * min(shape), pivot),
+        Storage("lowrank", lowrank_numbers, lambda shape, rank: 0, lambda factors: factors, random_lowrank),
+        Storage("pivoted", pivoted_numbers, lambda shape, rank: 4 * min(shape), pivot, random_pivoted),
     )
 }
 

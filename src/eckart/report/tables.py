@@ -39,6 +39,7 @@ def plan_table(plan: Plan, every_layer: bool = False) -> RenderableType:
         f"{plan.method} at {_asked(plan)}: {share(plan.kept)} of {plan.parameters_before:,} parameters remain, "
         f"{plan.parameters_after:,}; {size(plan.bytes_before)} become {size(plan.bytes_after)}"
     ]
+    lines += _spent(plan)
     if plan.unit != RELATIVE:
         lines.append(f"predicted increase of the loss: {loss(plan.loss)} {plan.unit}, the sum over the layers")
     return _stack(_layer_table(plan.layers, every_layer, plan.unit), Text("\n".join([*lines, *_legend(plan)])))
@@ -46,6 +47,15 @@ def plan_table(plan: Plan, every_layer: bool = False) -> RenderableType:
 
 def _asked(plan: Plan) -> str:
     return plan.spent.limit if plan.spent is not None else f"keep {plan.keep:g}"
+
+
+def _spent(plan: Plan) -> list[str]:
+    """Return what operations or time become, where the budget is over them."""
+    if plan.spent is None or plan.spent.unit == "bytes":
+        return []
+    spent, measured = plan.spent, ", as measured here" if plan.spent.unit == "microseconds" else ""
+    change = f"{count(spent.before)} {spent.unit} become {count(spent.after)}"
+    return [f"linear layers and head, one token{measured}: {change}, {spent.after / spent.before:.3f} x"]
 
 
 def _legend(plan: Plan) -> list[str]:
@@ -63,7 +73,7 @@ def outcome_table(outcome: Outcome, every_layer: bool = False) -> RenderableType
     ]
     for label, before, after, ratio in rows:
         table.add_row(label, before, after, f"{100 * (ratio - 1):+.1f} %")
-    notes = _legend(plan)
+    notes = _legend(plan) + _spent(plan)
     if outcome.measured is not None:
         table.add_row(*_measured_row(outcome.measured))
         notes.append(_measured_on(outcome.measured))

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from eckart.budget import (
     DENSE,
-    NUMBERS,
     Candidates,
     Measure,
     Option,
@@ -17,7 +16,9 @@ from eckart.budget import (
     uniform_rank,
 )
 from eckart.budget.calibrate import calibrated, probe_option
+from eckart.budget.latency import Latencies
 from eckart.errors import EckartError
+from eckart.methods.compress.costs import costed
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import Known, Layer, foreseen, surveyed, unit_of
 from eckart.methods.compress.outcome import LayerPlan, Plan, Spent
@@ -51,7 +52,7 @@ def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, prog
         layers: its layers.
         known: their statistics.
         predict: whether predicted losses are wanted even if the allocation does without.
-        progress: told of the stages "plan" and "probe".
+        progress: told of the stages "plan", "latency" and "probe".
 
     Raises:
         EckartError: if the budget cannot be met.
@@ -62,7 +63,8 @@ def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, prog
     errors = compares or (predict and not job.recipe.families)
     table = surveyed(job, layers, known, errors=errors, progress=lambda i: progress("plan", i, len(layers)))
     measure = job.request.limit.measure
-    fixed = _fixed(job, table)
+    latencies = Latencies(known.store.folder.parent, job.runner.device)
+    table, fixed = costed(job, layers, table, latencies, progress)
     budget = _budget(job, [layer.by(measure) for layer in table], fixed)
     if budget >= sum(measure.of(layer.dense) for layer in table):  # nothing is gained by dropping what seems useless
         progress("plan", len(layers), len(layers))
@@ -84,12 +86,6 @@ def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, prog
         chosen = foreseen(job, layers, known, chosen)
     progress("plan", len(layers), len(layers))
     return Allocation(chosen, table, fixed)
-
-
-def _fixed(job: Job, table: Sequence[Candidates]) -> float:
-    """Return what everything outside the candidate layers costs."""
-    total = job.model.numel if job.request.limit.measure == NUMBERS else job.model.nbytes
-    return total - sum(job.request.limit.measure.of(layer.dense) for layer in table)
 
 
 def _budget(job: Job, table: Sequence[Candidates], fixed: float) -> float:

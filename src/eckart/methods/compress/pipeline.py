@@ -31,6 +31,8 @@ def compress(
     method: str = "eckart",
     keep: float | None = None,
     bytes: int | str | None = None,
+    flops: str | None = None,
+    latency: str | None = None,
     calibration: str | Path | None = None,
     samples: int | None = None,
     length: int | None = None,
@@ -52,6 +54,8 @@ def compress(
         keep: share of the whole model's parameters that remains, in (0, 1]; 0.6 if no budget is given.
         bytes: instead of `keep`: bytes that all parameters may take, index tensors included; a whole number, or text
             such as "20MB" (decimal) or "20MiB" (binary).
+        flops: instead: share of the multiplications and additions of the linear layers and the head, as in "0.6x".
+        latency: instead: share of their time for one token at batch 1, measured on this device, as in "0.7x".
         calibration: text file; methods that use no data do without.
         samples: calibration samples; by default 128 windows for decoders, 2,048 lines for encoders, or what the text
             has.
@@ -68,9 +72,8 @@ def compress(
     """
     started, target = time.perf_counter(), Path(out)
     check_output(target)
-    job = open_job(
-        _request(model, method, calibration, samples, length, seed, settings, keep=keep, bytes=bytes), progress
-    )
+    budget = {"keep": keep, "bytes": bytes, "flops": flops, "latency": latency}
+    job = open_job(_request(model, method, budget, calibration, samples, length, seed, settings), progress)
     layers = layers_of(job)
     check_layers(job, layers)
     partial = Partial(target.absolute().with_name(f".{target.absolute().name}.eckart-{job.key[:8]}"))
@@ -127,6 +130,8 @@ def plan(
     method: str = "eckart",
     keep: float | None = None,
     bytes: int | str | None = None,
+    flops: str | None = None,
+    latency: str | None = None,
     calibration: str | Path | None = None,
     samples: int | None = None,
     length: int | None = None,
@@ -139,9 +144,8 @@ def plan(
 
     Args and errors are those of `compress`.
     """
-    job = open_job(
-        _request(model, method, calibration, samples, length, seed, settings, keep=keep, bytes=bytes), progress
-    )
+    budget = {"keep": keep, "bytes": bytes, "flops": flops, "latency": latency}
+    job = open_job(_request(model, method, budget, calibration, samples, length, seed, settings), progress)
     layers = layers_of(job)
     check_layers(job, layers)
     with tempfile.TemporaryDirectory(prefix="eckart-") as scratch:
@@ -154,17 +158,16 @@ def plan(
 def _request(
     model: str | Path,
     method: str,
+    budget: Mapping[str, Any],
     calibration: str | Path | None,
     samples: int | None,
     length: int | None,
     seed: int,
     settings: Mapping[str, Any] | None,
-    *,
-    keep: float | None,
-    **budgets: Any,
 ) -> Request:
     text = None if calibration is None else Path(calibration)
-    return Request(Path(model), method, keep, text, samples, length, seed, dict(settings or {}), **budgets)
+    keep, others = budget["keep"], {name: value for name, value in budget.items() if name != "keep"}
+    return Request(Path(model), method, keep, text, samples, length, seed, dict(settings or {}), **others)
 
 
 def _collect(job: Job, store: Store, boundaries: Store, progress: Progress) -> None:
