@@ -22,6 +22,15 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 EveryLayer = Annotated[bool, typer.Option("--every-layer", help="One row per layer, however many there are.")]
+Size = Annotated[
+    str | None, typer.Option("--bytes", metavar="SIZE", help="Instead: bytes of all parameters, 20MB or 20MiB.")
+]
+FlopsShare = Annotated[
+    str | None, typer.Option(metavar="SHARE", help="Instead: share of the linear layers' operations, as in 0.6x.")
+]
+TimeShare = Annotated[
+    str | None, typer.Option(metavar="SHARE", help="Instead: share of their time per token, measured here, as in 0.7x.")
+]
 CONTINUES = "interrupted; running the same command again continues where this one stopped"
 STARTS_AGAIN = "interrupted; nothing was written, running the same command again starts from the beginning"
 
@@ -48,16 +57,9 @@ def compress(
     keep: Annotated[
         float | None, typer.Option(help="Share of the whole model's parameters that remains, in (0, 1].")
     ] = None,
-    nbytes: Annotated[
-        str | None, typer.Option("--bytes", metavar="SIZE", help="Instead: bytes of all parameters, 20MB or 20MiB.")
-    ] = None,
-    flops: Annotated[
-        str | None, typer.Option(metavar="SHARE", help="Instead: share of the linear layers' operations, as in 0.6x.")
-    ] = None,
-    latency: Annotated[
-        str | None,
-        typer.Option(metavar="SHARE", help="Instead: share of their time per token, measured here, as in 0.7x."),
-    ] = None,
+    nbytes: Size = None,
+    flops: FlopsShare = None,
+    latency: TimeShare = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; must not hold anything yet.")] = None,
     method: Annotated[str, typer.Option(help="Name of a method; `eckart methods` lists them.")] = "eckart",
     calibration: Annotated[Path | None, typer.Option(help="Text the method learns the layers' inputs from.")] = None,

@@ -44,21 +44,18 @@ def compress(
 ) -> Outcome:
     """Compress a Hugging Face model folder into a smaller one that `from_pretrained` loads.
 
-    Memory holds one block, its statistics and the hidden states of the calibration samples. A run that was stopped is
-    continued by the same call and ends in the same bytes.
+    Memory holds one block, its statistics and the hidden states of the calibration samples; the process that checks the
+    result holds that. A run that was stopped is continued by the same call and ends in the same bytes.
 
     Args:
         model: folder of a decoder or encoder with safetensors weights.
         out: folder to write; must not hold anything yet.
         method: one of `eckart.METHODS`.
         keep: share of the whole model's parameters that remains, in (0, 1]; 0.6 if no budget is given.
-        bytes: instead of `keep`: bytes that all parameters may take, index tensors included; a whole number, or text
-            such as "20MB" (decimal) or "20MiB" (binary).
-        flops: instead: share of the multiplications and additions of the linear layers and the head, as in "0.6x".
-        latency: instead: share of their time for one token at batch 1, measured on this device, as in "0.7x".
+        bytes: instead: bytes all parameters may take, index tensors included; or text, "20MB" or "20MiB".
+        flops, latency: instead: share of the linear layers' operations, or of their time measured here, as in "0.7x".
         calibration: text file; methods that use no data do without.
-        samples: calibration samples; by default 128 windows for decoders, 2,048 lines for encoders, or what the text
-            has.
+        samples: calibration samples; by default 128 windows for decoders, 2,048 lines for encoders, or what there is.
         length: tokens per sample, 256 by default.
         seed: seed of everything random.
         settings: settings of the method by name, typed.
@@ -67,21 +64,17 @@ def compress(
         progress: called with (stage, steps done, steps in all).
 
     Raises:
-        EckartError: for bad input of any kind, in one sentence, or an output that fails its check; nothing is written
-            then.
+        EckartError: for bad input of any kind, in one sentence, or a failed check; nothing is written then.
     """
     started, target = time.perf_counter(), Path(out)
     check_output(target)
     budget = {"keep": keep, "bytes": bytes, "flops": flops, "latency": latency}
-    job = open_job(_request(model, method, budget, calibration, samples, length, seed, settings), progress)
-    layers = layers_of(job)
-    check_layers(job, layers)
+    job, layers = _prepared(model, method, budget, calibration, samples, length, seed, settings, progress)
     partial = Partial(target.absolute().with_name(f".{target.absolute().name}.eckart-{job.key[:8]}"))
     try:
         partial.begin({"out": str(target), "settings": _described(job)})
         store = statistics_store(job, None if cache else partial.folder)
-        planned, measured, expected = _compressed(job, layers, store, partial, progress)
-        outcome = Outcome(planned, target, measured, 0.0, _peak_memory(), _described(job))
+        outcome, expected = _compressed(job, layers, store, partial, target, progress)
         checked = _publish(job, partial, outcome, expected if check else None, progress)
     except EckartError as error:
         if partial.blocks_done() == 0 or isinstance(error, BrokenOutputError):
@@ -94,16 +87,15 @@ def compress(
 
 
 def _compressed(
-    job: Job, layers: list[Layer], store: Store, partial: Partial, progress: Progress
-) -> tuple[Plan, Measured | None, Expected]:
-    """Do all the work of a job up to its last finished part; return the plan as stored, the loss, and what to expect of
-    the reloaded model.
-    """
+    job: Job, layers: list[Layer], store: Store, partial: Partial, out: Path, progress: Progress
+) -> tuple[Outcome, Expected]:
+    """Do all the work of a job up to its last finished part; return the outcome and what to expect of the reload."""
     _collect(job, store, Store(partial.folder / "boundaries"), progress)
     known = Known(job, store)
     allocation = allocate(job, layers, known, predict=False, progress=progress)
     measured, expected = Sweep(job, known, layers, allocation.chosen, partial, progress).run()
-    return _as_stored(job, layers, allocation, partial.records()), measured, expected
+    planned = _as_stored(job, layers, allocation, partial.records())
+    return Outcome(planned, out, measured, 0.0, _peak_memory(), _described(job)), expected
 
 
 def _publish(
@@ -145,9 +137,7 @@ def plan(
     Args and errors are those of `compress`.
     """
     budget = {"keep": keep, "bytes": bytes, "flops": flops, "latency": latency}
-    job = open_job(_request(model, method, budget, calibration, samples, length, seed, settings), progress)
-    layers = layers_of(job)
-    check_layers(job, layers)
+    job, layers = _prepared(model, method, budget, calibration, samples, length, seed, settings, progress)
     with tempfile.TemporaryDirectory(prefix="eckart-") as scratch:
         store = statistics_store(job, None if cache else Path(scratch))
         _collect(job, store, Store(Path(scratch) / "boundaries"), progress)
@@ -155,7 +145,7 @@ def plan(
     return plan_of(job, layers, allocation)
 
 
-def _request(
+def _prepared(
     model: str | Path,
     method: str,
     budget: Mapping[str, Any],
@@ -164,10 +154,15 @@ def _request(
     length: int | None,
     seed: int,
     settings: Mapping[str, Any] | None,
-) -> Request:
+    progress: Progress,
+) -> tuple[Job, list[Layer]]:
     text = None if calibration is None else Path(calibration)
     keep, others = budget["keep"], {name: value for name, value in budget.items() if name != "keep"}
-    return Request(Path(model), method, keep, text, samples, length, seed, dict(settings or {}), **others)
+    request = Request(Path(model), method, keep, text, samples, length, seed, dict(settings or {}), **others)
+    job = open_job(request, progress)
+    layers = layers_of(job)
+    check_layers(job, layers)
+    return job, layers
 
 
 def _collect(job: Job, store: Store, boundaries: Store, progress: Progress) -> None:
