@@ -53,7 +53,8 @@ def compress(
         method: one of `eckart.METHODS`.
         keep: share of the whole model's parameters that remains, in (0, 1]; 0.6 if no budget is given.
         bytes: instead: bytes all parameters may take, index tensors included; or text, "20MB" or "20MiB".
-        flops, latency: instead: share of the linear layers' operations, or of their time measured here, as in "0.7x".
+        flops: instead: share of the operations of the linear layers and the head for one token, as in "0.6x".
+        latency: instead: share of their time, measured on this device, as in "0.7x".
         calibration: text file; methods that use no data do without.
         samples: calibration samples; by default 128 windows for decoders, 2,048 lines for encoders, or what there is.
         length: tokens per sample, 256 by default.
@@ -73,27 +74,27 @@ def compress(
     partial = Partial(target.absolute().with_name(f".{target.absolute().name}.eckart-{job.key[:8]}"))
     try:
         partial.begin({"out": str(target), "settings": _described(job)})
-        store = statistics_store(job, None if cache else partial.folder)
-        outcome, expected = _compressed(job, layers, store, partial, target, progress)
+        outcome, expected = _compressed(job, layers, partial, target, cache, progress)
         checked = _publish(job, partial, outcome, expected if check else None, progress)
     except EckartError as error:
         if partial.blocks_done() == 0 or isinstance(error, BrokenOutputError):
             partial.discard()
         raise
     partial.discard()
-    if cache:
-        trim_cache(store)
     return replace(outcome, seconds=time.perf_counter() - started, checked=checked)
 
 
 def _compressed(
-    job: Job, layers: list[Layer], store: Store, partial: Partial, out: Path, progress: Progress
+    job: Job, layers: list[Layer], partial: Partial, out: Path, cache: bool, progress: Progress
 ) -> tuple[Outcome, Expected]:
     """Do all the work of a job up to its last finished part; return the outcome and what to expect of the reload."""
+    store = statistics_store(job, None if cache else partial.folder)
     _collect(job, store, Store(partial.folder / "boundaries"), progress)
     known = Known(job, store)
     allocation = allocate(job, layers, known, predict=False, progress=progress)
     measured, expected = Sweep(job, known, layers, allocation.chosen, partial, progress).run()
+    if cache:
+        trim_cache(store)
     planned = _as_stored(job, layers, allocation, partial.records())
     return Outcome(planned, out, measured, 0.0, _peak_memory(), _described(job)), expected
 
