@@ -185,5 +185,5 @@ def test_a_real_latency_budget(tmp_path, cache):
     assert outcome.plan.spent.after <= 0.8 * outcome.plan.spent.before
     assert any(layer.structure == "lowrank" for layer in outcome.plan.layers)
     held = [json.loads(path.read_text())["seconds"] for path in cache.glob("latency-*.json")]
-    assert len(held) == 4  # three shapes of layers, and the head
+    assert len(held) == 7  # three shapes of layers, each with and without factors, and the head
     assert all(0 < seconds < 0.1 for table in held for seconds in table.values())

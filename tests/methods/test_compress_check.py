@@ -121,7 +121,9 @@ def test_a_killed_check_leaves_the_work_to_be_continued(demo, tmp_path, monkeypa
     work = tmp_path / "work"
     with monkeypatch.context() as patch:
         patch.setattr(check.sys, "executable", str(script))
-        with pytest.raises(EckartError, match=r"killed by signal 9, .* run the same command again, or give --no-check"):
+        with pytest.raises(
+            EckartError, match=r"ended by signal 9, .* kept: run the same command again, or with --no-check"
+        ):
             eckart.compress(demo, work / "out", **PIVOTED)
     assert [path.name.startswith(".out.eckart-") for path in work.iterdir()] == [True]
     steps = []

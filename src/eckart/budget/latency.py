@@ -1,7 +1,7 @@
 """How long layers take on this device: measured once at a few sizes, kept on disk, interpolated between them.
 
-Everything of one shape, the dense layer among it, takes turns in one measurement, so that what a busy machine does to
-one it does to all. Times rise with the size: what noise says otherwise is averaged (isotonic regression).
+All sizes of one shape and structure take turns with the dense layer, so that what a busy machine does to one it does to
+all. Times rise with the size: what noise says otherwise is averaged (isotonic regression).
 """
 
 import bisect

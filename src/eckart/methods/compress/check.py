@@ -28,7 +28,7 @@ from eckart.files.folder import tensor_file
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.measure import LOGITS, outputs
 from eckart.methods.compress.outcome import Checked, Plan, Speed
-from eckart.methods.reload import ANSWERS, FINDINGS, Order, answers_of
+from eckart.methods.reload import ANSWERS, FINDINGS, UNLOADABLE, Order, answers_of
 
 # What rounding may do: sums of float32 numbers in another order, in every layer of a deep model.
 TOLERANCE = 1e-3
@@ -175,17 +175,19 @@ def fresh_process(order: Path) -> None:
     """Run `eckart.methods.reload` on an order, with this process's interpreter and packages.
 
     Raises:
-        BrokenOutputError: if it fails, with its last words.
-        EckartError: if it was killed.
+        BrokenOutputError: if it cannot load the folder, with its last words.
+        EckartError: if it ended for any other reason; nothing is known of the folder then.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-P", "-m", "eckart.methods.reload", str(order)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode < 0:
-        raise EckartError(
-            f"the process that checks the output was killed by signal {-done.returncode}, as happens where memory runs "
-            "out; free some and run the same command again, or give --no-check"
-        )
-    if done.returncode:
-        words = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise _broken(f"a fresh process cannot load it ({words[:300]})")
+    if done.returncode == 0:
+        return
+    words = (done.stderr.strip().splitlines() or ["it said nothing"])[-1][:300]
+    if done.returncode == UNLOADABLE:
+        raise _broken(f"a fresh process cannot load it ({words})")
+    reason = f"({words})" if done.returncode > 0 else f"by signal {-done.returncode}, as happens where memory runs out"
+    raise EckartError(
+        f"the process that checks the output was ended {reason}; what is finished is kept: run the same command again, "
+        "or with --no-check"
+    )

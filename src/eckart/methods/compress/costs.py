@@ -55,13 +55,12 @@ def costed(
     if measure == FLOPS:
         known: dict[tuple[str, Shape, str, int], float] = {}
         for layer, candidates in everything:
+            options = []
             for o in candidates.options:
                 key = layer.kind, layer.shape, o.structure, o.rank
                 if key not in known:
                     known[key] = _operations(job, layer, o)
-            options = [
-                replace(o, flops=known[layer.kind, layer.shape, o.structure, o.rank]) for o in candidates.options
-            ]
+                options.append(replace(o, flops=known[key]))
             out.append(replace(candidates, options=tuple(options)))
     else:
         timing = _Timing(job, everything, latencies)
@@ -106,11 +105,12 @@ def _example(job: Job, layer: Layer, structure: str, rank: int, device: torch.de
         raise AssertionError(f"no recipe offers {structure} without its family")
     if family.example is not None:
         return family.example(layer.shape, rank, device)
-    return family.fit(torch.randn(layer.shape), Metric(), rank).to(torch.float32, device)
+    weight = torch.randn(layer.shape, generator=torch.Generator().manual_seed(0))
+    return family.fit(weight, Metric(), rank).to(torch.float32, device)
 
 
 class _Timing:
-    """The times of all options, one measurement per shape."""
+    """The times of all options, one measurement per shape and structure."""
 
     def __init__(self, job: Job, everything: Sequence[tuple[Layer, Candidates]], latencies: Latencies) -> None:
         self.job, self.latencies = job, latencies
@@ -129,33 +129,36 @@ class _Timing:
         """Return an option with the seconds it takes for one token."""
         if layer.kind == EMBEDDING and not self.job.parts.tied:  # a lookup costs nothing, as long as it is one
             return replace(option, seconds=0.0 if option.structure == DENSE else math.inf)
-        group = self._group(layer)
-        if group not in self._curves:
-            self._curves[group] = self._measured(layer)
-        curves = self._curves[group]
-        dense = curves[DENSE][1][0]
-        seconds = dense if option.structure == DENSE else between(*curves[option.structure], option.rank)
+        dense = self._curve(layer, DENSE)[1][0]
+        seconds = between(*self._curve(layer, option.structure), option.rank)
         return replace(option, seconds=dense if seconds > WORTH * dense else seconds)
 
-    def _measured(self, layer: Layer) -> dict[str, Curve]:
+    def _curve(self, layer: Layer, structure: str) -> Curve:
+        """Return the times of a structure at some sizes; those of the dense layer at one."""
+        group = self._group(layer)
+        curves = self._curves.setdefault(group, {})
+        if structure not in curves:
+            sizes = [0] if structure == DENSE else grid(sorted(self._offered[group][structure]))
+            curves[structure] = sizes, self._measured(layer, structure, sizes)
+        return curves[structure]
+
+    def _measured(self, layer: Layer, structure: str, sizes: list[int]) -> list[float]:
         looked_up, shape, dtype = self._group(layer)
-        sizes = {structure: grid(sorted(ranks)) for structure, ranks in self._offered[looked_up, shape, dtype].items()}
-        nbytes = math.prod(shape) * dtype.itemsize
-        copies = max(1, min(self._count[looked_up, shape, dtype], ALTERNATED_BYTES // nbytes))
+        copies = max(1, min(self._count[self._group(layer)], ALTERNATED_BYTES // (math.prod(shape) * dtype.itemsize)))
+        what = f"{'tied embedding' if looked_up else 'linear'} {shape[0]} x {shape[1]} {dtype} {copies} copies"
 
         def tasks() -> dict[str, Callable[[], object]]:
-            made = {DENSE: self._call(layer, DENSE, 0, copies)}
-            for structure, several in sizes.items():
-                made |= {f"{structure} {size}": self._call(layer, structure, size, copies) for size in several}
-            return made
+            others = {} if structure == DENSE else {f"{structure} {size}": size for size in sizes}
+            with torch.random.fork_rng([]):
+                made = {name: self._call(layer, structure, size, copies) for name, size in others.items()}
+                return {DENSE: self._call(layer, DENSE, 0, copies), **made}
 
-        kind = "tied embedding" if looked_up else "linear"
-        seconds = self.latencies.seconds(f"{kind} {shape[0]} x {shape[1]} {dtype} {copies} copies {sizes}", tasks)
-        curves = {
-            structure: (several, rising([seconds[f"{structure} {size}"] for size in several]))
-            for structure, several in sizes.items()
-        }
-        return {DENSE: ([0], [seconds[DENSE]]), **curves}
+        if structure == DENSE:
+            return [self.latencies.seconds(what, tasks)[DENSE]]
+        # As shares of the dense layer measured beside them, so that tables from other times go together.
+        seconds = self.latencies.seconds(f"{what} {structure} {sizes}", tasks)
+        dense = self._curve(layer, DENSE)[1][0]
+        return [dense * t / seconds[DENSE] for t in rising([seconds[f"{structure} {size}"] for size in sizes])]
 
     def _call(self, layer: Layer, structure: str, size: int, copies: int) -> Callable[[], object]:
         """Return one call with one token, of each of some equal layers in turn."""

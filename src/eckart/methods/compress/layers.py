@@ -249,7 +249,7 @@ def _candidates(
     """Return the ranks (or sizes of the recipe's one family) a layer may have; None for losses nobody will read."""
     families = job.recipe.families if layer.kind == LINEAR else ()
     stored = stored or (families[0] if families else storage(job.recipe.storage))
-    return candidates(
+    found = candidates(
         layer.name,
         layer.shape,
         [0.0] * (stored.largest(layer.shape) + 1) if losses is None else losses,
@@ -259,6 +259,12 @@ def _candidates(
         extra_bias=job.recipe.centred and layer.kind != EMBEDDING,
         round_to=job.recipe.round_to,
     )
+    if not layer.bias:
+        return found
+    # A dense layer's bias may be stored in another dtype than its weight; a compressed layer's is not.
+    wider = job.model.stored_dtype(f"{layer.name}.bias").itemsize - job.weight_dtype(layer.name).itemsize
+    dense = replace(found.dense, nbytes=found.dense.nbytes + layer.bias * wider)
+    return replace(found, options=(*found.options[:-1], dense))
 
 
 def check_layers(job: Job, layers: list[Layer]) -> None:
