@@ -86,7 +86,7 @@ def test_never_over_budget_and_one_option_of_each_layer(name, layers, share):
 @settings(max_examples=100, deadline=None)
 @pytest.mark.parametrize("name", ALLOCATORS)
 def test_refused_below_the_cheapest(name, layers):
-    with pytest.raises(EckartError, match=r"cheapest options take .* numbers together, but the budget leaves them"):
+    with pytest.raises(EckartError, match=r"cheapest options take .* parameters together, but the budget leaves them"):
         ALLOCATORS[name](layers, least_cost(layers) - 1)
 
 

@@ -86,7 +86,7 @@ class Measure:
         return f"{value * self.scale:,.0f} {self.unit}"
 
 
-NUMBERS = Measure("numbers", "numbers")
+NUMBERS = Measure("numbers", "parameters")
 BYTES = Measure("nbytes", "bytes")
 FLOPS = Measure("flops", "operations")
 SECONDS = Measure("seconds", "microseconds", 1e6)
