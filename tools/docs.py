@@ -118,6 +118,7 @@ def pages() -> dict[Path, str]:
         "memory": results("memory"),
         "constants": results("constants"),
         "sparse_coding": results("sparse_coding"),
+        "equal_bytes": results("equal_bytes"),
     }
     return {
         ROOT / f"docs/{name}.md": environment.get_template(f"{name}.md.jinja").render(values)

@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from eckart.maps import Permutation as Permutation
     from eckart.maps import Pivoted as Pivoted
     from eckart.maps import Product as Product
+    from eckart.maps import Quantized as Quantized
     from eckart.maps import RowNormalized as RowNormalized
     from eckart.maps import Scaled as Scaled
+    from eckart.maps import Scattered as Scattered
     from eckart.maps import Sparse as Sparse
     from eckart.maps import Sum as Sum
     from eckart.maps import linear_map as linear_map
@@ -66,7 +68,7 @@ PUBLIC: dict[str, str] = {
         "eckart.maps": (
             "FAMILIES", "LinearMap", "linear_map", "simplify", "pivot",
             "Dense", "LowRank", "Pivoted", "Diagonal", "Permutation", "Sparse", "NM",
-            "Bitmap", "Sum", "Product", "Scaled", "Blocks", "RowNormalized", "Masked",
+            "Bitmap", "Quantized", "Scattered", "Sum", "Product", "Scaled", "Blocks", "RowNormalized", "Masked",
         ),
     }.items()
     for name in names

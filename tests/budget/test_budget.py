@@ -16,22 +16,39 @@ from eckart.budget import (
     NUMBERS,
     SECONDS,
     Candidates,
+    Measure,
     Option,
     calibrated,
     candidates,
     knapsack,
     least_cost,
     probe_option,
+    proportional,
     threshold,
     uniform,
     uniform_rank,
+    weights_by_influence,
+    weights_by_loss,
+    zero_sum,
 )
 from eckart.budget.knapsack import hull
 from eckart.budget.latency import Latencies, between, grid, rising
 from eckart.errors import EckartError
 from eckart.maps import storage
 
-ALLOCATORS = {"knapsack": knapsack, "threshold": threshold, "uniform": uniform, "uniform-rank": uniform_rank}
+
+def by_position(layers: list[Candidates], budget: float, measure: Measure = NUMBERS) -> dict[str, Option]:
+    """Removed shares 1 : 2 : 3 ..., the first layer's next to none."""
+    return proportional(layers, budget, {c.name: i + 1e-12 for i, c in enumerate(layers)}, measure)
+
+
+ALLOCATORS = {
+    "knapsack": knapsack,
+    "threshold": threshold,
+    "uniform": uniform,
+    "uniform-rank": uniform_rank,
+    "proportional": by_position,
+}
 
 
 def layer(name: str, numbers: list[int], losses: list[float]) -> Candidates:
@@ -370,3 +387,88 @@ def test_a_latency_table_is_measured_once(tmp_path):
     assert len(calls) == 1
     table.seconds("other sums", tasks)
     assert len(calls) == 2
+
+
+def finely(name: str) -> Candidates:
+    """A layer of 1,000 numbers with an option for every one of them."""
+    return layer(name, [*range(1, 1000), 1000], [float(1000 - i) for i in range(1, 1001)])
+
+
+@given(st.lists(st.floats(0.2, 5), min_size=2, max_size=4), st.floats(0.05, 0.95))
+@settings(max_examples=50, deadline=None)
+def test_removed_shares_are_proportional_until_a_layer_is_used_up(weights, kept):
+    names = [f"l{i}" for i in range(len(weights))]
+    budget = max(round(kept * 1000 * len(names)), len(names))
+    chosen = proportional([finely(n) for n in names], budget, dict(zip(names, weights, strict=True)))
+    removed = {n: 1 - chosen[n].numbers / 1000 for n in names}
+    assert budget - len(names) <= total(chosen) <= budget
+    ratios = [removed[n] / w for n, w in zip(names, weights, strict=True) if removed[n] < 0.998]
+    assert max(ratios, default=0) - min(ratios, default=0) <= 0.004 / min(weights)
+
+
+@given(st.dictionaries(st.sampled_from("abcdef"), st.floats(0, 1e7), min_size=1))
+def test_weights_by_loss_are_those_of_the_paper_where_its_formula_is_defined(losses):
+    groups = {name: "vowel" if name in "ae" else "consonant" for name in losses}
+    weights = weights_by_loss(losses, groups)
+    for group in set(groups.values()):
+        names = [name for name in losses if groups[name] == group]
+        assert sum(weights[n] for n in names) == pytest.approx(len(names))
+        assert all(weights[n] > 0 for n in names)
+        by_loss = sorted(names, key=lambda n: losses[n])
+        assert all(weights[a] >= weights[b] - 1e-12 for a, b in itertools.pairwise(by_loss))
+        if min(losses[n] for n in names) >= math.e:
+            scores = {n: 1 / math.log(losses[n]) for n in names}
+            for n in names:
+                assert weights[n] == pytest.approx(len(names) * scores[n] / sum(scores.values()))
+
+
+def scored(name: str, changes: list[float]) -> Candidates:
+    """A layer of 8 x 8 whose values i = 0 ... 7 change the loss by that when dropped; 16 numbers per rank."""
+    curve = [sum(changes[k:]) for k in range(9)]
+    options = tuple(Option("lowrank", k, 16 * k, 64 * k, curve[k]) for k in (1, 2, 3))
+    return Candidates(name, (8, 8), (*options, Option(DENSE, 8, 64, 256, 0.0)), tuple(curve))
+
+
+def by_the_rule(changes: dict[str, list[float]], budget: int, least: int) -> dict[str, int]:
+    """The paper's rule with a search instead of heaps; ranks above 3 are dense."""
+    ranks, total = dict.fromkeys(changes, 8), 0.0
+    while sum(64 if k > 3 else 16 * k for k in ranks.values()) > budget:
+        tails = [(abs(changes[n][k - 1]), i, n) for i, (n, k) in enumerate(ranks.items()) if k > least]
+        if not tails:
+            least = 1
+            continue
+        preferred = [t for t in tails if (changes[t[2]][ranks[t[2]] - 1] >= 0) == (total <= 0)]
+        _, _, name = min(preferred or tails)
+        total += changes[name][ranks[name] - 1]
+        ranks[name] -= 1
+    return ranks
+
+
+@given(
+    st.lists(st.lists(st.integers(-50, 50), min_size=8, max_size=8), min_size=1, max_size=4),
+    st.floats(0, 1),
+    st.sampled_from([0.0, 0.4, 0.9]),
+)
+@settings(max_examples=200, deadline=None)
+def test_zero_sum_follows_the_rule(lists, share, floor):
+    changes = {f"l{i}": list(map(float, values)) for i, values in enumerate(lists)}
+    layers = [scored(name, values) for name, values in changes.items()]
+    budget = round(len(layers) * (16 + share * 48))
+    chosen = zero_sum(layers, budget, floor)
+    expected = by_the_rule(changes, budget, max(1, math.ceil(3 * floor)))
+    assert total(chosen) <= budget
+    assert {n: o.rank for n, o in chosen.items()} == {n: k if k <= 3 else 8 for n, k in expected.items()}
+
+
+def test_zero_sum_leaves_layers_without_a_curve_alone():
+    chosen = zero_sum([scored("a", [1.0] * 8), layer("b", [5, 12], [2.0, 0.0])], 60)
+    assert (chosen["a"].rank, chosen["b"].structure) == (3, DENSE)
+    with pytest.raises(EckartError, match="cheapest options"):
+        zero_sum([scored("a", [1.0] * 8)], 15)
+
+
+@given(st.lists(st.floats(-1, 2), min_size=1, max_size=6), st.floats(0.01, 10))
+def test_weights_by_influence_are_a_softmax_with_mean_one(influence, temperature):
+    weights = torch.tensor(weights_by_influence(influence, temperature), dtype=torch.float64)
+    expected = len(influence) * (-torch.tensor(influence, dtype=torch.float64) / temperature).softmax(0)
+    torch.testing.assert_close(weights, expected)

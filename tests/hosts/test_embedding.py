@@ -8,8 +8,8 @@ from accelerate import cpu_offload
 from torch import nn
 
 from eckart.errors import EckartError
-from eckart.hosts import EmbeddingHost, TiedHead
-from eckart.maps import Dense, LowRank, Pivoted, pivot
+from eckart.hosts import EmbeddingHost, TiedHead, embedding_host
+from eckart.maps import Blocks, Dense, LinearMap, LowRank, Permutation, Pivoted, Product, Quantized, pack, pivot
 
 VOCABULARY, WIDTH, RANK = 23, 10, 4
 
@@ -142,3 +142,39 @@ def test_a_copy_has_its_own_temporary_table(map_):
         copied.table.weight.zero_()
         assert not copied(torch.tensor([0])).any()
         assert embedding(torch.tensor([0])).any()
+
+
+def codes(rows: int, columns: int, bits: int) -> Quantized:
+    numbers = torch.randint(2**bits, (rows, columns))
+    return Quantized(pack(numbers, bits), torch.rand(rows, 1) + 0.1, torch.randn(rows, 1), None, columns, bits, columns)
+
+
+def quantized_tables() -> list[LinearMap]:
+    torch.manual_seed(0)
+    order = torch.randperm(WIDTH, dtype=torch.int32)
+    pivots = Blocks(((Permutation(torch.arange(4)), Dense(torch.randn(4, WIDTH - 4))),))
+    rest = codes(4, WIDTH, 3)
+    return [
+        codes(VOCABULARY, WIDTH, 4),
+        Product((codes(VOCABULARY, 4, 4), rest)),
+        Product((codes(VOCABULARY, 4, 8), pivots, Permutation(order))),
+    ]
+
+
+@pytest.mark.parametrize("map_", quantized_tables(), ids=["alone", "low rank", "pivoted"])
+def test_quantized_tables_are_looked_up_and_tied(map_):
+    embedding = embedding_host(map_, padding_idx=1)
+    ids, hidden = torch.randint(VOCABULARY, (2, 5)), torch.randn(2, 3, WIDTH)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(embedding(ids), map_.dense()[ids], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(TiedHead(embedding)(hidden), hidden @ map_.dense().mT, atol=1e-4, rtol=1e-4)
+    held = embedding.held_map()
+    assert held == map_
+    assert all(t.data_ptr() == map_.tensors()[name].data_ptr() for name, t in held.tensors().items())
+    assert embedding.padding_idx == 1
+
+
+def test_a_table_of_codes_by_columns_is_refused():
+    with pytest.raises(EckartError, match="one row of codes per token"):
+        embedding_host(codes(WIDTH, VOCABULARY, 4).T)

@@ -11,7 +11,7 @@ CASES = cases()
 FIRST = {next(case.name for case in cases(family)) for family in MAKERS}
 
 # The number of (law, case) pairs only grows: a drop means that a battery no longer runs.
-PAIRS = 1360
+PAIRS = 1802
 
 
 def _pairs():

@@ -100,7 +100,7 @@ def measured_again(before: Path, after: Path, batches, name: str) -> float:
     return total / count
 
 
-@pytest.mark.parametrize("method", ["svd-llm", "eckart"])
+@pytest.mark.parametrize("method", ["svd-llm", "eckart", "modegpt"])
 @pytest.mark.parametrize("name", list(MODELS))
 def test_what_was_measured_is_what_is_loaded(name, method, folders, sentences, text, tmp_path):
     calibration = sentences if name.startswith("bert") else text
@@ -113,7 +113,7 @@ def test_what_was_measured_is_what_is_loaded(name, method, folders, sentences, t
     again = measured_again(folders[name], tmp_path / "out", batches, expected)
     assert again == pytest.approx(outcome.measured.after, abs=1e-4, rel=1e-3)
     model = load(tmp_path / "out")
-    assert sum(isinstance(m, Host) for m in model.modules()) > 4
+    assert sum(isinstance(m, Host) for m in model.modules()) >= 4
     held = load_file(tmp_path / "out" / "model.safetensors")
     assert sum(t.numel() for t in held.values() if t.is_floating_point()) == outcome.plan.parameters_after
     assert sum(t.nbytes for t in held.values()) == outcome.plan.bytes_after

@@ -43,7 +43,7 @@ def test_keep(keep, refused):
     [
         ("svdllm", "unknown method 'svdllm'; did you mean 'svd-llm'"),
         ("Eckart", "unknown method 'Eckart'; did you mean 'eckart'"),
-        ("gptq", "unknown method 'gptq'; there are svd, fwsvd"),
+        ("smooth", "unknown method 'smooth'; there are svd, fwsvd"),
         ("", "unknown method ''; there are svd"),
         (None, "unknown method None; there are svd"),
     ],
@@ -112,7 +112,7 @@ def test_texts(refused, tmp_path):
     refused("holds no text", calibration=tmp_path / "empty.txt")
 
 
-@pytest.mark.parametrize("method", [m for m in eckart.METHODS if m not in ("svd", "welore")])
+@pytest.mark.parametrize("method", [m for m in eckart.METHODS if m not in ("svd", "welore", "rtn")])
 def test_methods_that_need_a_text(method, refused):
     refused(f"{method} needs a calibration text; give one with --calibration FILE", method=method, calibration=None)
 

@@ -105,6 +105,11 @@ KILLED = [
     Case("aa-svd", ["compress", 1]),
     Case("aa-svd", ["compress", 4]),
     Case("aa-svd", ["write", 0]),
+    Case("basis-sharing", ["compress", 1]),
+    Case("basis-sharing", ["compress", 2]),
+    Case("basis-sharing", kill_in_file=8),
+    Case("basis-sharing", kill_in_file=10),
+    Case("basis-sharing", kill_in_file=13),
 ]
 # bytes: nothing fits; statistics fit, but hidden states do not; blocks fit, but the output does not
 FULL = [Case("eckart", largest_file=size) for size in (300, 20_000, 700_000)]
@@ -118,6 +123,8 @@ USUAL = {
     "eckart-file-19",
     "svd-llm-compress-1",
     "aa-svd-compress-4",
+    "basis-sharing-compress-1",
+    "basis-sharing-file-10",
 }
 
 

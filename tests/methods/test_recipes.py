@@ -9,10 +9,11 @@ from transformers import AutoModelForCausalLM
 
 import eckart
 from eckart.errors import EckartError
+from eckart.files.inspect import show
 from eckart.fit import regress
 from eckart.methods.compress.job import Request, open_job, statistics_store
 from eckart.methods.compress.layers import Known, layers_of, weights
-from eckart.methods.compress.recipe import COMMON, Recipe, normalized_spectrum, overridden
+from eckart.methods.compress.recipe import COMMON, LayerData, Recipe, normalized_spectrum, overridden
 from eckart.methods.compress.table import METHODS, recipe_of, settings_of, source_of, summary_of
 from eckart.progress import silent
 from eckart.stats import CrossSum, Store, collect_gradients, collect_inputs
@@ -55,7 +56,7 @@ def test_published_defaults():
     assert settings_of("kfac")["input_shrinkage"].default == 0.1
     assert settings_of("kfac")["output_shrinkage"].default == 0.3
     assert settings_of("asvd")["alpha"].default == 0.5
-    assert {m for m in NAMES if not recipe_of(m).needs_text} == {"svd", "welore"}
+    assert {m for m in NAMES if not recipe_of(m).needs_text} == {"svd", "welore", "rtn"}
     assert {m for m in NAMES if recipe_of(m).uses_gradients} == {"fwsvd", "kfac", "eckart", "eckart-mixed"}
 
 
@@ -67,7 +68,24 @@ def test_published_defaults():
         ("cospadi", {"ratio": 0.5}, "ratio must be at least 1, got 0.5"),
         ("compot", {"iterations": -1}, "iterations must be at least 0, got -1"),
         ("oats", {"rank_share": 1.0}, r"rank_share must lie in \[0, 1\), got 1.0"),
+        ("svd", {"bits": 5}, "bits must be one of 2, 3, 4, 8, or 0 for no codes, got 5"),
+        ("eckart", {"group_size": 0}, "group_size is the number of entries that share a scale, at least 1, got 0"),
+        ("lrq", {"levels": "learned"}, "codes are learned for uniform levels only; give levels=uniform"),
+        ("lrq", {"rank": 0}, "rank must be at least 1, got 0"),
+        ("gptq", {"bits": 0}, "bits=0 leaves this method nothing to do; give 2, 3, 4 or 8"),
+        ("modegpt", {"allocation": "knapsack"}, "allocation=knapsack does not know hidden units; use uniform or infl"),
+        ("slicegpt", {"storage": "pivoted"}, "slicing changes the whole model at once: leave allocation, storage"),
+        ("modegpt", {"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ("svd", {"allocation": "zero-sum"}, "allocation=zero-sum needs the gradients of the weights, which zs-svd"),
+        ("zs-svd", {"embeddings": True}, "zero-sum scores know linear layers only; leave embeddings=false"),
         ("rocket", {"balance": 2}, r"balance must lie in \[0, 1\], got 2"),
+        ("basis-sharing", {"group": 1}, "group must be at least 2, got 1"),
+        ("basis-sharing", {"rounds": -1}, "rounds must be at least 0, got -1"),
+        ("basis-sharing", {"allocation": "calibrated"}, "allocation=calibrated looks at one layer at a time, and this"),
+        ("concatenated-svd", {"threshold": 0}, "threshold must be positive, got 0"),
+        ("concatenated-svd", {"algorithm": "greedy"}, "must be one of union, residual, incremental, got 'greedy'"),
+        ("cospadi", {"group": 0}, "group must be at least 1, got 0"),
+        ("cospadi", {"group": 2, "allocation": "threshold"}, "allocation=threshold knows low-rank maps only"),
     ],
 )
 def test_answers_that_do_not_go_together(method, settings, message):
@@ -83,12 +101,14 @@ def test_only_common_answers_are_overridden():
 
 def known_of(demo, text, method: str, folder, **settings) -> Known:
     """The statistics a method asks for, of a few samples."""
-    job = open_job(Request(demo, method, 0.7, text, 4, 48, 0, settings), silent)
+    job = open_job(Request(demo, method, recipe_of(method).usual_keep, text, 4, 48, 0, settings), silent)
     store, boundaries = statistics_store(job, folder), Store(folder / "boundaries")
     if job.recipe.needs_text:
         collect_inputs(job.runner, job.calibration, store, boundaries=boundaries)
-    if job.recipe.uses_gradients:
-        collect_gradients(job.runner, job.calibration, job.objective, store, boundaries)
+    if job.recipe.uses_gradients or job.recipe.uses_weight_gradients:
+        collect_gradients(
+            job.runner, job.calibration, job.objective, store, boundaries, weights=job.recipe.uses_weight_gradients
+        )
     return Known(job, store)
 
 
@@ -112,15 +132,23 @@ def truncated(matrix: torch.Tensor, rank: int) -> torch.Tensor:
     return (u[:, :rank] * s[:rank]) @ v[:rank]
 
 
+# Whose metric is the input's second moment, whatever else they do.
+WHITENED = {
+    *("svd-llm", "svd-llm-v2", "zs-svd", "modegpt", "slicegpt"),
+    *("basis-sharing", "concatenated-svd", "aa-svd", "cospadi", "compot", "rocket", "oats", "gptq"),
+}
+
+
 def by_the_paper(method: str, w: torch.Tensor, x: torch.Tensor, known: Known, rank: int) -> torch.Tensor:
     """The formula of each paper, written out."""
     g = x.mT @ x / x.shape[0]
-    if method in ("svd", "welore"):
+    if method in ("svd", "welore", "rtn", "lrq"):
         return truncated(w, rank)
-    if method == "asvd":
-        scale = x.abs().mean(0).sqrt()
+    if method in ("asvd", "any4"):
+        scale = x.abs().mean(0)
+        scale = scale.sqrt() if method == "asvd" else scale
         return truncated(w * scale, rank) / scale
-    if method in ("svd-llm", "aa-svd", "cospadi", "compot", "rocket", "oats"):
+    if method in WHITENED:
         root = torch.linalg.cholesky(g)
         return torch.linalg.solve_triangular(root, truncated(w @ root, rank), upper=False, left=False)
     if method in ("afm", "lord"):
@@ -174,7 +202,7 @@ def test_the_anchored_metric_regresses_on_what_the_layer_sees(demo, text, inputs
 def test_spectra_are_normalized_as_in_welore():
     weight = torch.randn(12, 9, dtype=torch.float64)
     values = torch.linalg.svdvals(weight)
-    score = normalized_spectrum(weight, regress(weight, recipe_of("svd").metric(None)))
+    score = normalized_spectrum(LayerData(weight), regress(weight, recipe_of("svd").metric(None)))
     expected = torch.cat([(values - values[-1]) / (values[0] - values[-1]), torch.zeros(1)])
     torch.testing.assert_close(score, expected.double(), atol=1e-7, rtol=0)
 
@@ -185,21 +213,33 @@ OVERRIDES = [
     {"allocation": "calibrated"},
     {"allocation": "calibrated", "gamma": 0.5},
     {"allocation": "uniform-rank"},
+    {"allocation": "log-loss"},
+    {"allocation": "influence"},
     {"embeddings": True},
     {"embeddings": True, "storage": "pivoted", "allocation": "knapsack"},
     {"round_to": 8},
     {"heal": 1},
+    {"bits": 8},
+    {"bits": 4, "heal": 1},
+    {"bits": 4, "embeddings": True, "storage": "pivoted"},
+    {"bits": 3, "embeddings": True, "levels": "learned", "symmetric": True},
 ]
 
 
 @pytest.mark.parametrize("settings", OVERRIDES, ids=lambda s: "-".join(f"{k}={v}" for k, v in s.items()))
 def test_any_answer_can_be_replaced(settings, demo, text, tmp_path):
     arguments = {"calibration": text, "samples": 2, "length": 32, "keep": 0.7, "settings": settings}
+    bits = settings.get("bits", 0)
     outcome = eckart.compress(demo, tmp_path / "out", method="svd-llm", **arguments)
-    compressed = [layer for layer in outcome.plan.layers if layer.structure != "dense"]
+    compressed = [layer for layer in outcome.plan.layers if layer.structure not in ("dense", f"int{bits}")]
     assert 0.685 <= outcome.plan.kept <= 0.7
     assert all(layer.numbers < layer.dense_numbers for layer in compressed)
-    assert {layer.structure for layer in compressed} == {settings.get("storage", "lowrank")}
+    named = settings.get("storage", "lowrank") + (f" int{bits}" if bits else "")
+    assert {layer.structure for layer in compressed} == {named}
+    held = load_file(outcome.out / "model.safetensors")
+    assert sum(t.nbytes for t in held.values()) == outcome.plan.bytes_after == show(outcome.out).nbytes
+    planned = eckart.plan(demo, method="svd-llm", **arguments)
+    assert planned.bytes_after == outcome.plan.bytes_after
     if settings.get("embeddings"):
         assert outcome.plan.layers[0].kind == "embedding"
         assert outcome.plan.layers[0].structure != "dense"
@@ -245,3 +285,25 @@ def test_the_update_of_svd_llm_fits_what_the_compressed_model_sees(demo, text, t
     before, after = (load_file(tmp_path / str(u) / "model.safetensors") for u in (False, True))
     torch.testing.assert_close(before[first], after[first], atol=1e-3, rtol=1e-3)
     assert loss[True] < loss[False] - 0.05
+
+
+def test_zero_sum_scores_are_the_first_order_change_of_the_loss(demo, text, tmp_path):
+    """The score of a rank is the slope of the calibration loss on the way from W to W without the values dropped."""
+    known = known_of(demo, text, "zs-svd", tmp_path)
+    ((layer, weight),) = weights(known.job, [layer_of(known)])
+    regression = regress(weight, known.metric(layer, weight))
+    scores = known.scores(layer, weight, regression)
+    assert scores.shape == (min(weight.shape) + 1,)
+    assert scores[-1] == 0
+    model = AutoModelForCausalLM.from_pretrained(demo, dtype=torch.float64).eval()
+    parameter = model.get_submodule(NAME).weight
+    tokens = sum(ids.numel() for ids in known.job.calibration)
+    for rank in (0, 20, 50):
+        dropped = weight.double() - regression.factors(rank).dense().double()
+        losses = []
+        for step in (0.01, -0.01):
+            with torch.no_grad():
+                parameter.copy_(weight.double() - step * dropped)
+                losses.append(sum(float(known.job.objective.scalar(model(i), i, None)) for i in known.job.calibration))
+        slope = (losses[0] - losses[1]) / 0.02 / tokens
+        assert slope == pytest.approx(float(scores[rank]), rel=0.02, abs=2e-5)

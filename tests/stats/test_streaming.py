@@ -20,6 +20,7 @@ from eckart.stats import (
     objective,
     streaming,
     token_counts,
+    weight_gradients_of,
 )
 
 MODELS = ["llama", "gpt2", "bert", "bert-mlm"]
@@ -63,6 +64,18 @@ def test_input_moments_are_those_of_the_whole_model(name, tiny, streamed, sample
             torch.testing.assert_close(known[layer].mean, rows.mean(0), **CLOSE)
             torch.testing.assert_close(known[layer].mean_abs, rows.abs().mean(0), **CLOSE)
             torch.testing.assert_close(known[layer].second, rows.mT @ rows / 55, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_influence_is_how_far_a_block_turns_its_input(name, tiny, streamed, samples, tmp_path):
+    model, store = tiny(name), Store(tmp_path)
+    collect_inputs(streamed(model), samples, store)
+    with torch.no_grad():
+        states = [model(ids, output_hidden_states=True).hidden_states for ids in samples]
+    for index in range(2):  # what transformers gives last is behind the final norm
+        cosines = [torch.cosine_similarity(h[index], h[index + 1], dim=-1).flatten() for h in states]
+        expected = 1 - torch.cat(cosines).double().mean()
+        torch.testing.assert_close(store.load("influence", index)["block"]["influence"], expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert-mlm"])
@@ -196,6 +209,24 @@ def test_row_fisher_is_the_squared_gradient_of_every_row(name, tiny, streamed, s
                 rows = gradient if isinstance(module, nn.Linear) else gradient.mT  # Conv1D holds (in, out)
                 sums += rows.double().square().sum(1)
             torch.testing.assert_close(known[layer].row_fisher, sums / len(sequences), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_weight_gradients_are_those_of_the_whole_model(name, tiny, streamed, samples, tmp_path):
+    model, store, boundaries = tiny(name), Store(tmp_path / "s"), Store(tmp_path / "b")
+    runner = streamed(model)
+    goal = goal_of(runner, "observed")
+    collect_inputs(runner, samples, store, boundaries=boundaries)
+    collect_gradients(runner, samples, goal, store, boundaries)
+    assert not store.has(f"weight-gradients-{goal.name}", 1)  # only if asked for
+    collect_gradients(runner, samples, goal, store, boundaries, weights=True)
+    sum(goal.scalar(model(ids), ids, torch.Generator()) for ids in samples).backward()
+    for index, layers in enumerate(layers_by_block(model, runner)):
+        known = weight_gradients_of(store, goal, index)
+        assert known.keys() == layers.keys()
+        for layer, module in layers.items():
+            expected = module.weight.grad if isinstance(module, nn.Linear) else module.weight.grad.mT
+            torch.testing.assert_close(known[layer] * 55, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert-mlm", "bert"])

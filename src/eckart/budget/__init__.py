@@ -13,6 +13,10 @@ from eckart.budget.candidates import Option as Option
 from eckart.budget.candidates import candidates as candidates
 from eckart.budget.candidates import least_cost as least_cost
 from eckart.budget.knapsack import knapsack as knapsack
+from eckart.budget.proportional import proportional as proportional
+from eckart.budget.proportional import weights_by_influence as weights_by_influence
+from eckart.budget.proportional import weights_by_loss as weights_by_loss
 from eckart.budget.threshold import threshold as threshold
 from eckart.budget.uniform import uniform as uniform
 from eckart.budget.uniform import uniform_rank as uniform_rank
+from eckart.budget.zero_sum import zero_sum as zero_sum

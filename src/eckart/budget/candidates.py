@@ -100,11 +100,13 @@ class Candidates:
         name: the layer.
         shape: (out, in).
         options: at least the dense one.
+        curve: loss or score of rank 0, 1, ..., up to full rank, those that save nothing included; empty if unknown.
     """
 
     name: str
     shape: tuple[int, int]
     options: tuple[Option, ...]
+    curve: tuple[float, ...] = ()
 
     @property
     def dense(self) -> Option:
@@ -162,7 +164,7 @@ def candidates(
         if nbytes < dense * itemsize:
             options.append(Option(stored.name, rank, numbers, nbytes, float(values[rank])))
     options.append(Option(DENSE, min(m, n), dense, dense * itemsize, 0.0))
-    return Candidates(name, shape, tuple(options))
+    return Candidates(name, shape, tuple(options), tuple(values) if len(values) > min(shape) else ())
 
 
 def _multiple_above(value: int, step: int) -> int:

@@ -1,6 +1,6 @@
 """The same share for every layer: of its cost, or of its rank."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from eckart.budget.candidates import NUMBERS, Candidates, Measure, Option, require_reachable
 
@@ -18,14 +18,9 @@ def uniform(layers: Sequence[Candidates], budget: float, measure: Measure = NUMB
         EckartError: if the cheapest options exceed the budget.
     """
     require_reachable(layers, budget, measure)
-    chosen = _within(layers, _largest_share(layers, budget, measure), measure)
-    left = budget - _cost(layers, chosen, measure)
-    for i in sorted(range(len(layers)), key=lambda i: _share(layers[i], layers[i].options[chosen[i]], measure)):
-        options, at = layers[i].options, chosen[i]
-        if at + 1 < len(options) and (step := measure.of(options[at + 1]) - measure.of(options[at])) <= left:
-            left -= step
-            chosen[i] = at + 1
-    return {layer.name: layer.options[at] for layer, at in zip(layers, chosen, strict=True)}
+    share = largest_share(lambda s: within(layers, [s] * len(layers), measure), layers, budget, measure)
+    shares = [share] * len(layers)
+    return filled(layers, within(layers, shares, measure), shares, budget, measure)
 
 
 def uniform_rank(layers: Sequence[Candidates], budget: float, measure: Measure = NUMBERS) -> dict[str, Option]:
@@ -70,25 +65,55 @@ def _share(layer: Candidates, option: Option, measure: Measure) -> float:
     return measure.of(option) / measure.of(layer.dense) if measure.of(layer.dense) else 1.0
 
 
-def _within(layers: Sequence[Candidates], share: float, measure: Measure) -> list[int]:
-    """Return the index of every layer's largest option within a share of its dense cost (the cheapest at least)."""
+def within(layers: Sequence[Candidates], shares: Sequence[float], measure: Measure = NUMBERS) -> list[int]:
+    """Return the index of every layer's largest option within its share of its dense cost, or of the cheapest."""
     return [
         max((i for i, o in enumerate(c.options) if _share(c, o, measure) <= share * (1 + 1e-12)), default=0)
-        for c in layers
+        for c, share in zip(layers, shares, strict=True)
     ]
+
+
+def filled(
+    layers: Sequence[Candidates],
+    chosen: Sequence[int],
+    shares: Sequence[float],
+    budget: float,
+    measure: Measure = NUMBERS,
+) -> dict[str, Option]:
+    """Spend what rounding left of a budget on the layers furthest below their shares, one option each.
+
+    Args:
+        layers: candidates.
+        chosen: index of the option of each.
+        shares: the share of its dense cost each should have.
+        budget: what all layers may cost together.
+        measure: what is counted; options ascend in it.
+    """
+    at, left = list(chosen), budget - _cost(layers, chosen, measure)
+
+    def lack(i: int) -> float:
+        return _share(layers[i], layers[i].options[at[i]], measure) - shares[i]
+
+    for i in sorted(range(len(layers)), key=lack):
+        options = layers[i].options
+        if at[i] + 1 < len(options) and (step := measure.of(options[at[i] + 1]) - measure.of(options[at[i]])) <= left:
+            left -= step
+            at[i] += 1
+    return {layer.name: layer.options[i] for layer, i in zip(layers, at, strict=True)}
 
 
 def _cost(layers: Sequence[Candidates], chosen: Sequence[int], measure: Measure) -> float:
     return sum(measure.of(layer.options[at]) for layer, at in zip(layers, chosen, strict=True))
 
 
-def _largest_share(layers: Sequence[Candidates], budget: float, measure: Measure) -> float:
+def largest_share(
+    choose: Callable[[float], list[int]], layers: Sequence[Candidates], budget: float, measure: Measure = NUMBERS
+) -> float:
     """Return the largest share in [0, 1] whose choice fits the budget, by bisection."""
     low, high = 0.0, 1.0
-    if _cost(layers, _within(layers, high, measure), measure) <= budget:
+    if _cost(layers, choose(high), measure) <= budget:
         return high
     for _ in range(60):
         middle = (low + high) / 2
-        fits = _cost(layers, _within(layers, middle, measure), measure) <= budget
-        low, high = (middle, high) if fits else (low, middle)
+        low, high = (middle, high) if _cost(layers, choose(middle), measure) <= budget else (low, middle)
     return low

@@ -22,6 +22,13 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 EveryLayer = Annotated[bool, typer.Option("--every-layer", help="One row per layer, however many there are.")]
+Keep = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the whole model's parameters that remains, in (0, 1].  "
+        "[default: 0.6, or 1 for methods that only quantize]"
+    ),
+]
 Size = Annotated[
     str | None, typer.Option("--bytes", metavar="SIZE", help="Instead: bytes of all parameters, 20MB or 20MiB.")
 ]
@@ -54,9 +61,7 @@ def _main(
 @guarded(CONTINUES)
 def compress(
     model: Annotated[Path, typer.Argument(help="Folder of a Hugging Face decoder or encoder.")],
-    keep: Annotated[
-        float | None, typer.Option(help="Share of the whole model's parameters that remains, in (0, 1].")
-    ] = None,
+    keep: Keep = None,
     nbytes: Size = None,
     flops: FlopsShare = None,
     latency: TimeShare = None,
@@ -78,8 +83,6 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Make a model smaller: dense weights become structured maps under a budget, measured before and after."""
-    if not any((keep is not None, nbytes, flops, latency)):
-        raise typer.BadParameter("give a budget: this, --bytes, --flops or --latency", param_hint="--keep")
     if out is None and not only_plan:
         raise typer.BadParameter("give a folder to write, or --plan to write nothing", param_hint="--out")
     _require_model(model)

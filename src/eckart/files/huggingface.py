@@ -9,7 +9,7 @@ A compressed model is a normal Hugging Face folder. Its config.json holds
         "<module name>": {"kind": "linear",    "map": <spec>, "bias": true | false},
         "<module name>": {"kind": "embedding", "map": <spec>, "padding_idx": null | int},
         "<module name>": {"kind": "tied-head", "embedding": "<module name>"}
-      },
+      },                  (layers with fewer hidden units say so: eckart.files.neurons)
       "sentinel": "<module name>.weight",
       "made_by": {...}
     }
@@ -17,7 +17,8 @@ A compressed model is a normal Hugging Face folder. Its config.json holds
 <spec> is `LinearMap.spec()`: class, tensor shapes, plain fields. The safetensors hold the state dict of the model with
 these modules replaced by hosts: "<name>.down.weight" and "<name>.up.weight" for a low-rank map, "<name>.basis.weight",
 "<name>.coefficients.weight" and "<name>.order" for a pivoted one, "<name>.table.weight" and "<name>.rest.weight" for an
-embedding; see `eckart.hosts`. Everything else is as in the original folder, in its original dtype.
+embedding; see `eckart.hosts`. A linear layer may take tensors from another one ("shared" in its entry, see
+`eckart.files.sharing`). Everything else is as in the original folder, in its original dtype.
 
 The sentinel is one more tensor with no elements, named like the dense weight of a compressed layer: without eckart,
 transformers warns about an unknown quant_method and would go on with random weights; with the sentinel it finds a
@@ -44,7 +45,29 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eckart.errors import EckartError, NumericalWarning
-from eckart.hosts import EmbeddingHost, Host, TiedHead, host, is_conv1d, leaf, map_of, offset_of, replace
+from eckart.files.neurons import check_neurons, full_shape, padded
+from eckart.files.sharing import (
+    borrowed,
+    check_names,
+    check_sharing,
+    renamed,
+    stored_name,
+    tie,
+    tied_keys,
+    without_borrowed,
+)
+from eckart.hosts import (
+    EmbeddingHost,
+    Host,
+    TiedHead,
+    embedding_host,
+    host,
+    is_conv1d,
+    leaf,
+    map_of,
+    offset_of,
+    replace,
+)
 from eckart.maps import FAMILIES, LinearMap, LowRank, blank
 
 QUANT_METHOD = "eckart"
@@ -103,12 +126,17 @@ def check_entries(layers: Any) -> dict[str, Any]:
         lacking = [key for key in needed if key not in entry]
         if lacking:
             raise EckartError(f"the spec of layer {name!r} is invalid: it has no {lacking[0]!r}")
+        check_names(name, entry)
+    check_neurons(layers)
     return dict(layers)
 
 
 def sentinel_name(layers: Mapping[str, Any]) -> str | None:
-    """Return the sentinel's name: config.json sorts its keys, so the smallest linear layer, never the first."""
-    linear = [name for name, entry in layers.items() if entry["kind"] == LINEAR]
+    """Return the sentinel's name: config.json sorts its keys, so the smallest linear layer, never the first.
+
+    Layers with fewer hidden units need none: they hold a weight of the wrong shape.
+    """
+    linear = [name for name, entry in layers.items() if entry["kind"] == LINEAR and "neurons" not in entry]
     names = linear or [name for name, entry in layers.items() if entry["kind"] == EMBEDDING]
     return f"{min(names)}.weight" if names else None
 
@@ -139,6 +167,7 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
         self._conv1d = {name for name in layers if is_conv1d(model.get_submodule(name))}
         self._without_bias = {name for name in layers if getattr(model.get_submodule(name), "bias", None) is None}
         insert_blank_hosts(model, layers)
+        tied_keys(model, layers, tied=True)
         _pretend_weights(model, layers)
         ignored: set[str] = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
         if self.quantization_config.sentinel:
@@ -150,7 +179,9 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
         for module in model.modules():
             if isinstance(module, Host):
                 module.__dict__.pop("weight", None)
-        for name, entry in localized(model, self.quantization_config.layers).items():
+        layers = localized(model, self.quantization_config.layers)
+        tie(model, layers)
+        for name, entry in layers.items():
             check_contents(name, model.get_submodule(name))
             source = _tied_bias(model, name) if entry["kind"] == TIED_HEAD else None
             if source is not None:
@@ -158,8 +189,10 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return the state dict with the sentinel, for `save_pretrained`."""
-        state = dict(model.state_dict())
+        """Return the state dict with the sentinel and shared tensors once, for `save_pretrained`."""
+        state, layers = dict(model.state_dict()), self.quantization_config.layers
+        if borrowed(layers):
+            state = without_borrowed(model, state, localized(model, layers))
         if self.quantization_config.sentinel:
             state[self.quantization_config.sentinel] = torch.empty(0)
         return state, {"eckart_format": str(FORMAT)}
@@ -174,11 +207,14 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
                 NumericalWarning,
                 stacklevel=2,
             )
+        tied_keys(model, layers, tied=False)
         return densify_hosts(model, layers, self._conv1d)
 
     def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
         """Point tensor-parallel rules at the factors: the wide side is sharded, the rank is replicated."""
         for name, entry in localized(model, self.quantization_config.layers).items():
+            if "neurons" in entry:
+                continue  # sharded like the dense layer
             wildcard = re.sub(r"\.\d+(?=\.|$)", ".*", name)
             style = plan.pop(wildcard, None)
             if style is not None and entry["kind"] == LINEAR and entry["map"]["op"] == LowRank.__name__:
@@ -211,7 +247,7 @@ def localized(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, Any]:
         if found is not None:
             if entry["kind"] == TIED_HEAD:
                 entry = {**entry, "embedding": local(entry["embedding"])}
-            out[found] = entry
+            out[found] = renamed(entry, local)
         elif entry["kind"] != TIED_HEAD and "." in name:
             raise EckartError(f"{type(model).__name__} has no layer {name!r} that this folder's config names")
     return out
@@ -245,11 +281,11 @@ def insert_blank_hosts(model: nn.Module, layers: Mapping[str, Any]) -> None:
             continue
         map_ = blank_map(name, entry, dtype)
         shape = _module_shape(old)
-        if map_.shape != shape:
-            has, says = (f"{rows} x {columns}" for rows, columns in (shape, map_.shape))
+        if full_shape(entry, map_.shape) != shape:
+            has, says = (f"{rows} x {columns}" for rows, columns in (shape, full_shape(entry, map_.shape)))
             raise EckartError(f"layer {name!r} is {has} in this model, but its spec is {says}")
         if entry["kind"] == EMBEDDING:
-            made[name] = EmbeddingHost(map_, entry.get("padding_idx"))
+            made[name] = embedding_host(map_, entry.get("padding_idx"))
         else:
             bias = torch.empty(map_.shape[0], dtype=dtype, device="meta") if entry["bias"] else None
             made[name] = host(map_, bias)
@@ -308,17 +344,31 @@ def check_contents(name: str, module: nn.Module) -> None:
         raise EckartError(f"the tensors of layer {name!r} are corrupt: {error}") from error
 
 
+def blank_module(name: str, entry: Mapping[str, Any]) -> nn.Module:
+    """Return the host of a compressed layer on the meta device, in float32.
+
+    Raises:
+        EckartError: if the entry is not a valid spec; the layer is named.
+    """
+    map_ = blank_map(name, entry, torch.float32)
+    if entry["kind"] == EMBEDDING:
+        return embedding_host(map_, entry.get("padding_idx"))
+    return host(map_, torch.empty(map_.shape[0], device="meta") if entry["bias"] else None)
+
+
 def expected_tensors(layers: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all tensors that the compressed layers of a folder must have, by full name."""
-    out = {}
-    for name, entry in layers.items():
-        if entry["kind"] == TIED_HEAD:
-            continue
-        map_ = blank_map(name, entry, torch.float32)
-        bias = torch.empty(map_.shape[0], device="meta") if entry.get("bias") else None
-        module = EmbeddingHost(map_) if entry["kind"] == EMBEDDING else host(map_, bias)
-        out.update({f"{name}.{key}": tuple(tensor.shape) for key, tensor in module.state_dict().items()})
-    return out
+    """Return the shapes of all tensors that the compressed layers of a folder must have, by full name.
+
+    Raises:
+        EckartError: if a spec is invalid, or a layer takes a tensor from one that does not have it.
+    """
+    shapes = {
+        name: {key: tuple(tensor.shape) for key, tensor in blank_module(name, entry).state_dict().items()}
+        for name, entry in layers.items()
+        if entry["kind"] != TIED_HEAD
+    }
+    check_sharing(layers, shapes)
+    return {stored_name(name, layers[name], key): shape for name, own in shapes.items() for key, shape in own.items()}
 
 
 def check_files(files: Iterable[str] | str | None, layers: Mapping[str, Any]) -> None:
@@ -349,13 +399,13 @@ def densify_hosts(model: nn.Module, layers: Mapping[str, Any], conv1d: Collectio
         layers: the entries of its compressed layers.
         conv1d: names of those that stand for the transposed `Conv1D` of transformers.
     """
-    for name in layers:
+    for name, entry in layers.items():
         module = model.get_submodule(name)
         if isinstance(module, EmbeddingHost):
             weight = module.dense().detach().contiguous()
             dense: nn.Module = nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=module.padding_idx)
-        elif isinstance(module, Host):
-            dense = _dense_layer(module, name in conv1d)
+        elif isinstance(module, Host) or "neurons" in entry:
+            dense = _dense_layer(module, entry, name in conv1d)
         else:
             continue
         replace(model, name, dense)
@@ -372,10 +422,10 @@ def densify_hosts(model: nn.Module, layers: Mapping[str, Any], conv1d: Collectio
     return model
 
 
-def _dense_layer(module: Host, conv1d: bool) -> nn.Module:
-    """Return the dense layer that a host stands for."""
-    weight, offset = module.dense().detach().contiguous(), offset_of(module)
-    bias = None if offset is None else offset.detach().clone()
+def _dense_layer(module: nn.Module, entry: Mapping[str, Any], conv1d: bool) -> nn.Module:
+    """Return the dense layer that a host, or a layer with fewer hidden units, stands for."""
+    weight, offset = padded(entry, map_of(module).dense().detach()).contiguous(), offset_of(module)
+    bias = None if offset is None else padded(entry, offset.detach().clone())
     if not conv1d:
         return leaf(weight, bias)
     dense: nn.Module = Conv1D(1, 1)

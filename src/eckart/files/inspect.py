@@ -25,12 +25,15 @@ from eckart.files.huggingface import (
     TIED_HEAD,
     EckartConfig,
     blank_map,
+    blank_module,
     check_contents,
     check_files,
 )
+from eckart.files.neurons import full_shape, padded
 from eckart.files.shards import Source, write_shards
+from eckart.files.sharing import SHARED, stored_name
 from eckart.files.writing import check_output
-from eckart.hosts import EmbeddingHost, host, is_conv1d, is_linear, map_of, offset_of
+from eckart.hosts import EmbeddingHost, is_conv1d, is_linear, map_of, offset_of
 from eckart.maps import rank_bound
 from eckart.progress import Progress, silent
 
@@ -45,10 +48,10 @@ class LayerContents:
     Attributes:
         name: its module name.
         kind: "linear" or "embedding" (with the head tied to it, if it is).
-        structure: class of its map in small letters, "lowrank" or "pivoted" for instance.
+        structure: class of its map in small letters, "lowrank" or "shared lowrank" for instance.
         shape: (out, in); (vocabulary, width) for an embedding.
         rank: largest rank the structure allows.
-        numbers: floating numbers stored, bias included.
+        numbers: numbers stored, bias and codes included; those of a shared tensor with its owner.
         dense_numbers: the same of the dense layer.
         nbytes: bytes stored, index tensors included.
     """
@@ -71,7 +74,7 @@ class Contents:
         folder: the folder.
         architecture: class of the model.
         layers: the compressed layers, in the order of their names' numbers; none for a dense folder.
-        parameters: floating numbers stored, in compressed layers and elsewhere.
+        parameters: numbers stored, in compressed layers and elsewhere.
         dense_parameters: the same of the dense model.
         nbytes: bytes of all tensors.
         made_by: what config.json says of the run that made it: method, settings, figures.
@@ -104,13 +107,15 @@ def show(folder: str | Path) -> Contents:
     folder = Path(folder)
     raw, config, tensors = _opened(folder)
     model = _skeleton(folder, raw, config)
+    owners = {owner for entry in config.layers.values() for owner in entry.get(SHARED, {}).values()}
     layers = tuple(
-        _layer_contents(name, entry, tensors, model)
+        _layer_contents(name, entry, tensors, model, name in owners)
         for name, entry in sorted(config.layers.items(), key=lambda item: _natural(item[0]))
         if entry["kind"] != TIED_HEAD
     )
-    sizes = {name: _count(tensors, [name]) for name in tensors.files}
-    parameters, nbytes = sum(size for size, _ in sizes.values()), sum(size for _, size in sizes.values())
+    held = {key for name, e in config.layers.items() if e["kind"] != TIED_HEAD for key in _stored(name, e)}
+    others = _count(tensors, [name for name in tensors.files if name not in held])[0]
+    parameters, nbytes = others + sum(layer.numbers for layer in layers), _count(tensors, list(tensors.files))[1]
     dense = parameters + sum(layer.dense_numbers - layer.numbers for layer in layers)
     return Contents(folder, type(model).__name__, layers, parameters, dense, nbytes, config.made_by)
 
@@ -188,7 +193,7 @@ def _skeleton(folder: Path, raw: Mapping[str, Any], config: EckartConfig | None)
         if name not in modules:
             raise EckartError(f"{type(model).__name__} has no layer {name!r} that the config of {folder} names")
         if entry["kind"] != TIED_HEAD:
-            _require_shape(name, blank_map(name, entry, torch.float32).shape, modules[name])
+            _require_shape(name, full_shape(entry, blank_map(name, entry, torch.float32).shape), modules[name])
     return model
 
 
@@ -207,11 +212,19 @@ def _require_shape(name: str, shape: tuple[int, int], module: nn.Module) -> None
         raise EckartError(f"layer {name!r} is {m} x {n} in this model, but its spec is {shape[0]} x {shape[1]}")
 
 
-def _layer_contents(name: str, entry: Mapping[str, Any], tensors: TensorFile, model: nn.Module) -> LayerContents:
+def _layer_contents(
+    name: str, entry: Mapping[str, Any], tensors: TensorFile, model: nn.Module, lends: bool
+) -> LayerContents:
     map_ = blank_map(name, entry, torch.float32)
-    numbers, nbytes = _count(tensors, [f"{name}.{key}" for key in _blank_module(name, entry).state_dict()])
+    taken = entry.get(SHARED, {})
+    module = blank_module(name, entry)
+    own = [key for key in module.state_dict() if key not in taken]
+    nbytes = _count(tensors, [f"{name}.{key}" for key in own])[1]
+    numbers = map_.numbers + (map_.shape[0] if entry.get("bias") else 0)
+    numbers -= sum(module.get_parameter(key).numel() for key in taken)
     dense = sum(p.numel() for p in model.get_submodule(name).parameters())
-    structure = str(entry["map"]["op"]).lower()
+    structure = "neurons" if "neurons" in entry else str(entry["map"]["op"]).lower()
+    structure = f"{SHARED} " * (lends or SHARED in entry) + structure
     return LayerContents(name, entry["kind"], structure, map_.shape, rank_bound(map_), numbers, dense, nbytes)
 
 
@@ -230,11 +243,9 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def _blank_module(name: str, entry: Mapping[str, Any]) -> nn.Module:
-    map_ = blank_map(name, entry, torch.float32)
-    if entry["kind"] == EMBEDDING:
-        return EmbeddingHost(map_, entry.get("padding_idx"))
-    return host(map_, torch.empty(map_.shape[0], device="meta") if entry["bias"] else None)
+def _stored(name: str, entry: Mapping[str, Any]) -> list[str]:
+    """Return the names under which a compressed layer's tensors are stored."""
+    return [stored_name(name, entry, key) for key in blank_module(name, entry).state_dict()]
 
 
 def _bias_options(
@@ -281,10 +292,10 @@ def _sources(
     for name, entry in config.layers.items():
         if entry["kind"] == TIED_HEAD:
             continue
-        keys = [f"{name}.{key}" for key in _blank_module(name, entry).state_dict()]
+        keys = _stored(name, entry)
         used.update(keys)
-        m, n = blank_map(name, entry, torch.float32).shape
-        itemsize = tensors.dtype(keys[0]).itemsize
+        m, n = full_shape(entry, blank_map(name, entry, torch.float32).shape)
+        itemsize = next((t for t in map(tensors.dtype, keys) if t.is_floating_point), torch.float32).itemsize
         transposed = is_conv1d(model.get_submodule(name))
         out[f"{name}.weight"] = Source(m * n * itemsize, partial(_weight, name, entry, tensors, transposed))
         if entry.get("bias"):
@@ -298,8 +309,9 @@ def _sources(
 
 
 def _filled(name: str, entry: Mapping[str, Any], tensors: TensorFile) -> nn.Module:
-    module = _blank_module(name, entry)
-    module.load_state_dict({key: tensors.read(f"{name}.{key}") for key in module.state_dict()}, assign=True)
+    module = blank_module(name, entry)
+    held = {key: tensors.read(stored_name(name, entry, key)) for key in module.state_dict()}
+    module.load_state_dict(held, assign=True)
     check_contents(name, module)
     return module
 
@@ -309,12 +321,12 @@ def _weight(name: str, entry: Mapping[str, Any], tensors: TensorFile, transposed
     module = _filled(name, entry, tensors)
     map_ = module.held_map() if isinstance(module, EmbeddingHost) else map_of(module)
     # In float32 whatever is stored, so that the only rounding is the one of the result.
-    weight = map_.to(torch.float32).dense().to(map_.dtype)
+    weight = padded(entry, map_.to(torch.float32).dense().to(map_.dtype))
     return (weight.mT if transposed else weight).contiguous()
 
 
 def _bias(name: str, entry: Mapping[str, Any], tensors: TensorFile) -> Tensor:
-    return cast(Tensor, offset_of(_filled(name, entry, tensors))).detach()
+    return padded(entry, cast(Tensor, offset_of(_filled(name, entry, tensors))).detach())
 
 
 @contextmanager

@@ -26,6 +26,8 @@ from eckart.errors import EckartError
 from eckart.files.folder import COMPANIONS, OpenModel
 from eckart.files.huggingface import EMBEDDING, FORMAT, LINEAR, QUANT_METHOD, TIED_HEAD, sentinel_name
 from eckart.files.shards import Source, write_shards
+from eckart.files.sharing import SHARED
+from eckart.hosts import host
 from eckart.maps import LinearMap, LowRank, Pivoted
 from eckart.progress import Progress
 
@@ -37,9 +39,9 @@ class LayerRecord:
     Attributes:
         name: its module name.
         entry: its entry in config.json.
-        structure: "lowrank", "pivoted", or the name of another family.
+        structure: "lowrank", "pivoted", or the name of another family; "shared lowrank" and the like.
         rank: rank of its map, or how much there is of another structure.
-        numbers: floating numbers stored, bias included.
+        numbers: floating numbers stored, bias included; those of a shared tensor with its owner.
         nbytes: bytes stored, index tensors included.
         loss: predicted increase of the loss, in the plan's unit.
     """
@@ -62,6 +64,8 @@ class LayerRecord:
         kind: str = LINEAR,
         padding_idx: int | None = None,
         planned: tuple[str, int] | None = None,
+        shared: Mapping[str, str] | None = None,
+        neurons: Mapping[str, Any] | None = None,
     ) -> "LayerRecord":
         """Describe a fitted layer.
 
@@ -73,16 +77,22 @@ class LayerRecord:
             kind: "linear" or "embedding".
             padding_idx: of an embedding.
             planned: structure and rank of the option chosen, needed unless the map is `LowRank` or `Pivoted`.
+            shared: the layer that owns it, by the host's name of every tensor taken from another layer.
+            neurons: what the entry says of its hidden units, if it has fewer.
         """
         spec = map_.spec()
         entry: dict[str, Any] = {"kind": kind, "map": spec}
         entry |= {"padding_idx": padding_idx} if kind == EMBEDDING else {"bias": bias is not None}
+        entry |= {SHARED: dict(shared)} if shared else {}
+        entry |= {} if neurons is None else {"neurons": dict(neurons)}
         own = 0 if bias is None else bias.numel()
+        if shared:
+            held = host(map_).state_dict()
+            own -= sum(held[key].numel() for key in shared)
         itemsize = map_.dtype.itemsize
+        structure, rank = planned or (type(map_).__name__.lower(), min(map_.shape))
         if isinstance(map_, LowRank | Pivoted):
-            structure, rank = type(map_).__name__.lower(), map_.rank
-        else:
-            structure, rank = planned or (type(map_).__name__.lower(), min(map_.shape))
+            rank = map_.rank  # less than planned, if the weight has less
         return LayerRecord(name, entry, structure, rank, map_.numbers + own, map_.nbytes + own * itemsize, loss)
 
 
@@ -146,6 +156,14 @@ class Partial:
             with safe_open(self.path(part), "pt") as handle:
                 out += [LayerRecord(**record) for record in json.loads(handle.metadata()["records"])]
         return out
+
+    def fresh_folder(self) -> Path:
+        """Return an empty folder for the output."""
+        folder = self.folder / "folder"
+        if folder.exists():
+            shutil.rmtree(folder)  # left by a run stopped while writing
+        folder.mkdir()
+        return folder
 
     def discard(self) -> None:
         """Delete everything."""
@@ -239,10 +257,7 @@ def write_folder(
         texts: further text files by name, such as the model card.
         progress: told of the stage "write".
     """
-    folder = partial.folder / "folder"
-    if folder.exists():
-        shutil.rmtree(folder)  # left by a run stopped while writing
-    folder.mkdir()
+    folder = partial.fresh_folder()
     sources = _sources(partial, model, blocks, _replaced(entries))
     sentinel = sentinel_name(entries)
     if sentinel:

@@ -30,8 +30,7 @@ class Family:
         index_bytes: (shape, size) -> bytes of index tensors.
         largest: (shape) -> the largest size.
         fit: (W (m, n), metric, size) -> the fitted map, float64.
-        example: (shape, size, device) -> a map of that size with random numbers, for what depends on sizes alone; None
-            if only a fit can tell.
+        example: (shape, size, device) -> a map of that size with random numbers, for what depends on sizes alone.
     """
 
     name: str
@@ -39,7 +38,7 @@ class Family:
     index_bytes: Callable[[tuple[int, int], int], int]
     largest: Callable[[tuple[int, int]], int]
     fit: Callable[[Tensor, Metric, int], LinearMap]
-    example: Callable[[tuple[int, int], int, torch.device], LinearMap] | None = None
+    example: Callable[[tuple[int, int], int, torch.device], LinearMap]
 
     def size_within(self, shape: tuple[int, int], numbers: float) -> int:
         """Return the largest size that stores at most that many numbers, 0 if none does."""

@@ -96,13 +96,21 @@ class TemporaryDense(nn.Module):
         made_of: list[_Part] = []
         for name, buffer in self._buffers.items():
             if buffer is not None:
+                if buffer.is_inference():  # does not count its versions
+                    return None
                 state = buffer._version, buffer.data_ptr()
                 made_of.append((self._buffers, name, buffer, self._buffers, name, buffer, *state, {}, {}, {}, 0))
+        for name, parameter in self._parameters.items():
+            if parameter is not None and name != "bias":
+                if parameter.is_inference():
+                    return None
+                held, state = self._parameters, (parameter._version, parameter.data_ptr())
+                made_of.append((held, name, parameter, held, name, parameter, *state, {}, {}, {}, 0))
         for name, leaf in self._modules.items():
             if leaf is None or not is_plain(leaf):
                 return None
             weight = cast(Tensor, leaf._parameters["weight"])
-            if weight.is_inference():  # does not count its versions
+            if weight.is_inference():
                 return None
             own, store, hooks = leaf.__dict__, leaf._parameters, (leaf._forward_hooks, leaf._forward_pre_hooks)
             state = weight._version, weight.data_ptr()

@@ -2,7 +2,8 @@
 
 A table E (V, d) of rank k is B F with B (V, k) looked up row by row. `LowRank(up=B, down=F)` and the column-pivoted
 `Pivoted`, in which k of the d coordinates of every token are stored and the others are combinations of them, both have
-this form. A tied head computes the logits h E^T with the same tensors.
+this form. So has a product whose first factor is `Quantized`: its rows of codes are looked up. A tied head computes the
+logits h E^T with the same tensors.
 """
 
 from typing import cast
@@ -13,8 +14,8 @@ from torch.nn import functional as F
 
 from eckart.errors import EckartError
 from eckart.hosts.decoding import EXTRA_CALLS, NUMBERS_PER_CALL, TemporaryDense
-from eckart.hosts.host import leaf
-from eckart.maps import LinearMap, LowRank, Pivoted, inverse_order
+from eckart.hosts.host import host, leaf, map_of
+from eckart.maps import LinearMap, LowRank, Pivoted, Product, Quantized, inverse_order
 
 
 class EmbeddingHost(TemporaryDense):
@@ -70,12 +71,14 @@ class EmbeddingHost(TemporaryDense):
         Raises:
             EckartError: if the table is offloaded.
         """
-        device = self.table.weight.device
+        device = next(self.table.parameters()).device
         if device.type == "meta" and hidden.device.type != "meta":
             raise EckartError(
                 "a tied head needs its embedding in memory, but that is offloaded; exclude it from offloading"
             )
-        hidden = hidden.to(device)  # a device map may put the last block elsewhere
+        return self._logits(hidden.to(device))  # a device map may put the last block elsewhere
+
+    def _logits(self, hidden: Tensor) -> Tensor:
         dense = self._dense_if_faster(hidden)
         if dense is not None:
             return F.linear(hidden, dense)
@@ -103,6 +106,48 @@ class EmbeddingHost(TemporaryDense):
         if self._inverse is None or self._inverse[0] != state:
             self._inverse = state, inverse_order(order)
         return self._inverse[1]
+
+
+class QuantizedEmbeddingHost(EmbeddingHost):
+    """An embedding table that is `Quantized`, or a product of which the first factor is.
+
+    Attributes:
+        table: host of the codes, one row per token.
+        rest: host of the product of the other factors, or None.
+    """
+
+    def __init__(self, map_: LinearMap, padding_idx: int | None = None) -> None:
+        TemporaryDense.__init__(self)
+        table, *rest = map_.maps if isinstance(map_, Product) else (map_,)
+        if not isinstance(table, Quantized) or table.axis != "rows":
+            raise EckartError(f"a quantized embedding needs one row of codes per token, got {map_!r}")
+        self.num_embeddings, self.embedding_dim = map_.shape
+        self.padding_idx = padding_idx
+        self.table: nn.Module = host(table)  # type: ignore[assignment]
+        self.rest: nn.Module | None = host(Product(tuple(rest))) if rest else None  # type: ignore[assignment]
+
+    def held_map(self) -> LinearMap:
+        table = map_of(self.table)
+        return table if self.rest is None else Product((table, *cast(Product, map_of(self.rest)).maps))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look up tokens: ids (...) int -> (..., d); only their own codes are dequantized."""
+        rows = cast(Quantized, map_of(self.table)).select(ids)
+        return rows if self.rest is None else map_of(self.rest).T(rows)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return cast(Tensor, self.table(hidden if self.rest is None else self.rest(hidden)))
+
+
+def embedding_host(map_: LinearMap, padding_idx: int | None = None) -> EmbeddingHost:
+    """Return a module that looks up rows of a map (V, d), sharing its tensors.
+
+    Raises:
+        EckartError: for a map without rows of numbers or codes to look up.
+    """
+    first = map_.maps[0] if isinstance(map_, Product) else map_
+    made = QuantizedEmbeddingHost if isinstance(first, Quantized) else EmbeddingHost
+    return made(map_, padding_idx)
 
 
 class TiedHead(nn.Module):

@@ -11,10 +11,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from eckart.errors import EckartError
 from eckart.hosts.base import Host
-from eckart.hosts.decoding import DecodingHost, is_plain
+from eckart.hosts.decoding import DecodingHost, TemporaryDense, is_plain
 from eckart.maps import (
     Bitmap,
     Blocks,
@@ -23,6 +24,7 @@ from eckart.maps import (
     LowRank,
     Pivoted,
     Product,
+    Quantized,
     Scaled,
     Sum,
     by_compressed_rows,
@@ -33,6 +35,9 @@ from eckart.maps import (
     require,
     require_shape,
 )
+
+# Quantized matrices of at most this many entries are kept dense between calls without gradients, in 4 MB of float32.
+SMALL_QUANTIZED = 1 << 20
 
 
 class LowRankHost(DecodingHost):
@@ -203,6 +208,42 @@ class BitmapHost(Host):
         return {**self.__dict__, "_rows": None}
 
 
+class QuantizedHost(Host, TemporaryDense):
+    """The codes as a buffer; scales, zero points and levels as parameters.
+
+    Small matrices are kept as a temporary dense weight without gradients, others are dequantized in every call: who
+    quantizes a large model does it for memory.
+    """
+
+    codes: Tensor
+
+    def __init__(self, map_: Quantized, bias: Tensor | None = None) -> None:
+        super().__init__(map_.shape)
+        self.width, self.bits, self.group, self.axis = map_.width, map_.bits, map_.group, map_.axis
+        self.register_buffer("codes", map_.codes)
+        for name in ("scale", "zero", "levels"):
+            self.register_parameter(name, _parameter(getattr(map_, name)))
+        self.register_parameter("bias", _parameter(bias))
+        self._is_small = map_.numbers <= SMALL_QUANTIZED
+
+    def held_map(self) -> LinearMap:
+        own = self._parameters
+        tensors = cast(Tensor, own["scale"]), own["zero"], own["levels"]
+        return Quantized(self.codes, *tensors, self.width, self.bits, self.group, self.axis)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to the last axis."""
+        weight = None
+        if torch.is_grad_enabled():
+            self.forget()
+        elif self._is_small and x.is_cpu and not torch.compiler.is_compiling():
+            weight = self.temporary_dense()
+        if weight is not None:
+            return F.linear(x, weight, self.offset)
+        y = self.held_map()(x)
+        return y if self.offset is None else y + self.offset
+
+
 class MapHost(Host):
     """Any other map: floating tensors as parameters, index tensors as buffers, inner maps as hosts, by field name.
 
@@ -242,6 +283,7 @@ HOSTS: dict[type[LinearMap], type[Host]] = {
     LowRank: LowRankHost,
     Pivoted: PivotedHost,
     Bitmap: BitmapHost,
+    Quantized: QuantizedHost,
     Sum: SumHost,
     Product: ProductHost,
     Scaled: ScaledHost,

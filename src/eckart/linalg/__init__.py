@@ -10,5 +10,12 @@ from eckart.linalg.matching_pursuit import orthogonal_matching_pursuit as orthog
 from eckart.linalg.pivots import Pivots as Pivots
 from eckart.linalg.pivots import pivot_rows as pivot_rows
 from eckart.linalg.polar import polar_factor as polar_factor
+from eckart.linalg.stacked import Sketch as Sketch
+from eckart.linalg.stacked import growth_bound as growth_bound
+from eckart.linalg.stacked import lower_bound as lower_bound
+from eckart.linalg.stacked import residual_bound as residual_bound
+from eckart.linalg.stacked import sketch as sketch
+from eckart.linalg.stacked import stacked as stacked
+from eckart.linalg.stacked import union_bound as union_bound
 from eckart.linalg.svd import TruncatedSVD as TruncatedSVD
 from eckart.linalg.svd import truncated_svd as truncated_svd

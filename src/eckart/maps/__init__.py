@@ -10,6 +10,7 @@ from eckart.maps.base import linear_map as linear_map
 from eckart.maps.base import require as require
 from eckart.maps.base import require_shape as require_shape
 from eckart.maps.bitmap import Bitmap as Bitmap
+from eckart.maps.bitmap import Scattered as Scattered
 from eckart.maps.bitmap import bitmap as bitmap
 from eckart.maps.bitmap import compressed_rows as compressed_rows
 from eckart.maps.dense import Dense as Dense
@@ -32,6 +33,10 @@ from eckart.maps.pivoted import multiply_pivoted as multiply_pivoted
 from eckart.maps.pivoted import pivot as pivot
 from eckart.maps.pivoted import pivoted_numbers as pivoted_numbers
 from eckart.maps.pivoted import random_pivoted as random_pivoted
+from eckart.maps.quantized import BITS as BITS
+from eckart.maps.quantized import Quantized as Quantized
+from eckart.maps.quantized import pack as pack
+from eckart.maps.quantized import unpack as unpack
 from eckart.maps.rules import simplify as simplify
 from eckart.maps.sparse import NM as NM
 from eckart.maps.sparse import Sparse as Sparse
@@ -50,6 +55,6 @@ FAMILIES: dict[str, type[LinearMap]] = {
     cls.__name__: cls
     for cls in (
         Dense, LowRank, Pivoted, Diagonal, Permutation, Sparse, NM,
-        Bitmap, Sum, Product, Scaled, Blocks, RowNormalized, Masked,
+        Bitmap, Scattered, Quantized, Sum, Product, Scaled, Blocks, RowNormalized, Masked,
     )
 }  # fmt: skip

@@ -84,8 +84,16 @@ class LinearMap(ABC):
 
     @property
     def numbers(self) -> int:
-        """How many floating-point numbers are stored (a tensor that appears twice counts once)."""
-        return sum(t.numel() for t in _distinct(self) if t.is_floating_point())
+        """How many numbers the map is made of: floating ones, and codes, one each however few their bits.
+
+        A tensor that appears twice counts once. What only says how codes are read costs bytes, not numbers.
+        """
+        return sum({id(t): count for t, count in self.counted()}.values())
+
+    def counted(self) -> list[tuple[Tensor, int]]:
+        """Return the tensors that hold numbers, each with how many; a map with codes says what they stand for."""
+        own = [(t, t.numel()) for t in _own_tensors(self).values() if t.is_floating_point()]
+        return own + [pair for _, child in _children(self) for pair in child.counted()]
 
     @property
     def nbytes(self) -> int:

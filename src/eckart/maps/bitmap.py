@@ -3,6 +3,8 @@
 A position costs n / s bits per non-zero; as a number it would cost 8 for n up to 256 and 16 beyond.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -71,6 +73,56 @@ class Bitmap(LinearMap):
         return 0
 
 
+@linear_map
+class Scattered(LinearMap):
+    """A matrix with s non-zeros in every row whose values are those of another map, such as one of codes.
+
+    Attributes:
+        values: V (m, s), the values of a row in the order of their columns.
+        bits: (m, ceil(n / 8)) uint8, as of a `Bitmap`.
+        width: n.
+    """
+
+    values: LinearMap
+    bits: Tensor
+    width: int
+
+    def __post_init__(self) -> None:
+        came = f"values {self.values.shape} and bits {tuple(self.bits.shape)} of {self.bits.dtype}"
+        fits = self.values.shape[1] <= self.width and self.bits.dtype == torch.uint8
+        require(fits, "Scattered", came, f"at most {self.width} values per row and uint8")
+        require_shape("Scattered bits", self.bits, self.values.shape[0], -(-self.width // 8))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.width
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.bitmap()(x)
+
+    @property
+    def T(self) -> LinearMap:
+        return self.bitmap().T
+
+    def dense(self) -> Tensor:
+        return self.bitmap().dense()
+
+    def validate(self) -> None:
+        """Raise an `EckartError` unless every row has as many bits set as values."""
+        self.values.validate()
+        self.bitmap().validate()
+
+    def flops(self, tokens: int = 1) -> int:
+        return 2 * tokens * math.prod(self.values.shape) + self.values.dense_flops()
+
+    def dense_flops(self) -> int:
+        return self.values.dense_flops()
+
+    def bitmap(self) -> Bitmap:
+        """Return the same matrix with its values written out."""
+        return Bitmap(self.values.dense(), self.bits, self.width, self.values.shape[1])
+
+
 def bitmap(matrix: Tensor, nonzeros: int) -> Bitmap:
     """Return a matrix restricted to the largest magnitudes of every row.
 
@@ -91,7 +143,7 @@ def bitmap(matrix: Tensor, nonzeros: int) -> Bitmap:
 def packed(present: Tensor) -> Tensor:
     """Return booleans (m, n) as bits (m, ceil(n / 8)) uint8, lowest bit first."""
     m, n = present.shape
-    padded = F.pad(present.to(torch.uint8), (0, -n % 8)).view(m, -1, 8)
+    padded = F.pad(present.to(torch.uint8), (0, -n % 8)).view(m, -(-n // 8), 8)
     weights = 2 ** torch.arange(8, dtype=torch.uint8, device=present.device)
     return (padded * weights).sum(2, dtype=torch.uint8)
 

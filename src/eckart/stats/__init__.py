@@ -25,3 +25,4 @@ from eckart.stats.streaming import inputs_of as inputs_of
 from eckart.stats.streaming import load_hidden as load_hidden
 from eckart.stats.streaming import save_hidden as save_hidden
 from eckart.stats.streaming import token_counts as token_counts
+from eckart.stats.streaming import weight_gradients_of as weight_gradients_of

@@ -151,13 +151,20 @@ class Gradients:
 
 
 class GradientSum:
-    """Accumulates the gradient moments of one layer."""
+    """Accumulates the gradient moments of one layer.
 
-    def __init__(self, size: int, device: torch.device | None = None) -> None:
+    Args:
+        size: m, its outputs.
+        device: where to.
+        inputs: n, if the mean gradient of the weight is wanted as well.
+    """
+
+    def __init__(self, size: int, device: torch.device | None = None, inputs: int | None = None) -> None:
         dtype = torch.float64 if size <= WIDE_ACCUMULATION else torch.float32
         self.count = self.sequences = 0
         self._second = torch.zeros(size, size, dtype=dtype, device=device)
         self._fisher = torch.zeros(size, dtype=torch.float64, device=device)
+        self._weight = None if inputs is None else torch.zeros(size, inputs, dtype=torch.float32, device=device)
 
     def add(self, x: Tensor, gradient: Tensor) -> None:
         """Add a batch: layer inputs x (b, t, n) and output gradients (b, t, m)."""
@@ -166,7 +173,10 @@ class GradientSum:
         self.count += rows.shape[0]
         self._second += rows.mT @ rows
         for sequence, inputs in zip(gradient, x.detach().float(), strict=True):
-            self._fisher += (sequence.mT @ inputs).square().sum(1, dtype=torch.float64)
+            of_weight = sequence.mT @ inputs
+            self._fisher += of_weight.square().sum(1, dtype=torch.float64)
+            if self._weight is not None:
+                self._weight += of_weight
         self.sequences += gradient.shape[0]
 
     def result(self, name: str) -> Gradients:
@@ -175,3 +185,13 @@ class GradientSum:
         if not all_finite(second) or not all_finite(fisher):
             raise EckartError(f"the gradients at {name} hold NaN or Inf; check the weights and the calibration texts")
         return Gradients(self.count, second, fisher)
+
+    def of_weight(self) -> Tensor:
+        """Return the gradient of the mean loss with respect to the weight, E[g x^T] over vectors, (m, n) float32.
+
+        Raises:
+            EckartError: if it was not asked for.
+        """
+        if self._weight is None:
+            raise EckartError("the gradient of a weight is only accumulated if the size of its inputs is given")
+        return self._weight / max(self.count, 1)

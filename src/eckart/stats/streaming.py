@@ -72,10 +72,19 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 @torch.no_grad()
-def advance(runner: Blockwise, block: nn.Module, index: int, stream: Stream) -> None:
-    """Replace the stream's hidden states by the block's outputs, in place."""
+def advance(
+    runner: Blockwise,
+    block: nn.Module,
+    index: int,
+    stream: Stream,
+    see: Callable[[Tensor, Tensor], None] | None = None,
+) -> None:
+    """Replace the stream's hidden states by the block's outputs, in place; `see` is given both, batch by batch."""
     for i, calls in enumerate(stream.calls):
-        stream.hidden[i] = runner.run(block, stream.hidden[i], calls[index])
+        out = runner.run(block, stream.hidden[i], calls[index])
+        if see is not None:
+            see(stream.hidden[i], out)
+        stream.hidden[i] = out
 
 
 class StopBlockError(Exception):
@@ -137,7 +146,9 @@ def collect_inputs(
 
     Writes kind "inputs", one file per block, with a part per group named by its layers joined with "+"; kind
     "head-inputs" if the model has a head; and, if `boundaries` is given, kind "boundary": the hidden states before
-    every block and after the last. Blocks that are stored already, by a run that was stopped, are not run again.
+    every block and after the last. Kind "influence" says how far each block turns its input: 1 - E cos(x, y), the
+    block influence of Men et al. 2024, "ShortGPT". Blocks that are stored already, by a run that was stopped, are not
+    run again.
     """
     count = len(runner.parts.blocks)
     stream = enter(runner, samples)
@@ -150,9 +161,10 @@ def collect_inputs(
             save_hidden(boundaries, index, stream.hidden)
         with runner.resident(name) as block:
             groups = input_groups(runner, block, name, index, stream)
-            moments = _run_with_moments(runner, block, name, index, stream, groups)
+            moments, influence = _run_with_moments(runner, block, name, index, stream, groups)
         if boundaries is not None:
             save_hidden(boundaries, index + 1, stream.hidden)
+        store.save("influence", index, {"block": {"influence": influence}})
         store.save("inputs", index, {"+".join(g): m.tensors() for g, m in zip(groups, moments, strict=True)})
     if runner.parts.head is not None:
         store.save("head-inputs", 0, {"head": _head_moments(runner, runner.parts.head, stream).tensors()})
@@ -195,13 +207,19 @@ def head_inputs(runner: Blockwise, head: str, hidden: Sequence[Tensor]) -> Itera
 @torch.no_grad()
 def _run_with_moments(
     runner: Blockwise, block: nn.Module, name: str, index: int, stream: Stream, groups: list[list[str]]
-) -> list[Moments]:
+) -> tuple[list[Moments], Tensor]:
+    """Run a block; return the moments of every group's input, and the block's influence."""
     layers = linear_layers(block, name)
     first = {g[0]: layers[g[0]] for g in groups}  # one hook per group is enough
     sums = {layer: MomentSum(int(_fan_in(module)), runner.device) for layer, module in first.items()}
+    cosines: list[Tensor] = []
+
+    def see(x: Tensor, y: Tensor) -> None:
+        cosines.append(nn.functional.cosine_similarity(x.float(), y.float(), dim=-1).flatten().double())
+
     with hooked(first, lambda layer, x: sums[layer].add(x)):
-        advance(runner, block, index, stream)
-    return [sums[g[0]].result(" and ".join(g)) for g in groups]
+        advance(runner, block, index, stream, see)
+    return [sums[g[0]].result(" and ".join(g)) for g in groups], 1 - torch.cat(cosines).mean()
 
 
 def _fan_in(module: nn.Module) -> int:
@@ -231,13 +249,15 @@ def collect_gradients(
     boundaries: Store,
     *,
     seed: int = 0,
+    weights: bool = False,
     progress: Progress = silent,
 ) -> None:
     """Run all blocks backward from the objective and store the output-gradient moments of every layer.
 
     Needs the boundaries that `collect_inputs` stored. Writes kind "gradients-<objective>", one file per block with a
     part per layer, and kind "ends-<objective>" with the parts "embedding" (second moment of the gradient at its output,
-    and token counts) and, if the model has a head, "head" (second moment of its input, mean probability of tokens).
+    and token counts) and, if the model has a head, "head" (second moment of its input, mean probability of tokens);
+    with `weights` also kind "weight-gradients-<objective>", the mean gradient of every layer's weight.
     """
     count, kind = len(runner.parts.blocks), f"gradients-{objective.name}"
     ends = _Ends(runner)
@@ -249,11 +269,17 @@ def collect_gradients(
         inputs = load_hidden(boundaries, index, runner.device)
         with runner.resident(name) as block:
             layers = linear_layers(block, name)
-            sums = {layer: GradientSum(_fan_out(module), runner.device) for layer, module in layers.items()}
+            sums = {
+                layer: GradientSum(_fan_out(module), runner.device, _fan_in(module) if weights else None)
+                for layer, module in layers.items()
+            }
             with _recording_gradients(layers, sums):
                 for i, calls in enumerate(stream.calls):
                     gradients[i] = _backward(runner, block, inputs[i], calls[index], gradients[i])
-        store.save(kind, index, {layer: s.result(layer).tensors() for layer, s in sums.items() if s.count})
+        reached = {layer: s for layer, s in sums.items() if s.count}
+        store.save(kind, index, {layer: s.result(layer).tensors() for layer, s in reached.items()})
+        if weights:
+            store.save(f"weight-{kind}", index, {layer: {"mean": s.of_weight()} for layer, s in reached.items()})
     ends.into_embedding(samples, gradients)
     store.save(f"ends-{objective.name}", 0, ends.parts(samples))
     progress("backward", count + 1, count + 1)
@@ -385,6 +411,11 @@ def token_counts(samples: Sequence[Tensor], vocabulary: int) -> Tensor:
 def gradients_of(store: Store, objective: Objective, index: int) -> dict[str, Gradients]:
     """Load the gradient moments of one block by layer name."""
     return {layer: Gradients.of(t) for layer, t in store.load(f"gradients-{objective.name}", index).items()}
+
+
+def weight_gradients_of(store: Store, objective: Objective, index: int) -> dict[str, Tensor]:
+    """Load the mean gradients of one block's weights, (m, n) by layer name."""
+    return {layer: t["mean"] for layer, t in store.load(f"weight-gradients-{objective.name}", index).items()}
 
 
 def inputs_of(store: Store, index: int) -> dict[str, Moments]:

@@ -25,12 +25,14 @@ class Case:
         map: the instance, its numbers in float64.
         matrix: W (m, n), float64; made without the map's own code wherever that is possible.
         families: map classes by name, those that its spec mentions among them.
+        numbers: how many numbers it is made of, where they are not simply its floating ones.
     """
 
     name: str
     map: LinearMap
     matrix: Tensor
     families: Mapping[str, type[LinearMap]] = field(default_factory=lambda: FAMILIES, repr=False)
+    numbers: int | None = None
 
     def inputs(self, *lead: int, seed: int = 0) -> Tensor:
         """Return random inputs (*lead, n), float64, the same in every call."""

@@ -22,8 +22,10 @@ from eckart.maps import (
     Permutation,
     Pivoted,
     Product,
+    Quantized,
     RowNormalized,
     Scaled,
+    Scattered,
     Sparse,
     Sum,
 )
@@ -40,7 +42,9 @@ def cases(family: str | None = None, seed: int = 0) -> list[Case]:
     for name in names:
         generator = torch.Generator().manual_seed(seed)
         made = MAKERS[name](lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64), generator)  # noqa: B023
-        out += [Case(f"{name} {label}", map_, matrix, FAMILIES) for label, map_, matrix in made]
+        for label, map_, matrix in made:
+            numbers = matrix.numel() if name == "Quantized" else None  # one per entry, however few its bits
+            out.append(Case(f"{name} {label}", map_, matrix, FAMILIES, numbers))
     return out
 
 
@@ -126,6 +130,45 @@ def _bitmap(normal: Normal, generator: Generator) -> Made:
                 bits[i, j // 8] += 2 ** (j % 8)
                 w[i, j] = values[i, slot]
         yield f"{m}x{n} {count} per row", Bitmap(values, bits, n, count), w
+
+
+def _scattered(normal: Normal, generator: Generator) -> Made:
+    for label, held, w in _bitmap(normal, generator):
+        if not isinstance(held, Bitmap):
+            raise AssertionError("the cases of Bitmap are bitmaps")
+        values: LinearMap = Dense(held.values)
+        yield label, Scattered(values, held.bits, held.width), w
+        if label.startswith("13x11"):
+            up, down = normal(13, 2), normal(2, 5)
+            matrix = torch.zeros_like(w)
+            matrix[w != 0] = (up @ down).flatten()
+            yield f"{label}, low rank", Scattered(LowRank(up, down), held.bits, held.width), matrix
+
+
+def _quantized(normal: Normal, generator: Generator) -> Made:
+    for m, n, bits, group, kind in (
+        (3, 5, 4, 2, "zero"),
+        (5, 3, 3, 2, "plain"),
+        (4, 11, 3, 4, "levels"),
+        (2, 4, 2, 4, "levels and zero"),
+        (3, 4, 8, 3, "zero"),
+        (1, 1, 2, 1, "plain"),
+        (2, 3, 4, 5, "no codes"),
+    ):
+        codes = torch.randint(2**bits, (m, n), generator=generator) * (kind != "no codes")
+        scale, zero, levels = normal(m, -(-n // group)), normal(m, -(-n // group)), normal(m, 2**bits)
+        data, w = torch.zeros(m, -(-bits * n // 8), dtype=torch.uint8), torch.zeros(m, n, dtype=torch.float64)
+        for i, j in torch.cartesian_prod(torch.arange(m), torch.arange(n)).tolist():
+            code = int(codes[i, j])
+            for at in range(bits):
+                data[i, (bits * j + at) // 8] += (code >> at & 1) << (bits * j + at) % 8
+            value = levels[i, code] if "levels" in kind else code - 2 ** (bits - 1)
+            w[i, j] = scale[i, j // group] * value + zero[i, j // group] * ("zero" in kind)
+        parts = zero if "zero" in kind else None, levels if "levels" in kind else None
+        yield f"{m}x{n} {bits} bits, {kind}", Quantized(data, scale, *parts, n, bits, group), w
+        if m != n:
+            held = Quantized(data.clone(), scale.clone(), *parts, n, bits, group, "columns")
+            yield f"columns {n}x{m} {bits} bits, {kind}", held, w.mT.contiguous()
 
 
 def _sum(normal: Normal, generator: Generator) -> Made:
@@ -233,6 +276,8 @@ MAKERS: dict[str, Callable[[Normal, Generator], Made]] = {
     "Sparse": _sparse,
     "NM": _nm,
     "Bitmap": _bitmap,
+    "Scattered": _scattered,
+    "Quantized": _quantized,
     "Sum": _sum,
     "Product": _product,
     "Scaled": _scaled,

@@ -21,8 +21,10 @@ from eckart.maps import (
     Permutation,
     Pivoted,
     Product,
+    Quantized,
     RowNormalized,
     Scaled,
+    Scattered,
     Sparse,
     Sum,
 )
@@ -41,6 +43,7 @@ def golden_maps() -> dict[str, LinearMap]:
     mask = torch.tensor([[True, False], [False, True], [True, True]])
     places = torch.tensor([[[0, 3], [1, 2]], [[1, 3], [0, 1]]], dtype=torch.uint8)
     columns, starts = torch.tensor([1, 0, 3], dtype=torch.int32), torch.tensor([0, 1, 1, 3], dtype=torch.int32)
+    codes = torch.tensor([[209, 88], [46, 3]], dtype=torch.uint8)
     return {
         "Dense": Dense(_grid(2, 3, dtype=torch.bfloat16)),
         "Diagonal": Diagonal(_grid(3)),
@@ -50,6 +53,8 @@ def golden_maps() -> dict[str, LinearMap]:
         "Sparse": Sparse(_grid(3), columns, starts, 4),
         "NM": NM(_grid(2, 2, 2, dtype=torch.float16), places, 4),
         "Bitmap": Bitmap(_grid(2, 2), torch.tensor([[6, 0], [1, 2]], dtype=torch.uint8), 10, 2),
+        "Scattered": Scattered(lowrank, torch.tensor([[6, 0], [1, 2], [3, 0]], dtype=torch.uint8), 10),
+        "Quantized": Quantized(codes, _grid(2, 2), None, _grid(2, 8), 5, 3, 4),
         "Sum": Sum((dense, lowrank)),
         "Product": Product((dense, Diagonal(_grid(2)))),
         "Scaled": Scaled(dense, 0.1),

@@ -1,26 +1,45 @@
 """From candidates to a plan: the allocations a recipe can name, each filling or solving the same table."""
 
-import dataclasses
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from eckart.budget import (
+    BYTES,
     DENSE,
     Candidates,
     Measure,
     Option,
     knapsack,
     least_cost,
+    proportional,
     threshold,
     uniform,
     uniform_rank,
+    weights_by_influence,
+    weights_by_loss,
+    zero_sum,
 )
 from eckart.budget.calibrate import calibrated, probe_option
 from eckart.budget.latency import Latencies
 from eckart.errors import EckartError
-from eckart.methods.compress.costs import costed
+from eckart.methods.compress.costs import costed, stored
+from eckart.methods.compress.fitting import fit_layer, loss_of
+from eckart.methods.compress.groups import Group, SharedPlan, fit_group, group_candidates, groups_of, member_plans
 from eckart.methods.compress.job import Job
-from eckart.methods.compress.layers import Known, Layer, foreseen, surveyed, unit_of
+from eckart.methods.compress.layers import (
+    LINEAR,
+    NEURONS,
+    Known,
+    Layer,
+    dense_bytes,
+    errors_at,
+    foreseen,
+    surveyed,
+    type_of,
+    unit_of,
+    weights,
+)
 from eckart.methods.compress.outcome import LayerPlan, Plan, Spent
 from eckart.methods.compress.probe import levels, probe, remembered
 from eckart.progress import Progress
@@ -31,21 +50,23 @@ SENSITIVITY_LEVELS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """What was chosen among what.
+    """What every layer becomes, and what it was chosen among.
 
     Attributes:
-        chosen: an option for every layer.
-        table: the candidates.
+        chosen: the option of every layer, by name; of shared tensors the owner's part alone.
+        table: the options there were, of layers in groups the dense one.
         fixed: what the rest of the model costs in the measure of the budget.
+        shared: what groups of layers become together.
     """
 
     chosen: dict[str, Option]
     table: list[Candidates]
     fixed: float
+    shared: list[SharedPlan] = field(default_factory=list)
 
 
 def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, progress: Progress) -> Allocation:
-    """Choose an option for every layer.
+    """Choose an option for every layer, and one for every group of layers that share.
 
     Args:
         job: the job.
@@ -59,16 +80,22 @@ def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, prog
     """
     allocation = job.recipe.allocation
     # The errors of low-rank maps come together, those of other families one by one: then only for what is chosen.
-    compares = allocation in ("threshold", "knapsack", "calibrated")
+    compares = job.recipe.scores or allocation in ("knapsack", "calibrated")
     errors = compares or (predict and not job.recipe.families)
-    table = surveyed(job, layers, known, errors=errors, progress=lambda i: progress("plan", i, len(layers)))
     measure = job.request.limit.measure
+    groups = groups_of(job, layers, known, _share(job, layers))
+    grouped = {layer.name for group in groups for layer in group.members}
+    alone = [layer for layer in layers if layer.name not in grouped]
+    table = surveyed(job, alone, known, errors=errors, progress=lambda i: progress("plan", i, len(layers)))
+    table += [group_candidates(job, known, group, errors=errors) for group in groups]
     latencies = Latencies(known.store.folder.parent, job.runner.device)
-    table, fixed = costed(job, layers, table, latencies, progress)
+    table, fixed = costed(job, alone, table, latencies, progress)
     budget = _budget(job, [layer.by(measure) for layer in table], fixed)
     if budget >= sum(measure.of(layer.dense) for layer in table):  # nothing is gained by dropping what seems useless
+        chosen = {layer.name: layer.dense for layer in table}
+        chosen = _with_codes(job, layers, known, chosen, progress) if predict else chosen
         progress("plan", len(layers), len(layers))
-        return Allocation({layer.name: layer.dense for layer in table}, table, fixed)
+        return _unfolded(job, groups, Allocation(chosen, table, fixed))
     if allocation == "sensitivity":
         table = _sensitivities(job, layers, known, table, progress)
     elif allocation == "calibrated":
@@ -80,12 +107,67 @@ def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, prog
         "sensitivity": threshold,
         "calibrated": knapsack,
         "knapsack": knapsack,
+        "log-loss": lambda table, budget, measure: proportional(
+            table, budget, _log_loss_weights(job, layers, known, table, budget), measure
+        ),
+        "influence": lambda table, budget, measure: proportional(
+            table, budget, _influence_weights(job, layers, known), measure
+        ),
+        "zero-sum": lambda table, budget, measure: zero_sum(table, budget, job.recipe.floor),
     }
     chosen = solve[allocation]([layer.by(measure) for layer in table], budget, measure)
-    if predict and not errors:
-        chosen = foreseen(job, layers, known, chosen)
+    if predict and job.recipe.coding is not None:
+        chosen = _with_codes(job, layers, known, chosen, progress)
+    elif predict and (job.recipe.scores or not errors):
+        chosen = foreseen(job, alone, known, chosen) | _foreseen_groups(job, known, groups, chosen)
     progress("plan", len(layers), len(layers))
-    return Allocation(chosen, table, fixed)
+    return _unfolded(job, groups, Allocation(chosen, table, fixed))
+
+
+def _unfolded(job: Job, groups: Sequence[Group], found: Allocation) -> Allocation:
+    """Return an allocation to layers, given one in which every group stands under its owner's name."""
+    chosen, table = dict(found.chosen), [one for one in found.table if one.name not in {g.name for g in groups}]
+    shared = [SharedPlan(group, found.chosen[group.name]) for group in groups]
+    for plan in shared:
+        members = member_plans(job, plan.group, plan.option)
+        chosen |= {name: option for name, (option, _) in members.items()}
+        table += [alone for _, alone in members.values()]
+    return Allocation(chosen, table, found.fixed, [plan for plan in shared if not is_dense(plan.option)])
+
+
+def _foreseen_groups(job: Job, known: Known, groups: Sequence[Group], chosen: dict[str, Option]) -> dict[str, Option]:
+    """Return the options of groups with the losses of their members as fitted."""
+    out = {}
+    for group in groups:
+        option = chosen[group.name]
+        if not is_dense(option):
+            fits = fit_group(job, known, SharedPlan(group, option))
+            out[group.name] = replace(option, loss=sum(fit.relative for fit in fits))
+    return out
+
+
+def _share(job: Job, layers: Sequence[Layer]) -> float:
+    """Return the share of the layers' dense numbers, or bytes, that the budget leaves them together."""
+    limit = job.request.limit
+    if limit.measure == BYTES:
+        total, dense = job.model.nbytes, sum(dense_bytes(job, layer.name, layer.shape, layer.bias) for layer in layers)
+    else:
+        total, dense = job.model.numel, sum(math.prod(layer.shape) + layer.bias for layer in layers)
+    return (limit.budget(total) - (total - dense)) / dense
+
+
+def _with_codes(
+    job: Job, layers: list[Layer], known: Known, chosen: dict[str, Option], progress: Progress
+) -> dict[str, Option]:
+    """Return chosen options with the losses they have once their numbers are codes, if they become such."""
+    if job.recipe.coding is None:
+        return chosen
+    out = {}
+    for i, (layer, weight) in enumerate(weights(job, layers)):
+        progress("plan", i, len(layers))
+        loss = loss_of(known, fit_layer(job, known, layer, weight, chosen[layer.name]))
+        out[layer.name] = replace(chosen[layer.name], loss=loss)
+    return out
 
 
 def _budget(job: Job, table: Sequence[Candidates], fixed: float) -> float:
@@ -122,11 +204,11 @@ def _sensitivities(
     out = []
     for layer in table:
         scored = [
-            dataclasses.replace(o, loss=max(measured[layer.name, o.rank], 0.0))
+            replace(o, loss=max(measured[layer.name, o.rank], 0.0))
             for o in options[layer.name]
             if (layer.name, o.rank) in measured
         ]
-        out.append(dataclasses.replace(layer, options=(*scored, layer.dense)))
+        out.append(replace(layer, options=(*scored, layer.dense)))
     return out
 
 
@@ -148,31 +230,57 @@ def _calibrated(
     )
 
 
+def _log_loss_weights(
+    job: Job, layers: list[Layer], known: Known, table: Sequence[Candidates], budget: float
+) -> dict[str, float]:
+    """Return SVD-LLM v2's weights: every layer's error at the common share of the cost that meets the budget."""
+    errors = errors_at(job, layers, known, uniform(table, budget, job.request.limit.measure))
+    vectors = sum(batch.numel() for batch in job.calibration)
+    losses = {name: math.sqrt(vectors * error) for name, error in errors.items()}
+    return weights_by_loss(losses, {layer.name: type_of(layer) for layer in layers})
+
+
+def _influence_weights(job: Job, layers: list[Layer], known: Known) -> dict[str, float]:
+    """Return MoDeGPT's weights: one per block, for all its layers; embeddings and heads are as an average block."""
+    count = len(job.parts.blocks)
+    influence = [float(known.store.load("influence", i)["block"]["influence"]) for i in range(count)]
+    by_block = weights_by_influence(influence, job.recipe.temperature)
+    return {layer.name: by_block[layer.block] if 0 <= layer.block < count else 1.0 for layer in layers}
+
+
 def plan_of(job: Job, layers: Sequence[Layer], allocation: Allocation) -> Plan:
     """Return the plan of an allocation, as it was chosen."""
-    dense, chosen = {c.name: c.dense for c in allocation.table}, allocation.chosen
-    rows = [
-        LayerPlan(
-            layer.name,
-            layer.kind,
-            layer.shape,
-            chosen[layer.name].structure,
-            chosen[layer.name].rank,
-            chosen[layer.name].numbers,
-            dense[layer.name].numbers,
-            chosen[layer.name].nbytes,
-            chosen[layer.name].loss,
-        )
-        for layer in layers
-    ]
+    rows = [row for layer in layers for row in _rows(job, layer, allocation.chosen[layer.name])]
     return plan_from(job, rows, allocation)
+
+
+def _rows(job: Job, layer: Layer, option: Option) -> list[LayerPlan]:
+    """Return the row of a layer; of hidden units, a row for every layer around them, the error with their reader."""
+    if layer.kind != NEURONS:
+        dense, option = layer.shape[0] * layer.shape[1] + layer.bias, stored(job, layer, option)
+        numbers, nbytes = option.numbers, option.nbytes
+        return [
+            LayerPlan(
+                layer.name, layer.kind, layer.shape, option.structure, option.rank, numbers, dense, nbytes, option.loss
+            )
+        ]
+    rows = []
+    for member in layer.members:
+        numbers, dense = (member.narrow_numbers(units, layer) for units in (option.rank, layer.shape[1]))
+        nbytes = numbers * job.weight_dtype(member.name).itemsize
+        rank = option.rank
+        if is_dense(option):
+            nbytes, rank = dense_bytes(job, member.name, member.shape, member.bias), min(member.shape)
+        loss = option.loss if member.name == layer.name else 0.0
+        rows.append(LayerPlan(member.name, LINEAR, member.shape, option.structure, rank, numbers, dense, nbytes, loss))
+    return rows
 
 
 def plan_from(job: Job, rows: Sequence[LayerPlan], allocation: Allocation) -> Plan:
     """Return the plan of given rows, with the whole model's figures."""
-    dense = {c.name: c.dense for c in allocation.table}
-    saved = sum(dense[row.name].numbers - row.numbers for row in rows)
-    saved_bytes = sum(dense[row.name].nbytes - row.nbytes for row in rows)
+    saved = sum(row.dense_numbers - row.numbers for row in rows)
+    before = sum(dense_bytes(job, row.name, row.shape, row.dense_numbers - math.prod(row.shape)) for row in rows)
+    saved_bytes = before - sum(row.nbytes for row in rows)
     total, nbytes = job.model.numel, job.model.nbytes
     return Plan(
         job.request.method,
@@ -183,15 +291,24 @@ def plan_from(job: Job, rows: Sequence[LayerPlan], allocation: Allocation) -> Pl
         nbytes - saved_bytes,
         unit_of(job),
         tuple(rows),
-        _spent(job, allocation),
+        _spent(job, allocation, nbytes - saved_bytes),
     )
 
 
-def _spent(job: Job, allocation: Allocation) -> Spent | None:
+def _spent(job: Job, allocation: Allocation, nbytes: int) -> Spent | None:
+    """Return what an allocation makes of a budget.
+
+    Args:
+        job: the job.
+        allocation: the allocation.
+        nbytes: bytes of the plan, in which numbers may be codes, and ranks less than was chosen.
+    """
     limit = job.request.limit
     measure = limit.measure
     if limit.option == "keep":
         return None
+    if measure == BYTES:
+        return Spent(str(limit), measure.unit, job.model.nbytes, nbytes)
     before = allocation.fixed + sum(measure.of(layer.dense) for layer in allocation.table)
     after = allocation.fixed + sum(measure.of(option) for option in allocation.chosen.values())
     return Spent(str(limit), measure.unit, before * measure.scale, after * measure.scale)

@@ -25,9 +25,11 @@ from torch import Tensor, nn
 from eckart.atomic import write_json, write_tensors
 from eckart.errors import EckartError
 from eckart.files.folder import tensor_file
+from eckart.files.sharing import SHARED
 from eckart.methods.compress.job import Job
+from eckart.methods.compress.layers import dense_bytes
 from eckart.methods.compress.measure import LOGITS, outputs
-from eckart.methods.compress.outcome import Checked, Plan, Speed
+from eckart.methods.compress.outcome import Checked, LayerPlan, Plan, Speed
 from eckart.methods.reload import ANSWERS, FINDINGS, UNLOADABLE, Order, answers_of
 
 # What rounding may do: sums of float32 numbers in another order, in every layer of a deep model.
@@ -94,12 +96,12 @@ def check_reload(job: Job, folder: Path, plan: Plan, expected: Expected) -> Chec
         BrokenOutputError: naming what differs.
         EckartError: if the process could not do its work.
     """
-    index_bytes = _check_files(job, folder, plan)
+    numbers, index_bytes = _check_files(job, folder, plan)
     answers, findings = _reloaded(job, folder, plan, expected)
     for kind, names in findings["faults"].items():
         if names:
             raise _broken(f"it loads with {kind.replace('_keys', '')} tensors, for instance {names[0]}")
-    _check_equal("numbers in the loaded model", findings["numbers"], plan.parameters_after)
+    _check_equal("numbers in the loaded model", findings["numbers"], numbers)
     _check_equal("bytes of index tensors in the loaded model", findings["index_bytes"], index_bytes)
     differences = [_difference(a, b) for a, b in zip(answers, expected.answers, strict=True)]
     for difference in differences:
@@ -112,12 +114,12 @@ def check_reload(job: Job, folder: Path, plan: Plan, expected: Expected) -> Chec
     return Checked(**expected.promise, difference=max(differences), nbytes=plan.bytes_after, speeds=speeds)
 
 
-def _check_files(job: Job, folder: Path, plan: Plan) -> int:
-    """Hold the sizes of the files and layers to the plan; return the bytes of index tensors."""
-    for row in plan.layers:
-        dense = row.dense_numbers * job.weight_dtype(row.name).itemsize
-        if row.numbers > row.dense_numbers or row.nbytes > dense:
-            raise _broken(f"{row.name} takes {row.nbytes:,} bytes, more than the {dense:,} it took before")
+def _check_files(job: Job, folder: Path, plan: Plan) -> tuple[int, int]:
+    """Hold the sizes of the files and layers to the plan; return the floating numbers and the bytes of other tensors,
+    which are indices and codes.
+    """
+    if not job.recipe.sliced:  # which may give a tied head a matrix that was none
+        _check_layers(job, folder, plan)
     tensors, buffers = tensor_file(folder), job.model.buffers()
     numbers = floating = whole = 0
     for name in tensors.files:
@@ -126,9 +128,28 @@ def _check_files(job: Job, folder: Path, plan: Plan) -> int:
             whole += count * dtype.itemsize
             if dtype.is_floating_point:
                 numbers, floating = numbers + count, floating + count * dtype.itemsize
-    _check_equal("numbers in its files", numbers, plan.parameters_after)
+    if job.recipe.coding is None:  # plans count codes as numbers, and not what says how to read them
+        _check_equal("numbers in its files", numbers, plan.parameters_after)
     _check_equal("bytes in its files", whole, plan.bytes_after)
-    return whole - floating
+    return numbers, whole - floating
+
+
+def _check_layers(job: Job, folder: Path, plan: Plan) -> None:
+    """Check that no layer is larger than it was; layers that share are taken together."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    entries = config.get("quantization_config", {}).get("layers", {})
+    units: dict[str, list[LayerPlan]] = {}
+    for row in plan.layers:
+        owners = entries.get(row.name, {}).get(SHARED, {}).values()
+        units.setdefault(next(iter(owners), row.name), []).append(row)
+    for name, rows in units.items():
+        nbytes, dense = sum(row.nbytes for row in rows), sum(_dense_bytes(job, row) for row in rows)
+        if sum(row.numbers - row.dense_numbers for row in rows) > 0 or nbytes > dense:
+            raise _broken(f"{name} takes {nbytes:,} bytes, more than the {dense:,} it took before")
+
+
+def _dense_bytes(job: Job, row: LayerPlan) -> int:
+    return dense_bytes(job, row.name, row.shape, row.dense_numbers - math.prod(row.shape))
 
 
 def _check_equal(what: str, found: int, promised: int) -> None:

@@ -15,13 +15,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from eckart.budget import DENSE, FLOPS, SECONDS, Candidates, Option
+from eckart.budget import BYTES, DENSE, FLOPS, SECONDS, Candidates, Option
 from eckart.budget.latency import Latencies, between, grid, rising
-from eckart.fit import Metric
+from eckart.fit import coded_blank
 from eckart.hosts import EmbeddingHost, TiedHead, host, leaf
-from eckart.maps import STORAGES, LinearMap, random_pivoted, storage
+from eckart.maps import STORAGES, Dense, LinearMap, random_pivoted, storage
+from eckart.methods.compress.fitting import by_rows, structure_name
 from eckart.methods.compress.job import Job
-from eckart.methods.compress.layers import EMBEDDING, HEAD, Layer
+from eckart.methods.compress.layers import EMBEDDING, HEAD, NEURONS, Layer
 from eckart.progress import Progress
 
 # Layers of one shape are called in turn, as the model does, as long as their dense weights take no more bytes.
@@ -47,8 +48,10 @@ def costed(
     """
     measure = job.request.limit.measure
     if measure not in (FLOPS, SECONDS):
-        total = job.model.nbytes if measure.name == "nbytes" else job.model.numel
-        return list(table), total - sum(measure.of(layer.dense) for layer in table)
+        total = job.model.nbytes if measure == BYTES else job.model.numel
+        fixed = total - sum(measure.of(layer.dense) for layer in table)
+        coded = measure == BYTES and job.recipe.coding is not None
+        return _with_code_bytes(job, layers, table) if coded else list(table), fixed
     outside = _head_outside(job, layers)
     everything = [*zip(layers, table, strict=True), *outside]
     out = []
@@ -71,6 +74,35 @@ def costed(
     return out[: len(table)], sum(measure.of(layer.dense) for layer in out[len(table) :])
 
 
+def _with_code_bytes(job: Job, layers: Sequence[Layer], table: Sequence[Candidates]) -> list[Candidates]:
+    """Return candidates with the bytes they take once their numbers are codes, dense ones among them."""
+    known: dict[tuple[str, Shape, int, torch.dtype, str, int], int] = {}
+    out = []
+    for layer, candidates in zip(layers, table, strict=True):
+        options = []
+        for o in candidates.options:
+            key = layer.kind, layer.shape, layer.bias, job.weight_dtype(layer.name), o.structure, o.rank
+            if key not in known:
+                known[key] = stored(job, layer, o).nbytes
+            options.append(replace(o, nbytes=known[key]))
+        out.append(replace(candidates, options=tuple(options)))
+    return out
+
+
+def stored(job: Job, layer: Layer, option: Option) -> Option:
+    """Return an option as it is stored: its name and bytes where numbers become codes."""
+    recipe, dtype = job.recipe, job.weight_dtype(layer.name)
+    if recipe.coding is None:
+        return option
+    map_: LinearMap = Dense(torch.empty(layer.shape, device="meta"))
+    if option.structure != DENSE:
+        map_ = _example(job, layer, option.structure, option.rank, torch.device("meta"))
+    map_ = coded_blank(map_, recipe.coding, dtype, table=by_rows(job, layer))
+    # What is not in the matrix is the bias.
+    nbytes = map_.nbytes + (option.numbers - map_.numbers) * dtype.itemsize
+    return replace(option, structure=structure_name(option, recipe.coding), nbytes=nbytes)
+
+
 def _head_outside(job: Job, layers: Sequence[Layer]) -> list[tuple[Layer, Candidates]]:
     """Return the output head, dense, if it is none of the layers and tied to none."""
     head, covered = job.parts.head, {layer.name for layer in layers}
@@ -85,6 +117,8 @@ def _operations(job: Job, layer: Layer, option: Option) -> float:
     """Return the multiplications and additions of a layer for one token."""
     rows, columns = layer.shape
     looked_up = layer.kind == EMBEDDING
+    if layer.kind == NEURONS:
+        return 2.0 * sum(math.prod(member.narrow_shape(option.rank, layer)) for member in layer.members)
     if option.structure == DENSE:
         return 0.0 if looked_up and not job.parts.tied else 2.0 * rows * columns
     map_ = _example(job, layer, option.structure, option.rank, torch.device("meta"))
@@ -103,10 +137,7 @@ def _example(job: Job, layer: Layer, structure: str, rank: int, device: torch.de
     family = job.recipe.family(structure)
     if family is None:
         raise AssertionError(f"no recipe offers {structure} without its family")
-    if family.example is not None:
-        return family.example(layer.shape, rank, device)
-    weight = torch.randn(layer.shape, generator=torch.Generator().manual_seed(0))
-    return family.fit(weight, Metric(), rank).to(torch.float32, device)
+    return family.example(layer.shape, rank, device)
 
 
 class _Timing:

@@ -1,20 +1,24 @@
 """Fitting one layer at the rank its plan says, stored as its recipe says."""
 
 import dataclasses
-from typing import cast
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from eckart.budget import Option
+from eckart.budget import DENSE, Option
 from eckart.errors import EckartError
-from eckart.fit import Fit, Metric, best_bias, error_of, regress
+from eckart.files.neurons import COLUMNS, ROWS, neurons_entry
+from eckart.fit import Coding, Fit, Metric, best_bias, coded, error_of, regress
 from eckart.fit.families import Family
+from eckart.fit.neurons import fit_neurons
 from eckart.fit.refit import refit_up
-from eckart.hosts import EmbeddingHost, TiedHead, host
-from eckart.maps import LinearMap, LowRank, pivot, storage
+from eckart.hosts import EmbeddingHost, TiedHead, embedding_host, host
+from eckart.maps import Dense, LinearMap, LowRank, pivot, storage
 from eckart.methods.compress.job import Job
-from eckart.methods.compress.layers import EMBEDDING, Known, Layer
+from eckart.methods.compress.layers import EMBEDDING, Known, Layer, weights
 from eckart.stats import CrossMoments
 
 # Allowed relative excess of a layer's error over the optimum, where the randomized solver is faster.
@@ -48,9 +52,31 @@ def fit_layer(
         The fit; its map is rounded to the dtype. `loss_of` turns its error into the plan's unit.
     """
     recipe, dtype = job.recipe, dtype or job.weight_dtype(layer.name)
-    metric = known.metric(layer, weight, cross if recipe.sequential else None)
-    if metric is None:
+    metric, dense = known.metric(layer, weight, cross if recipe.sequential else None), option.structure == DENSE
+    if metric is None and not dense:
         raise EckartError(f"the calibration texts never reach {layer.name}, so it cannot be fitted")
+    metric = metric or Metric()
+    if dense:
+        fit = Fit(Dense(weight), bias, 0.0, 0.0)
+    else:
+        kept = dtype if recipe.coding is None else torch.float64
+        fit = _fit_structure(job, layer, weight, metric, option, bias, cross, kept)
+    if recipe.coding is None:
+        return fit
+    return _as_codes(fit, weight, metric, recipe.coding, bias, dtype, table=by_rows(job, layer))
+
+
+def _fit_structure(
+    job: Job,
+    layer: Layer,
+    weight: Tensor,
+    metric: Metric,
+    option: Option,
+    bias: Tensor | None,
+    cross: CrossMoments | None,
+    dtype: torch.dtype,
+) -> Fit:
+    recipe = job.recipe
     family = recipe.family(option.structure)
     if family is not None:
         return _fit_family(weight, metric, family, option.rank, bias, dtype)
@@ -68,15 +94,100 @@ def fit_layer(
     return dataclasses.replace(fit, map=built.to(dtype), bias=None if fit.bias is None else fit.bias.to(dtype))
 
 
+@dataclass(frozen=True, slots=True)
+class Narrowed:
+    """One of the layers around hidden units, with fewer of them.
+
+    Attributes:
+        layer: the layer.
+        fit: its narrow dense map and bias; the error is with the layer that reads the units.
+        entry: what its entry in config.json says of the units.
+    """
+
+    layer: Layer
+    fit: Fit
+    entry: dict[str, Any]
+
+
+def fit_narrowed(
+    job: Job,
+    known: Known,
+    layer: Layer,
+    option: Option,
+    biases: Mapping[str, Tensor | None],
+    *,
+    cross: CrossMoments | None = None,
+) -> list[Narrowed]:
+    """Fit the layers around hidden units with fewer of them.
+
+    Args:
+        job: the job.
+        known: its statistics.
+        layer: the hidden units.
+        option: how many remain.
+        biases: the biases of the layers by name.
+        cross: moments of the units in the compressed model, in a sequential pass.
+    """
+    dense = {member.name: weight for member, weight in weights(job, list(layer.members))}
+    reader = dense.pop(layer.name)
+    metric = known.metric(layer, reader, cross if job.recipe.sequential else None)
+    if metric is None:
+        raise EckartError(f"the calibration texts never reach {layer.name}, so it cannot be fitted")
+    fit = fit_neurons(reader, metric, option.rank, ridge=job.recipe.ridge)
+    out = []
+    for member in layer.members:
+        dtype, bias, writes = job.weight_dtype(member.name), biases[member.name], member.name != layer.name
+        map_ = Dense((dense[member.name][fit.kept] if writes else fit.weight).to(dtype))
+        if bias is not None:
+            bias = (bias[fit.kept] if writes else bias).to(dtype)
+        made = Fit(map_, bias, 0.0 if writes else fit.error, 0.0 if writes else fit.relative)
+        side = ROWS if writes else COLUMNS
+        out.append(Narrowed(member, made, neurons_entry(layer.name, side, layer.shape[1])))
+    return out
+
+
 def _fit_family(
     weight: Tensor, metric: Metric, family: Family, size: int, bias: Tensor | None, dtype: torch.dtype
 ) -> Fit:
     map_ = family.fit(weight, metric, size)
-    error, zero = error_of(weight, map_.dense(), metric), error_of(weight, torch.zeros_like(weight), metric)
-    rounded = map_.to(dtype)
+    errors, rounded = _errors(weight, map_, metric), map_.to(dtype)
     change = best_bias(weight, rounded, metric)
     offset = bias if change is None else change if bias is None else bias.double() + change
-    return Fit(rounded, None if offset is None else offset.to(dtype), error, error / zero if zero > 0 else 0.0)
+    return Fit(rounded, None if offset is None else offset.to(dtype), *errors)
+
+
+def _errors(weight: Tensor, map_: LinearMap, metric: Metric) -> tuple[float, float]:
+    """Return the error of a map, and its share of that of the zero map."""
+    error = error_of(weight, map_.to(torch.float64).dense(), metric)
+    zero = error_of(weight, torch.zeros_like(weight), metric)
+    return error, error / zero if zero > 0 else 0.0
+
+
+def _as_codes(
+    fit: Fit, weight: Tensor, metric: Metric, coding: Coding, bias: Tensor | None, dtype: torch.dtype, *, table: bool
+) -> Fit:
+    """Return a fit with its numbers stored as codes, and the error it then has."""
+    map_ = coded(fit.map, weight, metric, coding, dtype, table=table)
+    change = None if isinstance(fit.map, Dense) else best_bias(weight, map_, metric)
+    offset = bias if change is None else change if bias is None else bias.double() + change
+    return Fit(map_, None if offset is None else offset.to(dtype), *_errors(weight, map_, metric))
+
+
+def loss_of_map(job: Job, known: Known, layer: Layer, weight: Tensor, map_: LinearMap) -> float:
+    """Return the predicted loss of a layer whose codes were learned, in the unit of its job's plan."""
+    return loss_of(known, Fit(map_, None, *_errors(weight, map_, known.metric(layer, weight) or Metric())))
+
+
+def by_rows(job: Job, layer: Layer) -> bool:
+    """Tell whether groups must run along rows: those of an embedding are looked up, and learned codes expect it."""
+    return layer.kind == EMBEDDING or job.recipe.scale_rank > 0
+
+
+def structure_name(option: Option, coding: Coding | None) -> str:
+    """Return what a plan calls an option: "pivoted", "pivoted int4", "int4" for a dense matrix of codes."""
+    if coding is None:
+        return option.structure
+    return f"int{coding.bits}" if option.structure == DENSE else f"{option.structure} int{coding.bits}"
 
 
 def loss_of(known: Known, fit: Fit) -> float:
@@ -92,7 +203,8 @@ def running(fit: Fit) -> nn.Module:
 def running_embedding(job: Job, fit: Fit) -> EmbeddingHost:
     """Return a fitted embedding as a module that computes in float32 with its rounded numbers."""
     name = job.parts.embedding or ""
-    return EmbeddingHost(fit.map.to(torch.float32), cast("int | None", job.model.model.get_submodule(name).padding_idx))
+    padding = cast("int | None", job.model.model.get_submodule(name).padding_idx)
+    return embedding_host(fit.map.to(torch.float32), padding)
 
 
 def tied_head(job: Job, embedding: EmbeddingHost) -> dict[str, nn.Module]:

@@ -7,7 +7,7 @@ AdamW with weight decay 0.01, 10 % warm-up, cosine decay to a tenth, gradients c
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,25 +25,31 @@ def heal(
     inputs: Sequence[Tensor],
     targets: Sequence[Tensor],
     *,
+    fixed: Collection[nn.Parameter] = (),
     epochs: int,
     rate: float,
     seed: int,
     progress: Callable[[int], None],
+    parameters: Sequence[nn.Parameter] | None = None,
 ) -> None:
     """Train a block in place.
 
     Args:
         runner: the model.
-        block: the compressed block; all of its floating parameters are trained.
+        block: the compressed block.
         calls: the block's call, per batch.
         inputs: its inputs in the compressed model, (b, t, d) per batch.
         targets: the original block's outputs, (b, t, d) per batch.
+        fixed: parameters that other blocks share, which stay as they are.
         epochs: passes over all batches.
         rate: largest learning rate.
         seed: seed of the order of batches.
         progress: called with the number of epochs done.
+        parameters: what is trained; None for all floating parameters of the block.
     """
-    trained = [p.requires_grad_(True) for p in block.parameters() if p.is_floating_point()]
+    held = {id(p) for p in fixed}
+    chosen = [p for p in parameters or block.parameters() if p.is_floating_point() and id(p) not in held]
+    trained = [p.requires_grad_(True) for p in chosen]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=WEIGHT_DECAY)
     steps = epochs * len(inputs)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))

@@ -132,6 +132,7 @@ def open_job(request: Request, progress: Progress) -> Job:
     """
     _check_numbers(request)
     recipe = recipe_of(request.method, request.settings)
+    _check_budget(request, recipe)
     check_model_folder(request.model)
     if recipe.needs_text and request.calibration is None:
         raise EckartError(f"{request.method} needs a calibration text; give one with --calibration FILE")
@@ -140,8 +141,12 @@ def open_job(request: Request, progress: Progress) -> Job:
     parts = anatomy(model.model)
     causal = type(model.model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     samples = None if documents is None else _samples(request, model, documents, causal)
-    labels = recipe.labels if recipe.uses_gradients else "sampled"
+    labels = recipe.labels if recipe.uses_gradients or recipe.uses_weight_gradients else "sampled"
     goal = objective(labels, parts.head is not None, causal)
+    if recipe.uses_weight_gradients and not causal:
+        raise EckartError(
+            f"{request.method} needs the loss of predicting the next token; {request.model} is no decoder"
+        )
     model_hash = check_finite(model, progress)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runner = Blockwise(model.model, parts, model.load, device)
@@ -160,6 +165,23 @@ def _check_numbers(request: Request) -> None:
         if value < least or (most is not None and value >= most):
             limit = f"at least {least}" if most is None else f"at least {least} and less than {most}"
             raise EckartError(f"{name} must be {limit}, got {value}")
+
+
+def _check_budget(request: Request, recipe: Recipe) -> None:
+    """Raise an `EckartError` if a method cannot be held to what the budget counts."""
+    limit, method = request.limit, request.method
+    if not recipe.reduces and request.keep != 1:
+        got = f"{request.keep:g}" if request.keep is not None else str(limit)
+        raise EckartError(
+            f"{method} stores all parameters in fewer bits and removes none, so keep must be 1, got "
+            f"{got}; leave keep out, or take a method that removes parameters and give it bits={recipe.bits}"
+        )
+    if limit.option != "keep" and recipe.allocation == "zero-sum":
+        raise EckartError(f"{method} drops singular values by what they count in parameters; give keep, not {limit}")
+    unknown = recipe.bits or recipe.sharing is not None or recipe.sliced
+    if limit.option in ("flops", "latency") and (unknown or (limit.option == "latency" and recipe.neurons)):
+        what = "codes, which bits asks for," if recipe.bits else method
+        raise EckartError(f"{limit.option} of {what} cannot be told beforehand; give keep or bytes instead")
 
 
 def _samples(request: Request, model: OpenModel, documents: list[str], causal: bool) -> Samples:

@@ -9,39 +9,53 @@ projection. A tied table serves both: f the mean of the two frequencies, M = B +
 form.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from eckart.budget import Candidates, Option, candidates
+from eckart.budget import DENSE, Candidates, Option, candidates
 from eckart.errors import EckartError
 from eckart.fit import Metric, Regression, error_of, regress
 from eckart.fit import metric as build_metric
 from eckart.fit.families import Family
-from eckart.hosts import linear_layers, map_of, offset_of
+from eckart.fit.neurons import fit_neurons
+from eckart.hosts import Neurons, linear_layers, map_of, neurons_of, offset_of
 from eckart.maps import Storage, storage
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.recipe import LayerData
-from eckart.stats import CrossMoments, Gradients, Moments, Store, gradients_of, inputs_of, token_counts
+from eckart.stats import (
+    CrossMoments,
+    Gradients,
+    Moments,
+    Store,
+    enter,
+    gradients_of,
+    inputs_of,
+    token_counts,
+    weight_gradients_of,
+)
 
 # Share of the uniform distribution in token frequencies: tokens that the calibration text lacks still count.
 FREQUENCY_SMOOTHING = 0.05
-EMBEDDING, HEAD, LINEAR = "embedding", "head", "linear"
+EMBEDDING, HEAD, LINEAR, NEURONS = "embedding", "head", "linear", "neurons"
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer that may be compressed.
+    """One layer that may be compressed, or several around the same hidden units that become narrower together.
 
     Attributes:
-        name: its module name.
-        kind: "linear", "embedding" or "head".
+        name: its module name; of hidden units, that of the layer that reads them.
+        kind: "linear", "embedding", "head" or "neurons".
         shape: (out, in); (vocabulary, width) for an embedding.
         bias: numbers in its bias.
         block: index of its block; -1 for an embedding, the number of blocks for a head.
+        writers: for hidden units, the linear layers with a row per unit.
     """
 
     name: str
@@ -49,6 +63,21 @@ class Layer:
     shape: tuple[int, int]
     bias: int
     block: int
+    writers: tuple["Layer", ...] = ()
+
+    @property
+    def members(self) -> "tuple[Layer, ...]":
+        """The linear layers it consists of; itself, if it is one layer."""
+        return (*self.writers, replace(self, kind=LINEAR, writers=())) if self.writers else (self,)
+
+    def narrow_shape(self, units: int, reader: "Layer") -> tuple[int, int]:
+        """Return the shape of this layer with so many of the hidden units that `reader` reads."""
+        return (self.shape[0], units) if self.name == reader.name else (units, self.shape[1])
+
+    def narrow_numbers(self, units: int, reader: "Layer") -> int:
+        """Return the numbers of this layer, bias included, with so many of the hidden units that `reader` reads."""
+        shape = self.narrow_shape(units, reader)
+        return shape[0] * shape[1] + (shape[0] if self.bias else 0)
 
 
 def layers_of(job: Job) -> list[Layer]:
@@ -58,11 +87,37 @@ def layers_of(job: Job) -> list[Layer]:
     if job.recipe.embeddings and parts.embedding is not None:
         table = cast(Tensor, model.get_submodule(parts.embedding).weight)
         out.append(Layer(parts.embedding, EMBEDDING, (table.shape[0], table.shape[1]), 0, -1))
+    groups = _neurons(job) if job.recipe.neurons else [[] for _ in parts.blocks]
     for index, block in enumerate(parts.blocks):
-        for name, module in linear_layers(model.get_submodule(block), block).items():
-            out.append(_layer(name, LINEAR, module, index))
+        inside = {
+            name: _layer(name, LINEAR, module, index)
+            for name, module in linear_layers(model.get_submodule(block), block).items()
+        }
+        for group in groups[index]:
+            writers = tuple(inside.pop(f"{block}.{name}") for name in group.into)
+            reader = f"{block}.{group.out_of}"
+            inside[reader] = replace(inside[reader], kind=NEURONS, writers=writers)
+        out.extend(inside.values())
     if job.recipe.embeddings and parts.head is not None and not parts.tied:
         out.append(_layer(parts.head, HEAD, model.get_submodule(parts.head), len(parts.blocks)))
+    return out
+
+
+@torch.no_grad()
+def _neurons(job: Job) -> list[list[Neurons]]:
+    """Return the sets of hidden units of every block; blocks with the same layers are tried once."""
+    runner, model = job.runner, job.model.model
+    ids = torch.arange(8)[None] % int(model.config.vocab_size)  # any few tokens will do
+    stream = enter(runner, [ids])
+    known: dict[tuple[tuple[str, tuple[int, int]], ...], list[Neurons]] = {}
+    out = []
+    for index, name in enumerate(job.parts.blocks):
+        layers = linear_layers(model.get_submodule(name))
+        alike = tuple((inner, map_of(module).shape) for inner, module in layers.items())
+        if alike not in known:
+            with runner.resident(name) as block:
+                known[alike] = neurons_of(block, partial(runner.run, block, stream.hidden[0], stream.calls[0][index]))
+        out.append(known[alike])
     return out
 
 
@@ -138,6 +193,16 @@ class Known:
         data = get(layer, weight, cross)
         return None if data is None else self.job.recipe.metric(data)
 
+    def scores(self, layer: Layer, weight: Tensor, regression: Regression) -> Tensor:
+        """Return the scores of rank 0, 1, ... that the recipe's allocation compares."""
+        recipe = self.job.recipe
+        if recipe.score is None:
+            raise AssertionError("checked when the recipe was made")
+        gradient = None
+        if recipe.uses_weight_gradients:
+            gradient = weight_gradients_of(self.store, self.job.objective, layer.block)[layer.name]
+        return recipe.score(LayerData(weight, weight_gradient=gradient), regression)
+
     def scale(self) -> float:
         """Return the factor from a fit's error to the predicted increase, in the objective's unit."""
         batches = self.job.calibration
@@ -146,6 +211,11 @@ class Known:
 
 def _smoothed(frequencies: Tensor) -> Tensor:
     return (1 - FREQUENCY_SMOOTHING) * frequencies + FREQUENCY_SMOOTHING / frequencies.shape[0]
+
+
+def type_of(layer: Layer) -> str:
+    """Return what layers of one kind in different blocks share: the name without its numbers."""
+    return ".".join(part for part in layer.name.split(".") if not part.isdigit())
 
 
 def unit_of(job: Job) -> str:
@@ -194,9 +264,7 @@ def surveyed(
             out.append(_with_options(_candidates(job, layer, [0.0]), fitted))
             continue
         regression = regress(weight, metric)
-        score = job.recipe.score
-        use_score = job.recipe.allocation == "threshold" and score is not None
-        losses = score(weight, regression) if use_score and score is not None else predicted(known, regression)
+        losses = known.scores(layer, weight, regression) if job.recipe.scores else predicted(known, regression)
         out.append(_with_options(_candidates(job, layer, losses, storage(job.recipe.storage)), fitted))
     return out
 
@@ -233,13 +301,37 @@ def _fitted_loss(job: Job, known: Known, weight: Tensor, metric: Metric, family:
 
 
 def foreseen(job: Job, layers: list[Layer], known: Known, chosen: dict[str, Option]) -> dict[str, Option]:
-    """Return chosen options of linear layers with their predicted losses, which an allocation did without."""
+    """Return chosen options with their predicted losses, which an allocation did without."""
     out = dict(chosen)
     for layer, weight in weights(job, layers):
         option = chosen[layer.name]
-        family, metric = job.recipe.family(option.structure), known.metric(layer, weight)
-        if family is not None and metric is not None:
-            out[layer.name] = replace(option, loss=_fitted_loss(job, known, weight, metric, family, option.rank))
+        metric = None if option.structure == DENSE else known.metric(layer, weight)
+        if metric is None:
+            continue
+        family = job.recipe.family(option.structure)
+        if layer.kind == NEURONS:
+            loss = fit_neurons(weight, metric, option.rank, ridge=job.recipe.ridge).relative
+        elif family is None:
+            loss = float(predicted(known, regress(weight, metric))[option.rank])
+        else:
+            loss = _fitted_loss(job, known, weight, metric, family, option.rank)
+        out[layer.name] = replace(option, loss=loss)
+    return out
+
+
+def errors_at(job: Job, layers: list[Layer], known: Known, chosen: dict[str, Option]) -> dict[str, float]:
+    """Return E | T (W x - W' x^) |^2 of every layer at its chosen option; 0 for layers left dense, or never reached."""
+    out = {}
+    for layer, weight in weights(job, layers):
+        option = chosen[layer.name]
+        metric = None if option.structure == DENSE else known.metric(layer, weight)
+        family = job.recipe.family(option.structure)
+        if metric is None:
+            out[layer.name] = 0.0
+        elif family is None:
+            out[layer.name] = float(regress(weight, metric).errors()[option.rank])
+        else:
+            out[layer.name] = error_of(weight, family.fit(weight, metric, option.rank).dense(), metric)
     return out
 
 
@@ -247,6 +339,8 @@ def _candidates(
     job: Job, layer: Layer, losses: Tensor | list[float] | None, stored: Storage | Family | None = None
 ) -> Candidates:
     """Return the ranks (or sizes of the recipe's one family) a layer may have; None for losses nobody will read."""
+    if layer.kind == NEURONS:
+        return _narrower(job, layer)
     families = job.recipe.families if layer.kind == LINEAR else ()
     stored = stored or (families[0] if families else storage(job.recipe.storage))
     found = candidates(
@@ -259,12 +353,29 @@ def _candidates(
         extra_bias=job.recipe.centred and layer.kind != EMBEDDING,
         round_to=job.recipe.round_to,
     )
-    if not layer.bias:
-        return found
-    # A dense layer's bias may be stored in another dtype than its weight; a compressed layer's is not.
-    wider = job.model.stored_dtype(f"{layer.name}.bias").itemsize - job.weight_dtype(layer.name).itemsize
-    dense = replace(found.dense, nbytes=found.dense.nbytes + layer.bias * wider)
-    return replace(found, options=(*found.options[:-1], dense))
+    return with_dense_bytes(job, [layer], found)
+
+
+def with_dense_bytes(job: Job, layers: Sequence[Layer], found: Candidates) -> Candidates:
+    """Return the candidates of layers with the bytes that those take now: biases may have dtypes of their own."""
+    nbytes = sum(dense_bytes(job, layer.name, layer.shape, layer.bias) for layer in layers)
+    return replace(found, options=(*found.options[:-1], replace(found.dense, nbytes=nbytes)))
+
+
+def dense_bytes(job: Job, name: str, shape: tuple[int, int], bias: int) -> int:
+    """Return the bytes of a layer as it is stored in the original, given its name, shape and numbers in its bias."""
+    own = bias * job.model.stored_dtype(f"{name}.bias").itemsize if bias else 0
+    return math.prod(shape) * job.weight_dtype(name).itemsize + own
+
+
+def _narrower(job: Job, layer: Layer) -> Candidates:
+    """Return every number of hidden units that a set of layers may have; losses are left out."""
+    itemsize = job.weight_dtype(layer.name).itemsize
+    units, options = layer.shape[1], []
+    for count in (*range(job.recipe.round_to, units, job.recipe.round_to), units):
+        numbers = sum(member.narrow_numbers(count, layer) for member in layer.members)
+        options.append(Option(DENSE if count == units else NEURONS, count, numbers, numbers * itemsize, 0.0))
+    return with_dense_bytes(job, layer.members, Candidates(layer.name, layer.shape, tuple(options)))
 
 
 def check_layers(job: Job, layers: list[Layer]) -> None:

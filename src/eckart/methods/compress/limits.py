@@ -14,7 +14,6 @@ UNITS = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
 }  # fmt: skip
-KEEP = 0.6  # where nothing is asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ class Limit:
 
 
 def limit_of(*, keep: Any = None, bytes: Any = None, flops: Any = None, latency: Any = None) -> Limit:
-    """Return what is asked for; `KEEP` of the parameters if nothing is.
+    """Return what is asked for.
 
     Args:
         keep: share of the parameters, in (0, 1].
@@ -61,7 +60,7 @@ def limit_of(*, keep: Any = None, bytes: Any = None, flops: Any = None, latency:
         latency: share of the dense model's time, as in "0.7x".
 
     Raises:
-        EckartError: for several of them, or one that cannot be read.
+        EckartError: for none or several of them, or one that cannot be read.
     """
     given = {"keep": keep, "bytes": bytes, "flops": flops, "latency": latency}
     asked = {option: value for option, value in given.items() if value is not None}
@@ -71,7 +70,7 @@ def limit_of(*, keep: Any = None, bytes: Any = None, flops: Any = None, latency:
         if option == "keep":
             return Limit(option, _share(value))
         return Limit(option, parse_size(value) if option == "bytes" else parse_ratio(option, value))
-    return Limit("keep", KEEP)
+    raise EckartError(f"no budget is given; give one of {', '.join(given)}")
 
 
 def _share(keep: Any) -> float:

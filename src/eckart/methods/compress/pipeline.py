@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from eckart.atomic import write_text
 from eckart.errors import EckartError
 from eckart.files.card import inherited, model_card
 from eckart.files.writing import LayerRecord, Partial, check_output, layer_entries, publish, write_folder
@@ -18,8 +19,9 @@ from eckart.methods.compress.check import BrokenOutputError, Expected, check_rel
 from eckart.methods.compress.job import Job, Request, open_job, statistics_store, trim_cache
 from eckart.methods.compress.layers import Known, Layer, check_layers, layers_of
 from eckart.methods.compress.outcome import Checked, Measured, Outcome, Plan
+from eckart.methods.compress.slicing import measured_folder, principal_axes, residual_axis, sliced_plan, write_sliced
 from eckart.methods.compress.sweep import Sweep
-from eckart.methods.compress.table import settings_of, summary_of
+from eckart.methods.compress.table import recipe_of, settings_of, summary_of
 from eckart.progress import Progress, silent
 from eckart.stats import Store, collect_gradients, collect_inputs
 
@@ -51,7 +53,8 @@ def compress(
         model: folder of a decoder or encoder with safetensors weights.
         out: folder to write; must not hold anything yet.
         method: one of `eckart.METHODS`.
-        keep: share of the whole model's parameters that remains, in (0, 1]; 0.6 if no budget is given.
+        keep: share of the whole model's parameters that remains, in (0, 1]; if no budget is given 0.6, or 1 for methods
+            that only store parameters in fewer bits, which take nothing else.
         bytes: instead: bytes all parameters may take, index tensors included; or text, "20MB" or "20MiB".
         flops: instead: share of the operations of the linear layers and the head for one token, as in "0.6x".
         latency: instead: share of their time, measured on this device, as in "0.7x".
@@ -70,8 +73,20 @@ def compress(
     started, target = time.perf_counter(), Path(out)
     check_output(target)
     budget = {"keep": keep, "bytes": bytes, "flops": flops, "latency": latency}
-    job, layers = _prepared(model, method, budget, calibration, samples, length, seed, settings, progress)
-    partial = Partial(target.absolute().with_name(f".{target.absolute().name}.eckart-{job.key[:8]}"))
+    job = open_job(_request(model, method, budget, calibration, samples, length, seed, settings), progress)
+    run = _sliced if job.recipe.sliced else _by_layers
+    outcome = run(job, target, cache, check, progress)
+    return replace(outcome, seconds=time.perf_counter() - started)
+
+
+def _partial(job: Job, target: Path) -> Partial:
+    return Partial(target.absolute().with_name(f".{target.absolute().name}.eckart-{job.key[:8]}"))
+
+
+def _by_layers(job: Job, target: Path, cache: bool, check: bool, progress: Progress) -> Outcome:
+    """Compress layer by layer, continuing what an earlier run of the same job has left."""
+    partial, layers = _partial(job, target), layers_of(job)
+    check_layers(job, layers)
     try:
         partial.begin({"out": str(target), "settings": _described(job)})
         outcome, expected = _compressed(job, layers, partial, target, cache, progress)
@@ -81,7 +96,27 @@ def compress(
             partial.discard()
         raise
     partial.discard()
-    return replace(outcome, seconds=time.perf_counter() - started, checked=checked)
+    return replace(outcome, checked=checked)
+
+
+def _sliced(job: Job, target: Path, cache: bool, check: bool, progress: Progress) -> Outcome:
+    """Write a sliced model, beside the target while it is made, then in one rename; it has no statistics to cache."""
+    partial, axis = _partial(job, target), residual_axis(job)
+    kept, planned = sliced_plan(job, axis)
+    partial.begin({"out": str(target), "settings": _described(job)})
+    try:
+        basis = principal_axes(job, axis, progress)[:, :kept]
+        folder = partial.fresh_folder()
+        write_sliced(job, axis, basis, folder, progress)
+        measured, expected = measured_folder(job, folder)
+        outcome = Outcome(planned, target, measured, 0.0, _peak_memory(), _described(job))
+        for name, text in _texts(job, outcome, expected.promise if check else None).items():
+            write_text(folder / name, text)
+        checked = _checked(job, folder, planned, expected if check else None, progress)
+        publish(folder, target)
+    finally:
+        partial.discard()
+    return replace(outcome, checked=checked)
 
 
 def _compressed(
@@ -91,11 +126,11 @@ def _compressed(
     store = statistics_store(job, None if cache else partial.folder)
     _collect(job, store, Store(partial.folder / "boundaries"), progress)
     known = Known(job, store)
-    allocation = allocate(job, layers, known, predict=False, progress=progress)
-    measured, expected = Sweep(job, known, layers, allocation.chosen, partial, progress).run()
+    found = allocate(job, layers, known, predict=False, progress=progress)
+    measured, expected = Sweep(job, known, layers, found, partial, progress).run()
     if cache:
         trim_cache(store)
-    planned = _as_stored(job, layers, allocation, partial.records())
+    planned = _as_stored(job, layers, found, partial.records())
     return Outcome(planned, out, measured, 0.0, _peak_memory(), _described(job)), expected
 
 
@@ -105,15 +140,21 @@ def _publish(
     """Write the finished parts as a model folder, check it unless nothing is expected, and give it its name."""
     head = job.parts.head if job.parts.tied else None
     entries = layer_entries(partial.records(), job.parts.embedding, head)
-    promised = None if expected is None else expected.promise
-    texts = {"README.md": _card(job, outcome, promised), "eckart.json": _report(outcome, promised)}
-    folder = write_folder(partial, job.model, job.parts.blocks, entries, _made_by(outcome), texts, progress)
-    checked = None
-    if expected is not None:
-        progress("reload", 0, 1)
-        checked = check_reload(job, folder, outcome.plan, expected)
-        progress("reload", 1, 1)
+    made_by, promised = _made_by(outcome), None if expected is None else expected.promise
+    texts = _texts(job, outcome, promised)
+    folder = write_folder(partial, job.model, job.parts.blocks, entries, made_by, texts, progress)
+    checked = _checked(job, folder, outcome.plan, expected, progress)
     publish(folder, outcome.out)
+    return checked
+
+
+def _checked(job: Job, folder: Path, plan: Plan, expected: Expected | None, progress: Progress) -> Checked | None:
+    """Check a finished folder unless nothing is expected."""
+    if expected is None:
+        return None
+    progress("reload", 0, 1)
+    checked = check_reload(job, folder, plan, expected)
+    progress("reload", 1, 1)
     return checked
 
 
@@ -138,15 +179,19 @@ def plan(
     Args and errors are those of `compress`.
     """
     budget = {"keep": keep, "bytes": bytes, "flops": flops, "latency": latency}
-    job, layers = _prepared(model, method, budget, calibration, samples, length, seed, settings, progress)
+    job = open_job(_request(model, method, budget, calibration, samples, length, seed, settings), progress)
+    if job.recipe.sliced:
+        return sliced_plan(job, residual_axis(job))[1]
+    layers = layers_of(job)
+    check_layers(job, layers)
     with tempfile.TemporaryDirectory(prefix="eckart-") as scratch:
         store = statistics_store(job, None if cache else Path(scratch))
         _collect(job, store, Store(Path(scratch) / "boundaries"), progress)
-        allocation = allocate(job, layers, Known(job, store), predict=True, progress=progress)
-    return plan_of(job, layers, allocation)
+        found = allocate(job, layers, Known(job, store), predict=True, progress=progress)
+    return plan_of(job, layers, found)
 
 
-def _prepared(
+def _request(
     model: str | Path,
     method: str,
     budget: Mapping[str, Any],
@@ -155,31 +200,38 @@ def _prepared(
     length: int | None,
     seed: int,
     settings: Mapping[str, Any] | None,
-    progress: Progress,
-) -> tuple[Job, list[Layer]]:
+) -> Request:
     text = None if calibration is None else Path(calibration)
-    keep, others = budget["keep"], {name: value for name, value in budget.items() if name != "keep"}
-    request = Request(Path(model), method, keep, text, samples, length, seed, dict(settings or {}), **others)
-    job = open_job(request, progress)
-    layers = layers_of(job)
-    check_layers(job, layers)
-    return job, layers
+    given = dict(budget)
+    if all(value is None for value in given.values()):
+        given["keep"] = recipe_of(method, settings).usual_keep
+    keep = given.pop("keep")
+    return Request(Path(model), method, keep, text, samples, length, seed, dict(settings or {}), **given)
 
 
 def _collect(job: Job, store: Store, boundaries: Store, progress: Progress) -> None:
     """Gather the statistics that the recipe reads and the store does not have yet."""
     count, recipe = len(job.parts.blocks), job.recipe
-    wants_gradients = recipe.uses_gradients and not (
-        store.has(f"gradients-{job.objective.name}", count) and store.has(f"ends-{job.objective.name}", 1)
-    )
+    kinds = [f"gradients-{job.objective.name}"] if recipe.uses_gradients else []
+    kinds += [f"weight-gradients-{job.objective.name}"] if recipe.uses_weight_gradients else []
+    ends = store.has(f"ends-{job.objective.name}", 1)
+    wants_gradients = bool(kinds) and not (ends and all(store.has(kind, count) for kind in kinds))
     has_inputs = store.has("inputs", count) and (job.parts.head is None or store.has("head-inputs", 1))
-    if wants_gradients or (recipe.uses_inputs and not has_inputs):
+    has_inputs = has_inputs and store.has("influence", count)
+    if wants_gradients or ((recipe.uses_inputs or recipe.allocation == "influence") and not has_inputs):
         collect_inputs(
             job.runner, job.calibration, store, boundaries=boundaries if wants_gradients else None, progress=progress
         )
     if wants_gradients:
         collect_gradients(
-            job.runner, job.calibration, job.objective, store, boundaries, seed=job.request.seed, progress=progress
+            job.runner,
+            job.calibration,
+            job.objective,
+            store,
+            boundaries,
+            seed=job.request.seed,
+            weights=recipe.uses_weight_gradients,
+            progress=progress,
         )
     boundaries.clear()
 
@@ -240,6 +292,11 @@ def _peak_memory() -> int:
 
 def _measured(measured: Measured | None) -> dict[str, Any] | None:
     return None if measured is None else asdict(measured)
+
+
+def _texts(job: Job, outcome: Outcome, promised: dict[str, Any] | None) -> dict[str, str]:
+    """Return the text files that every folder gets."""
+    return {"README.md": _card(job, outcome, promised), "eckart.json": _report(outcome, promised)}
 
 
 def _card(job: Job, outcome: Outcome, promised: dict[str, Any] | None) -> str:

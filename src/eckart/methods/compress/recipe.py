@@ -1,8 +1,9 @@
 """What a compression method says: five answers, kept apart, from which the pipeline does the rest.
 
-Structure (`storage`, `embeddings`), metric (`metric`), budget (`allocation`), solver (`sequential`, `anchor`, `update`)
-and what is trained afterwards (`heal`). A method's page returns a `Recipe` with its paper's answers; any answer can be
-overridden, which is how unpublished combinations are made.
+Structure (`storage`, `embeddings`, and `bits` for how its numbers are stored), metric (`metric`), budget
+(`allocation`), solver (`sequential`, `anchor`, `update`) and what is trained afterwards (`heal`). A method's page
+returns a `Recipe` with its paper's answers; any answer can be overridden, which is how unpublished combinations are
+made.
 """
 
 import dataclasses
@@ -14,14 +15,28 @@ import torch
 from torch import Tensor
 
 from eckart.errors import EckartError
-from eckart.fit import Metric, Regression
+from eckart.fit import Coding, Metric, Regression
 from eckart.fit import metric as build_metric
 from eckart.fit.families import Family
+from eckart.fit.quantize import Levels, Rounding
+from eckart.methods.compress.sharing import Sharing
 from eckart.stats import CrossMoments, Gradients, Moments
 
-Allocation = Literal["uniform", "uniform-rank", "threshold", "sensitivity", "calibrated", "knapsack"]
+Allocation = Literal[
+    "uniform",
+    "uniform-rank",
+    "threshold",
+    "sensitivity",
+    "calibrated",
+    "knapsack",
+    "log-loss",
+    "zero-sum",
+    "influence",
+]
 Labels = Literal["sampled", "observed"]
 StorageName = Literal["lowrank", "pivoted"]
+# Share of the parameters that remains if nothing is said.
+USUAL_KEEP = 0.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +48,18 @@ class LayerData:
         inputs: moments of the original input, if asked for.
         gradients: moments of the output gradient, if asked for.
         cross: moments of the input inside the compressed model; only in the pass of a sequential recipe.
+        weight_gradient: mean gradient of the loss with respect to the weight, (m, n), for scores.
     """
 
     weight: Tensor
     inputs: Moments | None = None
     gradients: Gradients | None = None
     cross: CrossMoments | None = None
+    weight_gradient: Tensor | None = None
 
 
 # Scores of rank 0, 1, ... for an allocation that does not use predicted errors.
-Score = Callable[[Tensor, Regression], Tensor]
+Score = Callable[[LayerData, Regression], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +70,21 @@ class Recipe:
         metric: builds the metric of a layer from its data.
         allocation: "uniform" (one share of numbers), "uniform-rank" (one share of ranks), "threshold" (one threshold on
             `score`), "sensitivity" (one threshold on the loss measured with one layer compressed, at several levels),
-            "calibrated" (knapsack on errors scaled by one such measurement per layer) or "knapsack" (on predicted
-            loss).
+            "calibrated" (knapsack on errors scaled by one such measurement per layer), "knapsack" (on predicted loss),
+            "log-loss" (shares by the logarithm of each layer's error among those of its type), "zero-sum" (singular
+            values dropped so that the changes of the loss in `score` cancel) or "influence" (shares by how far each
+            block turns its input).
         storage: of low-rank maps: "lowrank", k (m + n) numbers, or "pivoted", k (m + n - k).
         families: what a linear layer may become instead of a low-rank map; several only with "knapsack".
         mixed: whether low-rank maps stay among the choices beside the families.
+        neurons: whether the layers of an MLP get fewer hidden units instead of maps.
+        sliced: whether the whole model gets fewer residual coordinates; nothing else is done then.
+        untie: whether slicing gives a tied head a matrix of its own.
         embeddings: whether token embedding and output head may be compressed as well.
         round_to: ranks are multiples of this.
         uses_inputs: whether the metric reads input moments.
         uses_gradients: whether it reads gradient moments.
+        uses_weight_gradients: whether its scores read the mean gradients of the weights.
         labels: labels of the gradients: "sampled" from the model or "observed" in the text.
         output_metric: whether predicted errors are in units of the loss (the metric has a full output moment).
         embedding_shrinkage: share of the isotropic moment in the metric of an embedding's coordinates.
@@ -71,7 +94,20 @@ class Recipe:
         heal: epochs of blockwise reconstruction after each block is compressed; 0 for none.
         heal_rate: its learning rate, per AdamW step.
         gamma: weight of the depth factor of "calibrated".
-        score: scores for "threshold".
+        score: scores for "threshold" and "zero-sum".
+        floor: share of the break-even rank below which "zero-sum" truncates no layer while others can be.
+        temperature: of "influence"; the larger, the more even the shares.
+        ridge: of the leverage scores that hidden units are kept by, over their mean square.
+        sharing: which layers have one right factor together; None where every layer has its own.
+        reduces: whether fewer parameters remain; a method that only stores them in fewer bits runs at keep 1.
+        bits: bits per number of every compressed layer, dense ones among them; 0 to store numbers as they were.
+        group_size: numbers that share a scale.
+        rounding: "nearest", or "feedback" of errors into what is not rounded yet (GPTQ).
+        levels: "uniform", or "learned" per row (any4).
+        symmetric: whether scales come without zero points.
+        clip: whether scales are searched for instead of covering the extremes.
+        scale_rank: if not 0, healing trains which code each weight takes, through divisors of that rank, and nothing
+            else (LRQ).
     """
 
     metric: Callable[[LayerData], Metric]
@@ -79,10 +115,14 @@ class Recipe:
     storage: StorageName = "lowrank"
     families: tuple[Family, ...] = ()
     mixed: bool = False
+    neurons: bool = False
+    sliced: bool = False
+    untie: bool = False
     embeddings: bool = False
     round_to: int = 1
     uses_inputs: bool = False
     uses_gradients: bool = False
+    uses_weight_gradients: bool = False
     labels: Labels = "observed"
     output_metric: bool = False
     embedding_shrinkage: float = 0.01
@@ -93,6 +133,18 @@ class Recipe:
     heal_rate: float = 1e-4
     gamma: float = 0.0
     score: Score | None = None
+    sharing: Sharing | None = None
+    reduces: bool = True
+    bits: int = 0
+    group_size: int = 128
+    rounding: Rounding = "feedback"
+    levels: Levels = "uniform"
+    symmetric: bool = False
+    clip: bool = True
+    scale_rank: int = 0
+    floor: float = 0.0
+    temperature: float = 0.1
+    ridge: float = 1.0
 
     def __post_init__(self) -> None:
         if self.round_to < 1:
@@ -101,7 +153,7 @@ class Recipe:
             raise EckartError(f"heal is a number of epochs and must not be negative, got {self.heal}")
         if not self.heal_rate > 0:
             raise EckartError(f"heal_rate must be positive, got {self.heal_rate}")
-        if self.families and self.allocation not in ("uniform", "uniform-rank", "knapsack"):
+        if self.families and self.allocation not in ("uniform", "uniform-rank", "knapsack", "log-loss", "influence"):
             names = ", ".join(family.name for family in self.families)
             raise EckartError(f"allocation={self.allocation} knows low-rank maps only, and this method uses {names}")
         if len(self.families) + self.mixed > 1 and self.allocation != "knapsack":
@@ -110,20 +162,75 @@ class Recipe:
             raise EckartError("update refits low-rank maps only")
         if self.allocation == "threshold" and self.score is None:
             raise EckartError("allocation=threshold needs a method that scores spectra, such as welore")
+        Coding(self.bits or 8, self.group_size)  # refuses what cannot be
+        if self.scale_rank and self.levels != "uniform":
+            raise EckartError("codes are learned for uniform levels only; give levels=uniform")
+        if not self.reduces and not self.bits:
+            raise EckartError("bits=0 leaves this method nothing to do; give 2, 3, 4 or 8")
+        if self.allocation == "zero-sum" and not self.uses_weight_gradients:
+            raise EckartError("allocation=zero-sum needs the gradients of the weights, which zs-svd collects")
+        if self.uses_weight_gradients and self.embeddings:
+            raise EckartError("zero-sum scores know linear layers only; leave embeddings=false")
+        self._check_narrowing()
+        if self.sharing is not None:
+            self._check_sharing()
+
+    def _check_sharing(self) -> None:
+        if self.allocation not in ("uniform", "uniform-rank", "knapsack"):
+            raise EckartError(f"allocation={self.allocation} looks at one layer at a time, and this method shares")
+        if self.sequential or self.update or self.centred or self.output_metric or not self.uses_inputs:
+            raise EckartError("layers share a factor under the uncentred moments of their original inputs only")
+        if len(self.families) + self.mixed > 1:
+            raise EckartError("layers that share a factor are of one structure")
+        if self.bits:
+            raise EckartError("the factor that layers share is not stored in codes; leave bits at 0")
+
+    def _check_narrowing(self) -> None:
+        if self.neurons and self.allocation not in ("uniform", "influence"):
+            raise EckartError(f"allocation={self.allocation} does not know hidden units; use uniform or influence")
+        answers = self.allocation, self.storage, self.embeddings, self.heal
+        if self.bits and (self.neurons or self.sliced):
+            raise EckartError("narrower layers are not stored in codes; leave bits at 0")
+        if self.sliced and answers != ("uniform", "lowrank", False, 0):
+            raise EckartError("slicing changes the whole model at once: leave allocation, storage, embeddings and heal")
+        for name in ("temperature", "ridge"):
+            if not getattr(self, name) > 0:
+                raise EckartError(f"{name} must be positive, got {getattr(self, name)}")
 
     def family(self, name: str) -> Family | None:
         """Return the family of that name, None for low-rank maps and dense layers."""
         return next((f for f in self.families if f.name == name), None)
 
     @property
+    def coding(self) -> Coding | None:
+        """How the numbers of compressed layers are stored, or None if as they were."""
+        if not self.bits:
+            return None
+        return Coding(self.bits, self.group_size, self.rounding, self.levels, self.symmetric, self.clip)
+
+    @property
+    def usual_keep(self) -> float:
+        """The share of parameters that remains if nothing else is asked for."""
+        return USUAL_KEEP if self.reduces else 1.0
+
+    @property
+    def scores(self) -> bool:
+        """Whether its allocation compares scores instead of predicted losses."""
+        return self.allocation in ("threshold", "zero-sum")
+
+    @property
     def needs_text(self) -> bool:
         """Whether the recipe cannot run without calibration text."""
-        measured = self.allocation in ("sensitivity", "calibrated")
-        return self.uses_inputs or self.uses_gradients or self.sequential or self.update or self.heal > 0 or measured
+        measured = self.allocation in ("sensitivity", "calibrated", "log-loss", "influence")
+        gradients = self.uses_gradients or self.uses_weight_gradients
+        return self.uses_inputs or gradients or self.sequential or self.update or self.heal > 0 or measured
 
 
 # Answers that may be overridden for any method, beside the method's own settings.
-COMMON = ("allocation", "storage", "embeddings", "round_to", "heal", "heal_rate", "gamma")
+COMMON = (
+    *("allocation", "storage", "embeddings", "round_to", "heal", "heal_rate", "gamma"),
+    *("bits", "group_size", "rounding", "levels", "symmetric", "clip"),
+)
 
 
 def overridden(recipe: Recipe, **answers: object) -> Recipe:
@@ -181,7 +288,7 @@ def check_share(name: str, value: float) -> float:
     return value
 
 
-def normalized_spectrum(weight: Tensor, regression: Regression) -> Tensor:
+def normalized_spectrum(data: LayerData, regression: Regression) -> Tensor:
     """Score each rank by the largest singular value it drops, min-max normalized over the matrix (WeLore).
 
     Returns:

@@ -7,30 +7,38 @@ and gives the same bytes as one that was not.
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from eckart.budget import Option
 from eckart.files.writing import LayerRecord, Partial
-from eckart.hosts import Call, offset_of, replace
-from eckart.methods.compress.allocate import is_dense
+from eckart.fit import Fit
+from eckart.hosts import Call, map_of, offset_of, replace
+from eckart.maps import Quantized
+from eckart.methods.compress.allocate import Allocation, is_dense
 from eckart.methods.compress.check import Expected, expectation
 from eckart.methods.compress.fitting import (
     fit_layer,
+    fit_narrowed,
     loss_of,
+    loss_of_map,
     running,
     running_embedding,
+    structure_name,
     tied_head,
 )
+from eckart.methods.compress.groups import GroupFits, without_borrowed
 from eckart.methods.compress.heal import heal
 from eckart.methods.compress.job import Job
-from eckart.methods.compress.layers import EMBEDDING, HEAD, Known, Layer, weights
+from eckart.methods.compress.layers import EMBEDDING, HEAD, NEURONS, Known, Layer, weights
 from eckart.methods.compress.measure import divergence, next_token_loss
 from eckart.methods.compress.outcome import Measured
+from eckart.methods.compress.rounding import LearnedRounding
 from eckart.progress import Progress
 from eckart.stats import (
     CrossMoments,
@@ -71,7 +79,7 @@ class Sweep:
         job: the job.
         known: its statistics.
         layers: its layers.
-        chosen: what each becomes.
+        found: what each becomes.
         partial: where finished parts are written.
         progress: told of the stage "compress".
     """
@@ -81,12 +89,13 @@ class Sweep:
         job: Job,
         known: Known,
         layers: Sequence[Layer],
-        chosen: dict[str, Option],
+        found: Allocation,
         partial: Partial,
         progress: Progress,
     ) -> None:
-        self.job, self.known, self.chosen, self.partial, self.progress = job, known, chosen, partial, progress
-        self.layers = [layer for layer in layers if not is_dense(chosen[layer.name])]
+        self.job, self.known, self.chosen, self.partial, self.progress = job, known, found.chosen, partial, progress
+        self.layers = [layer for layer in layers if job.recipe.coding or not is_dense(found.chosen[layer.name])]
+        self.groups = GroupFits(job, known, found.shared, partial.folder)
         self.streams = Store(partial.folder)
         recipe = job.recipe
         self.learns = recipe.sequential or recipe.update or recipe.heal > 0
@@ -122,6 +131,7 @@ class Sweep:
                     loss_of(self.known, fit),
                     kind=EMBEDDING,
                     padding_idx=module.padding_idx,
+                    planned=self._planned(layer),
                 )
                 self.partial.save(EMBEDDING, self._stored(layer.name, module), [record])
             return {layer.name: module}
@@ -157,28 +167,55 @@ class Sweep:
             compressed = copy.deepcopy(block)
             for group in self._groups(block, name, index, pairs, inside):
                 cross = self._cross(block, compressed, group[0], name, index, pairs) if self._needs_cross else None
-                for layer, weight in weights(job, [inside[member] for member in group]):
+                narrowed = [inside[member] for member in group if inside[member].kind == NEURONS]
+                for layer in narrowed:
+                    records += self._narrow(layer, block, compressed, name, cross)
+                for layer, weight in weights(job, [inside[m] for m in group if inside[m].kind != NEURONS]):
                     inner = layer.name.removeprefix(f"{name}.")
                     bias = offset_of(block.get_submodule(inner))
-                    fit = fit_layer(job, self.known, layer, weight, self.chosen[layer.name], bias=bias, cross=cross)
-                    replace(compressed, inner, running(fit))
-                    planned = self.chosen[layer.name].structure, self.chosen[layer.name].rank
+                    fit = self.groups.fit(layer, bias) or fit_layer(
+                        job, self.known, layer, weight, self.chosen[layer.name], bias=bias, cross=cross
+                    )
+                    replace(compressed, inner, self._module(fit, weight))
+                    planned, taken = self._planned(layer), self.groups.taken(layer, fit)
                     loss = loss_of(self.known, fit)
-                    records.append(LayerRecord.of(layer.name, fit.map, fit.bias, loss, planned=planned))
+                    records.append(LayerRecord.of(layer.name, fit.map, fit.bias, loss, planned=planned, shared=taken))
             targets = self._advance_originals(block, index, pairs)
         # before the first compressed layer the error is zero, and healing would only decay the weights
         if job.recipe.heal and any(layer.block <= index for layer in self.layers):
             self._heal(compressed, index, pairs["calibration"], targets)
+        if job.recipe.scale_rank:
+            records = self._learned(name, compressed, inside, records)
         tensors = self._rounded(name, compressed, inside)
         for pair in pairs.values():
             advance(job.runner, compressed, index, pair.compressed)
         for key, pair in pairs.items():
             save_hidden(self.streams, index + 1, pair.original.hidden, f"{key}-original")
             save_hidden(self.streams, index + 1, pair.compressed.hidden, f"{key}-compressed")
-        self.partial.save_block(index, tensors, records)
+        self.partial.save_block(index, without_borrowed(tensors, records), records)
         for key in pairs:
             for stream in ("original", "compressed"):
                 self.streams.path(f"{key}-{stream}", index).unlink(missing_ok=True)
+
+    def _planned(self, layer: Layer) -> tuple[str, int]:
+        """Return what a layer becomes, as plans say it, and at which rank."""
+        option = self.chosen[layer.name]
+        return structure_name(option, self.job.recipe.coding), option.rank
+
+    def _narrow(
+        self, layer: Layer, block: nn.Module, compressed: nn.Module, name: str, cross: CrossMoments | None
+    ) -> list[LayerRecord]:
+        """Put fewer hidden units in a compressed block; return the records of the layers around them."""
+        inner = {member.name: member.name.removeprefix(f"{name}.") for member in layer.members}
+        biases = {full: offset_of(block.get_submodule(short)) for full, short in inner.items()}
+        option, records = self.chosen[layer.name], []
+        for part in fit_narrowed(self.job, self.known, layer, option, biases, cross=cross):
+            replace(compressed, inner[part.layer.name], running(part.fit))
+            loss, planned = loss_of(self.known, part.fit), (option.structure, option.rank)
+            records.append(
+                LayerRecord.of(part.layer.name, part.fit.map, part.fit.bias, loss, planned=planned, neurons=part.entry)
+            )
+        return records
 
     @property
     def _needs_cross(self) -> bool:
@@ -232,19 +269,42 @@ class Sweep:
             calls,
             pair.compressed.hidden,
             targets,
+            fixed=self.groups.shared_parameters(compressed, index),
             epochs=recipe.heal,
             rate=recipe.heal_rate,
             seed=self.job.request.seed + index,
             progress=lambda epoch: self.progress("compress", index * recipe.heal + epoch, count * recipe.heal),
+            parameters=[p for m in compressed.modules() if isinstance(m, LearnedRounding) for p in m.parameters()],
         )
+
+    def _module(self, fit: Fit, weight: Tensor) -> nn.Module:
+        """Return a fitted layer of a block as a module that runs, and learns its codes if the recipe says so."""
+        module, recipe = running(fit), self.job.recipe
+        if not recipe.scale_rank or not isinstance(fit.map, Quantized):
+            return module
+        generator = torch.Generator().manual_seed(self.job.request.seed)
+        return LearnedRounding(weight, cast(Quantized, map_of(module)), offset_of(module), recipe.scale_rank, generator)
+
+    def _learned(
+        self, name: str, compressed: nn.Module, inside: dict[str, Layer], records: list[LayerRecord]
+    ) -> list[LayerRecord]:
+        """Put the codes a block has learned in place of what learned them; return the records with their losses."""
+        losses = {}
+        for layer, weight in weights(self.job, list(inside.values())):
+            inner = layer.name.removeprefix(f"{name}.")
+            module = cast(LearnedRounding, compressed.get_submodule(inner))
+            map_ = module.result(self.job.weight_dtype(layer.name))
+            losses[layer.name] = loss_of_map(self.job, self.known, layer, weight, map_)
+            replace(compressed, inner, running(Fit(map_, module.bias, 0.0, 0.0)))
+        return [dataclasses.replace(record, loss=losses[record.name]) for record in records]
 
     @torch.no_grad()
     def _rounded(self, name: str, compressed: nn.Module, inside: dict[str, Layer]) -> dict[str, Tensor]:
         """Round a block's numbers to the dtypes they are stored in; return them by full name."""
-        out = {}
+        out, members = {}, [member.name for layer in inside.values() for member in layer.members]
         for key, tensor in compressed.state_dict(keep_vars=True).items():
             full = f"{name}.{key}"
-            owner = next((layer for layer in inside if full.startswith(f"{layer}.")), None)
+            owner = next((member for member in members if full.startswith(f"{member}.")), None)
             dtype = self.job.weight_dtype(owner) if owner else self.job.model.stored_dtype(full)
             stored = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach().clone()
             if tensor.is_floating_point():
@@ -264,7 +324,8 @@ class Sweep:
             fit = fit_layer(self.job, self.known, layer, weight, self.chosen[layer.name], bias=bias, cross=cross)
             module = running(fit)
             if not self.partial.has(HEAD):
-                record = LayerRecord.of(layer.name, fit.map, fit.bias, loss_of(self.known, fit))
+                loss = loss_of(self.known, fit)
+                record = LayerRecord.of(layer.name, fit.map, fit.bias, loss, planned=self._planned(layer))
                 self.partial.save(HEAD, self._stored(layer.name, module), [record])
             return {layer.name: module}
         return {}

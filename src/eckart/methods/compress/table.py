@@ -10,20 +10,30 @@ from typing import Any, get_args, get_type_hints
 from eckart.errors import EckartError
 from eckart.methods.compress.aa_svd import aa_svd
 from eckart.methods.compress.afm import afm
+from eckart.methods.compress.any4 import any4
 from eckart.methods.compress.asvd import asvd
+from eckart.methods.compress.basis_sharing import basis_sharing
 from eckart.methods.compress.compot import compot
+from eckart.methods.compress.concatenated_svd import concatenated_svd
 from eckart.methods.compress.cospadi import cospadi
 from eckart.methods.compress.eckart import eckart
 from eckart.methods.compress.eckart_mixed import eckart_mixed
 from eckart.methods.compress.fwsvd import fwsvd
+from eckart.methods.compress.gptq import gptq
 from eckart.methods.compress.kfac import kfac
 from eckart.methods.compress.lord import lord
+from eckart.methods.compress.lrq import lrq
+from eckart.methods.compress.modegpt import modegpt
 from eckart.methods.compress.oats import oats
 from eckart.methods.compress.recipe import COMMON, Recipe, overridden
 from eckart.methods.compress.rocket import rocket
+from eckart.methods.compress.rtn import rtn
+from eckart.methods.compress.slicegpt import slicegpt
 from eckart.methods.compress.svd import svd
 from eckart.methods.compress.svd_llm import svd_llm
+from eckart.methods.compress.svd_llm_v2 import svd_llm_v2
 from eckart.methods.compress.welore import welore
+from eckart.methods.compress.zs_svd import zs_svd
 
 Page = Callable[..., Recipe]
 
@@ -33,15 +43,25 @@ METHODS: dict[str, Page] = {
     "fwsvd": fwsvd,
     "asvd": asvd,
     "svd-llm": svd_llm,
+    "svd-llm-v2": svd_llm_v2,
     "afm": afm,
     "lord": lord,
     "welore": welore,
     "kfac": kfac,
     "aa-svd": aa_svd,
+    "basis-sharing": basis_sharing,
+    "concatenated-svd": concatenated_svd,
+    "zs-svd": zs_svd,
     "cospadi": cospadi,
     "compot": compot,
     "rocket": rocket,
     "oats": oats,
+    "rtn": rtn,
+    "gptq": gptq,
+    "any4": any4,
+    "lrq": lrq,
+    "modegpt": modegpt,
+    "slicegpt": slicegpt,
     "eckart": eckart,
     "eckart-mixed": eckart_mixed,
 }
