@@ -29,6 +29,10 @@ DENSE = 4 * 260_032
         ("rocket", 780_000, {}),
         ("eckart", 620_000, {}),
         ("eckart-mixed", "0.78MB", {}),
+        ("svd", 150_000, {"bits": 4, "embeddings": True}),
+        ("svd-llm-v2", 620_000, {}),
+        ("basis-sharing", 620_000, {}),
+        ("modegpt", 780_000, {}),
     ],
 )
 def test_a_byte_budget_is_met_on_disk(size, method, settings, demo, quick, tmp_path):
@@ -40,6 +44,30 @@ def test_a_byte_budget_is_met_on_disk(size, method, settings, demo, quick, tmp_p
     assert (outcome.plan.keep, outcome.plan.spent.before) == (None, DENSE)
     assert json.loads((outcome.out / "eckart.json").read_text())["settings"]["bytes"] == parse_size(size)
     assert f"| bytes | `{parse_size(size)}` |" in (outcome.out / "README.md").read_text()
+
+
+def test_slicing_meets_a_byte_budget_in_steps_of_whole_coordinates(demo, quick, tmp_path):
+    outcome = eckart.compress(demo, tmp_path / "out", bytes="0.78MB", **quick("slicegpt"))
+    stored = sum(t.nbytes for t in load_file(outcome.out / "model.safetensors").values())
+    assert 0.8 * 780_000 <= stored <= 780_000
+    assert stored == outcome.plan.bytes_after == outcome.plan.spent.after == outcome.checked.nbytes
+    assert outcome.plan.keep is None
+
+
+@pytest.mark.parametrize(
+    ("method", "budget", "words"),
+    [
+        ("rtn", {"bytes": "0.5MB"}, "so keep must be 1, got bytes 500,000"),
+        ("zs-svd", {"bytes": "0.5MB"}, "by what they count in parameters; give keep, not bytes 500,000"),
+        ("basis-sharing", {"latency": "0.7x"}, "latency of basis-sharing cannot be told beforehand"),
+        ("slicegpt", {"flops": "0.7x"}, "flops of slicegpt cannot be told beforehand"),
+        ("modegpt", {"latency": "0.7x"}, "latency of modegpt cannot be told beforehand"),
+        ("svd", {"flops": "0.7x", "settings": {"bits": 4}}, "flops of codes, which bits asks for, cannot be told"),
+    ],
+)
+def test_what_a_method_cannot_be_held_to_is_refused(method, budget, words, demo):
+    with pytest.raises(EckartError, match=words):
+        eckart.plan(demo, method=method, **budget)
 
 
 def test_a_budget_beyond_the_model_changes_nothing(demo, tmp_path):
@@ -111,7 +139,13 @@ def operations(folder) -> int:
 
 @pytest.mark.parametrize(
     ("method", "share", "settings"),
-    [("svd", "0.7x", {}), ("lord", "0.8x", {}), ("eckart", "0.6x", {}), ("eckart-mixed", "0.7x", {})],
+    [
+        ("svd", "0.7x", {}),
+        ("lord", "0.8x", {}),
+        ("eckart", "0.6x", {}),
+        ("eckart-mixed", "0.7x", {}),
+        ("modegpt", "0.8x", {}),
+    ],
 )
 def test_a_budget_of_operations_is_met(method, share, settings, demo, quick, tmp_path):
     outcome = eckart.compress(demo, tmp_path / "out", flops=share, **quick(method, **settings))
