@@ -1,5 +1,6 @@
 """Allocators against brute force on small tables, and the promises all of them make."""
 
+import dataclasses
 import itertools
 import math
 
@@ -9,15 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eckart.budget import (
+    BYTES,
     DENSE,
+    FLOPS,
+    NUMBERS,
+    SECONDS,
     Candidates,
+    Measure,
     Option,
     calibrated,
     candidates,
     knapsack,
+    least_cost,
     probe_option,
     proportional,
-    smallest_numbers,
     threshold,
     uniform,
     uniform_rank,
@@ -26,13 +32,14 @@ from eckart.budget import (
     zero_sum,
 )
 from eckart.budget.knapsack import hull
+from eckart.budget.latency import Latencies, between, grid, rising
 from eckart.errors import EckartError
 from eckart.maps import storage
 
 
-def by_position(layers: list[Candidates], budget: int) -> dict[str, Option]:
+def by_position(layers: list[Candidates], budget: float, measure: Measure = NUMBERS) -> dict[str, Option]:
     """Removed shares 1 : 2 : 3 ..., the first layer's next to none."""
-    return proportional(layers, budget, {c.name: i + 1e-12 for i, c in enumerate(layers)})
+    return proportional(layers, budget, {c.name: i + 1e-12 for i, c in enumerate(layers)}, measure)
 
 
 ALLOCATORS = {
@@ -77,7 +84,7 @@ def brute_force(layers: list[Candidates], budget: int) -> float:
 
 
 def budgets(layers: list[Candidates]) -> range:
-    return range(smallest_numbers(layers), sum(c.dense.numbers for c in layers) + 2)
+    return range(least_cost(layers), sum(c.dense.numbers for c in layers) + 2)
 
 
 @given(tables(falling=False), st.floats(0, 1))
@@ -96,8 +103,8 @@ def test_never_over_budget_and_one_option_of_each_layer(name, layers, share):
 @settings(max_examples=100, deadline=None)
 @pytest.mark.parametrize("name", ALLOCATORS)
 def test_refused_below_the_cheapest(name, layers):
-    with pytest.raises(EckartError, match=r"cheapest options take .* numbers together, but the budget leaves them"):
-        ALLOCATORS[name](layers, smallest_numbers(layers) - 1)
+    with pytest.raises(EckartError, match=r"cheapest options take .* parameters together, but the budget leaves them"):
+        ALLOCATORS[name](layers, least_cost(layers) - 1)
 
 
 @given(tables())
@@ -136,7 +143,7 @@ def test_knapsack_is_optimal_at_the_corners_of_the_relaxation(layers):
     """Where the greedy upgrades use the budget up exactly, the relaxation is integral."""
     steps = [(a, b) for c in layers for a, b in itertools.pairwise(hull(c.options))]
     steps.sort(key=lambda s: -(s[0].loss - s[1].loss) / (s[1].numbers - s[0].numbers))
-    budget = smallest_numbers(layers)
+    budget = least_cost(layers)
     for a, b in steps:
         budget += b.numbers - a.numbers
         assert loss(knapsack(layers, budget)) == pytest.approx(brute_force(layers, budget), abs=1e-9)
@@ -230,7 +237,8 @@ def test_candidates_stop_where_dense_is_smaller():
 def test_candidates_count_what_is_really_stored():
     losses = [0.0] * 13
     pivoted = candidates("l", (12, 20), losses, storage("pivoted"), itemsize=4)
-    assert [o.rank for o in pivoted.options] == [*range(1, 12), 12]  # never more than dense, so all ranks
+    # never more numbers than dense, but at rank 11 the indices take more bytes than it saves
+    assert [o.rank for o in pivoted.options] == [*range(1, 11), 12]
     assert pivoted.options[2].numbers == 3 * (12 + 20 - 3)
     assert pivoted.options[2].nbytes == 4 * pivoted.options[2].numbers + 4 * 12
     gained = candidates("l", (12, 20), losses, storage("lowrank"), itemsize=4, extra_bias=True)
@@ -304,6 +312,81 @@ def test_largest_rank_of_a_storage_fits():
             assert stored.numbers((20, 30), rank) <= numbers
             assert rank == 20 or stored.numbers((20, 30), rank + 1) > numbers
     assert math.isfinite(storage("lowrank").numbers((1, 1), 1))
+
+
+def timed(layers: list[Candidates], factor: float = 0.01) -> list[Candidates]:
+    """The same layers with seconds in proportion to their numbers."""
+    return [
+        dataclasses.replace(
+            c, options=tuple(dataclasses.replace(o, flops=2 * o.numbers, seconds=factor * o.numbers) for o in c.options)
+        )
+        for c in layers
+    ]
+
+
+@given(tables(falling=False), st.floats(0, 1), st.sampled_from([BYTES, FLOPS, SECONDS]))
+@settings(max_examples=100, deadline=None)
+@pytest.mark.parametrize("name", ALLOCATORS)
+def test_a_proportional_measure_chooses_the_same(name, layers, share, measure):
+    possible = budgets(layers)
+    budget = possible[round(share * (len(possible) - 1))]
+    factor = {"nbytes": 4, "flops": 2, "seconds": 0.01}[measure.name]
+    chosen = ALLOCATORS[name](timed(layers), factor * budget * (1 + 1e-9), measure)
+    expected = ALLOCATORS[name](layers, budget)
+    assert {n: o.numbers for n, o in chosen.items()} == {n: o.numbers for n, o in expected.items()}
+
+
+def test_options_are_sorted_by_what_counts_and_none_costs_more_than_dense():
+    slow, fast, even = (
+        Option(n, 1, k, 4 * k, 1.0, seconds=s) for n, k, s in (("slow", 4, 3.0), ("fast", 6, 1.0), ("even", 5, 2.0))
+    )
+    dense = Option(DENSE, 8, 8, 32, 0.0, seconds=2.0)
+    c = Candidates("l", (2, 4), (slow, even, fast, dense))
+    assert c.by(SECONDS).options == (fast, dense)
+    assert c.by(NUMBERS).options == (slow, even, fast, dense)
+    with pytest.raises(EckartError, match="a budget over flops needs options that know theirs"):
+        c.by(FLOPS)
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=12))
+def test_cleaned_times_rise_and_are_nearest(values):
+    found = rising(values)
+    assert all(a <= b for a, b in itertools.pairwise(found))
+    assert sum(found) == pytest.approx(sum(values), abs=1e-9)
+    assert rising(found) == pytest.approx(found)
+    # the optimum of least squares over a convex cone: no step towards another member of the cone helps
+    for other in ([min(values)] * len(values), sorted(values), [max(values)] * len(values)):
+        assert sum((v - f) * (o - f) for v, f, o in zip(values, found, other, strict=True)) <= 1e-9
+
+
+def test_times_between_measured_sizes_lie_on_lines():
+    assert [between([2, 4, 8], [1.0, 2.0, 6.0], size) for size in (1, 2, 3, 4, 6, 8, 9)] == [1, 1, 1.5, 2, 4, 6, 6]
+    assert between([3], [5.0], 7) == 5.0
+
+
+@given(st.sets(st.integers(1, 500), max_size=60))
+def test_few_sizes_are_measured_the_ends_among_them(sizes):
+    found = grid(sorted(sizes))
+    assert found == sorted(set(found))
+    assert set(found) <= sizes
+    assert len(found) <= 8
+    if sizes:
+        assert {min(sizes), max(sizes)} <= set(found)
+
+
+def test_a_latency_table_is_measured_once(tmp_path):
+    table, calls = Latencies(tmp_path, torch.device("cpu")), []
+
+    def tasks():
+        calls.append(1)
+        return {"dense": lambda: sum(range(1000)), "small": lambda: sum(range(10))}
+
+    first = table.seconds("sums", tasks)
+    assert first["small"] < first["dense"]
+    assert table.seconds("sums", tasks) == first
+    assert len(calls) == 1
+    table.seconds("other sums", tasks)
+    assert len(calls) == 2
 
 
 def finely(name: str) -> Candidates:

@@ -21,11 +21,14 @@ from eckart.cli.main import app
 from eckart.cli.progress import Bars
 from eckart.cli.settings import parse_settings
 from eckart.errors import EckartError
+from eckart.methods import reload
+from eckart.methods.compress import check
 from eckart.methods.compress.table import METHODS
 
 DEMO = Path(str(files("eckart"))) / "demo"
 VERBS = ("compress", "eval", "methods", "show", "densify", "slice", "delta", "restore", "demo")
 RUN = ["compress", "MODEL", "--keep", "0.5", "--out", "x"]
+BYTES = ["compress", "MODEL", "--method", "svd", "--out", "x", "--bytes"]
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 
 
@@ -50,6 +53,7 @@ def text(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("ECKART_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(check, "fresh_process", reload.run)  # a process of its own takes seconds to import torch
 
 
 def eckart(*args: str | Path, code: int = 0):
@@ -106,6 +110,11 @@ def test_the_version_is_that_of_the_package() -> None:
         (["compress", "MODEL", "--keep", "0", "--out", "x"], 1, "must lie in (0, 1], got 0"),
         (["compress", "MODEL", "--keep", "1.01", "--out", "x"], 1, "must lie in (0, 1], got 1.01"),
         (["compress", "MODEL", "--keep", "half", "--out", "x"], 2, "Invalid value for '--keep'"),
+        ([*RUN, "--bytes", "1MB"], 1, "keep and bytes are given, but a run has one budget; give one of keep, bytes"),
+        ([*BYTES, "2XB"], 1, "bytes must be a size such as 20MB, 1.5GiB or 800000, got '2XB'"),
+        ([*BYTES, "10B"], 1, "bytes cannot be met: "),
+        (["compress", "MODEL", "--out", "x", "--latency", "0.7"], 1, "written as 0.7x; got '0.7'"),
+        (["compress", "MODEL", "--out", "x", "--flops", "1.5x"], 1, "at most 1, written as 0.7x; got '1.5x'"),
         (["compress", "MODEL", "--method", "rtn", "--keep", "0.5", "--out", "x"], 1, "so keep must be 1, got 0.5"),
         (["compress", "MODEL", "--keep", "0.5"], 2, "give a folder to write, or --plan"),
         (["compress", "MODEL", "--keep", "0.5", "--out", "MODEL"], 1, "already exists; give a new or an empty folder"),
@@ -265,7 +274,20 @@ def test_the_outcome_is_a_table(model, text, tmp_path) -> None:
     out = small(model, text, tmp_path / "small", "--method", "svd").stdout
     assert "written to " + str(tmp_path / "small") in out
     assert "loss, nats per token" in out
+    assert "checked: a fresh process loads it, logits agree to " in out
+    assert " x the dense model's" in out
     assert "\x1b" not in out
+    assert "fresh process" not in small(model, text, tmp_path / "other", "--method", "svd", "--no-check").stdout
+
+
+def test_other_budgets(model, text, tmp_path) -> None:
+    arguments = ("compress", model, "--method", "svd", "--plan")
+    plan = json.loads(eckart(*arguments, "--flops", "0.8x", "--json").stdout)
+    assert 0.79 <= plan["spent"]["after"] / plan["spent"]["before"] <= 0.8
+    table = eckart(*arguments, "--flops", "0.8x").stdout
+    assert "svd at flops 0.8x: " in table
+    assert "linear layers and head, one token: " in table
+    assert "svd at bytes 200,000: " in eckart(*arguments, "--bytes", "200KB").stdout
 
 
 def test_evaluation_is_printed(model, text) -> None:

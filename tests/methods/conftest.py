@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import eckart
+from eckart.methods import reload
 from eckart.methods.compress.outcome import Outcome
 from eckart.methods.compress.table import recipe_of
 
@@ -74,3 +75,11 @@ def compressed(tmp_path_factory, quick, demo) -> Callable[[str], Outcome]:
         return made[method]
 
     return by
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _checks_in_this_process():
+    """Let outputs be checked without starting a process, which takes seconds for imports alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eckart.methods.compress.check.fresh_process", reload.run)
+        yield

@@ -190,7 +190,7 @@ def test_every_stage_is_reported_in_order(demo, quick, tmp_path):
     steps = []
     eckart.compress(demo, tmp_path / "out", keep=0.7, progress=lambda *step: steps.append(step), **quick("eckart"))
     stages = list(dict.fromkeys(stage for stage, _, _ in steps))
-    assert stages == ["check", "forward", "objective", "backward", "plan", "compress", "write"]
+    assert stages == ["check", "forward", "objective", "backward", "plan", "compress", "write", "reload"]
     for stage in stages:
         own = [(done, total) for name, done, total in steps if name == stage]
         assert all(0 <= done <= total for done, total in own), stage

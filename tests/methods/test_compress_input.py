@@ -153,7 +153,7 @@ def test_a_compressed_model(compressed, refused):
 
 def test_a_budget_that_cannot_be_met(refused):
     refused(
-        r"keep 0\.05 of 260,032 parameters cannot be met: 33,472 lie outside .* at rank 1; "
+        r"keep 0\.05 of 260,032 parameters cannot be met: 33,472 parameters lie outside .* at their smallest; "
         r"ask for more than 0\.\d+, or let embeddings be compressed as well with --set embeddings=true",
         keep=0.05,
         method="svd",

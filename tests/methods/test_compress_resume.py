@@ -162,6 +162,7 @@ class Runs:
         folder = self.parent / name
         (folder / "work").mkdir(parents=True, exist_ok=True)
         arguments = {"method": method, "keep": 0.7, "calibration": str(self.text), "samples": 4, "length": 32}
+        arguments["check"] = False  # a process of its own for every run takes minutes in all
         return {
             "model": str(self.model),
             "out": str(folder / "work" / "out"),

@@ -34,7 +34,10 @@ def elastic(tmp_path_factory, quick, demo) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ECKART_CACHE", str(tmp_path_factory.mktemp("cache")))
         folder = tmp_path_factory.mktemp("elastic") / "model"
-        eckart.compress(demo, folder, keep=0.9, elastic=True, **quick("eckart"))
+        outcome = eckart.compress(demo, folder, keep=0.9, elastic=True, **quick("eckart"))
+    # its largest size went through the check that every folder goes through
+    assert outcome.checked is not None
+    assert outcome.checked.nbytes == outcome.plan.bytes_after == eckart.show(folder).made_by["bytes_after"]
     return folder
 
 
@@ -100,7 +103,9 @@ def test_a_size_keeps_every_promise(keep, cut, elastic, demo):
     made_by, report = contents.made_by, json.loads((cut[keep] / "eckart.json").read_text())
     assert (made_by["parameters_after"], made_by["bytes_after"]) == (numbers, contents.nbytes)
     assert report["plan"]["kept"] == numbers / total
-    assert report["measured"] is None
+    assert report["measured"] is report["checked"] is None
+    assert report.keys() == json.loads((elastic / "eckart.json").read_text()).keys()
+    assert report["plan"].keys() == json.loads((elastic / "eckart.json").read_text())["plan"].keys()
     stated = {layer["name"]: layer["numbers"] for layer in report["plan"]["layers"]}
     assert all(stated[layer.name] == layer.numbers for layer in contents.layers)
     assert f"{numbers:,}" in (cut[keep] / "README.md").read_text()
@@ -217,6 +222,9 @@ def test_a_folder_that_is_not_elastic(cut, demo, tmp_path):
         ({"least": 0.9}, "needs a least size between 0 and that"),
         ({"least": 0.0}, "needs a least size between 0 and that"),
         ({"keep": 1.2}, "must lie in"),
+        ({"keep": None, "bytes": "1MB"}, "shares of the parameters; give keep, not bytes 1,000,000"),
+        ({"keep": None, "flops": "0.6x"}, "shares of the parameters; give keep, not flops 0.6x"),
+        ({"bytes": "1MB"}, "a run has one budget"),
         *(
             ({"method": method}, f"{method} with these settings cannot be elastic")
             for method in ("svd-llm", "basis-sharing", "modegpt", "slicegpt", "zs-svd", "eckart-mixed")

@@ -2,11 +2,16 @@
 
 from eckart.budget.calibrate import calibrated as calibrated
 from eckart.budget.calibrate import probe_option as probe_option
+from eckart.budget.candidates import BYTES as BYTES
 from eckart.budget.candidates import DENSE as DENSE
+from eckart.budget.candidates import FLOPS as FLOPS
+from eckart.budget.candidates import NUMBERS as NUMBERS
+from eckart.budget.candidates import SECONDS as SECONDS
 from eckart.budget.candidates import Candidates as Candidates
+from eckart.budget.candidates import Measure as Measure
 from eckart.budget.candidates import Option as Option
 from eckart.budget.candidates import candidates as candidates
-from eckart.budget.candidates import smallest_numbers as smallest_numbers
+from eckart.budget.candidates import least_cost as least_cost
 from eckart.budget.knapsack import hull as hull
 from eckart.budget.knapsack import knapsack as knapsack
 from eckart.budget.knapsack import upgrades as upgrades

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -43,6 +43,8 @@ class Option:
         numbers: floating numbers stored, bias included.
         nbytes: bytes stored, index tensors included.
         loss: predicted increase of the loss, or the score a threshold is applied to; 0 for dense.
+        flops: multiplications and additions for one input vector; None if nobody counted them.
+        seconds: time for one input vector; None if nobody measured it.
     """
 
     structure: str
@@ -50,11 +52,49 @@ class Option:
     numbers: int
     nbytes: int
     loss: float
+    flops: float | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What a budget counts.
+
+    Attributes:
+        name: the field of an `Option` that is counted.
+        unit: what it is called in words.
+        scale: how many units one of that field is.
+    """
+
+    name: Literal["numbers", "nbytes", "flops", "seconds"]
+    unit: str
+    scale: float = 1.0
+
+    def of(self, option: Option) -> float:
+        """Return what an option costs.
+
+        Raises:
+            EckartError: if that was neither counted nor measured.
+        """
+        value: float | None = getattr(option, self.name)
+        if value is None:
+            raise EckartError(f"a budget over {self.name} needs options that know theirs; {option} does not")
+        return value
+
+    def show(self, value: float) -> str:
+        """Return a cost in words: "1,234 bytes"."""
+        return f"{value * self.scale:,.0f} {self.unit}"
+
+
+NUMBERS = Measure("numbers", "parameters")
+BYTES = Measure("nbytes", "bytes")
+FLOPS = Measure("flops", "operations")
+SECONDS = Measure("seconds", "microseconds", 1e6)
 
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """The options of one layer, by ascending numbers, the last one dense.
+    """The options of one layer, by ascending cost, the last one dense.
 
     Attributes:
         name: the layer.
@@ -73,6 +113,12 @@ class Candidates:
         """The option that changes nothing."""
         return self.options[-1]
 
+    def by(self, measure: Measure) -> "Candidates":
+        """Return the candidates by ascending cost in a measure, without those that cost as much as dense or more."""
+        cheaper = [o for o in self.options[:-1] if measure.of(o) < measure.of(self.dense)]
+        cheaper.sort(key=lambda o: (measure.of(o), o.loss))
+        return replace(self, options=(*cheaper, self.dense))
+
     def scaled(self, factor: float) -> "Candidates":
         """Return the candidates with every predicted loss multiplied."""
         return replace(self, options=tuple(replace(o, loss=o.loss * factor) for o in self.options))
@@ -90,7 +136,7 @@ def candidates(
     round_to: int = 1,
     smallest: int = 1,
 ) -> Candidates:
-    """List the ranks of one layer that store fewer numbers than it does densely, and the dense layer.
+    """List the ranks of one layer that take fewer numbers and bytes than it does densely, and the dense layer.
 
     Args:
         name: the layer.
@@ -115,7 +161,8 @@ def candidates(
         if numbers >= dense:
             break
         nbytes = numbers * itemsize + stored.index_bytes(shape, rank)
-        options.append(Option(stored.name, rank, numbers, nbytes, float(values[rank])))
+        if nbytes < dense * itemsize:
+            options.append(Option(stored.name, rank, numbers, nbytes, float(values[rank])))
     options.append(Option(DENSE, min(m, n), dense, dense * itemsize, 0.0))
     return Candidates(name, shape, tuple(options), tuple(values) if len(values) > min(shape) else ())
 
@@ -124,15 +171,16 @@ def _multiple_above(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def smallest_numbers(layers: Iterable[Candidates]) -> int:
-    """Return the numbers of the cheapest choice for every layer together."""
-    return sum(layer.options[0].numbers for layer in layers)
+def least_cost(layers: Iterable[Candidates], measure: Measure = NUMBERS) -> float:
+    """Return what the cheapest choice for every layer costs together."""
+    return sum(measure.of(layer.options[0]) for layer in layers)
 
 
-def require_reachable(layers: Sequence[Candidates], budget: int) -> None:
+def require_reachable(layers: Sequence[Candidates], budget: float, measure: Measure) -> None:
     """Raise an `EckartError` if even the cheapest options together exceed the budget."""
-    least = smallest_numbers(layers)
+    least = least_cost(layers, measure)
     if least > budget:
         raise EckartError(
-            f"the layers' cheapest options take {least:,} numbers together, but the budget leaves them {budget:,}"
+            f"the layers' cheapest options take {measure.show(least)} together, but the budget leaves them "
+            f"{measure.show(budget)}"
         )

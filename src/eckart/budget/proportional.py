@@ -9,7 +9,7 @@ w_i = softmax(-BI_i / epsilon) over the blocks, times their number.
 import math
 from collections.abc import Mapping, Sequence
 
-from eckart.budget.candidates import Candidates, Option, require_reachable
+from eckart.budget.candidates import NUMBERS, Candidates, Measure, Option, require_reachable
 from eckart.budget.uniform import filled, largest_share, within
 
 # Losses below this share of the largest in their group count as that: the logarithm of none is minus infinity.
@@ -18,19 +18,22 @@ SMALLEST_LOSS = 1e-6
 SMALLEST_WEIGHT = 1e-6
 
 
-def proportional(layers: Sequence[Candidates], budget: int, weights: Mapping[str, float]) -> dict[str, Option]:
-    """Remove a share of every layer's numbers in proportion to its weight; what rounding leaves is spent as in
+def proportional(
+    layers: Sequence[Candidates], budget: float, weights: Mapping[str, float], measure: Measure = NUMBERS
+) -> dict[str, Option]:
+    """Remove a share of every layer's cost in proportion to its weight; what rounding leaves is spent as in
     `uniform`. Shares that no option reaches are cut off, and the other layers' rise.
 
     Args:
         layers: candidates.
-        budget: numbers all layers may store together.
+        budget: what all layers may cost together.
         weights: how much is removed of each layer, relative to the others, by name; positive.
+        measure: what is counted; options ascend in it.
 
     Raises:
         EckartError: if the cheapest options exceed the budget.
     """
-    require_reachable(layers, budget)
+    require_reachable(layers, budget, measure)
     largest = max(weights.values())
     each = [max(weights[layer.name] / largest, SMALLEST_WEIGHT) for layer in layers]
 
@@ -38,8 +41,8 @@ def proportional(layers: Sequence[Candidates], budget: int, weights: Mapping[str
         removed = (1 - amount) / min(each)  # amount = 1 removes nothing, 0 all there is of every layer
         return [max(1 - removed * weight, 0.0) for weight in each]
 
-    shares = kept(largest_share(lambda amount: within(layers, kept(amount)), layers, budget))
-    return filled(layers, within(layers, shares), shares, budget)
+    shares = kept(largest_share(lambda amount: within(layers, kept(amount), measure), layers, budget, measure))
+    return filled(layers, within(layers, shares, measure), shares, budget, measure)
 
 
 def weights_by_influence(influence: Sequence[float], temperature: float) -> list[float]:

@@ -6,33 +6,36 @@ WeLore applies it to min-max normalized singular values, ASVD to the perplexity 
 import heapq
 from collections.abc import Sequence
 
-from eckart.budget.candidates import Candidates, Option, require_reachable
+from eckart.budget.candidates import NUMBERS, Candidates, Measure, Option, require_reachable
 
 
-def threshold(layers: Sequence[Candidates], budget: int) -> dict[str, Option]:
+def threshold(layers: Sequence[Candidates], budget: float, measure: Measure = NUMBERS) -> dict[str, Option]:
     """Choose by the smallest threshold that fits the budget, then relax single layers while they fit.
 
     Args:
         layers: candidates whose losses are the scores; dense has score 0 and is taken where nothing else qualifies.
-        budget: numbers all layers may store together.
+        budget: what all layers may cost together.
+        measure: what is counted; options ascend in it.
 
     Raises:
         EckartError: if the cheapest options exceed the budget.
     """
-    require_reachable(layers, budget)
+    require_reachable(layers, budget, measure)
     values = sorted({o.loss for layer in layers for o in layer.options})
     low, high = 0, len(values) - 1
     while low < high:
         middle = (low + high) // 2
-        if _numbers(layers, values[middle]) <= budget:
+        if _cost(layers, values[middle], measure) <= budget:
             high = middle
         else:
             low = middle + 1
     chosen = {layer.name: _cheapest(layer, values[high]) for layer in layers}
-    return _relaxed(layers, chosen, budget - sum(o.numbers for o in chosen.values()))
+    return _relaxed(layers, chosen, budget - sum(map(measure.of, chosen.values())), measure)
 
 
-def _relaxed(layers: Sequence[Candidates], chosen: dict[str, Option], left: int) -> dict[str, Option]:
+def _relaxed(
+    layers: Sequence[Candidates], chosen: dict[str, Option], left: float, measure: Measure
+) -> dict[str, Option]:
     """Lower the threshold further for the layers for which that still fits: in discrete steps, one limit for all would
     leave a part of the budget unused.
     """
@@ -43,8 +46,8 @@ def _relaxed(layers: Sequence[Candidates], chosen: dict[str, Option], left: int)
         _, i, name = heapq.heappop(queue)
         now = chosen[name]
         better = next((o for o in by_name[name].options if o.loss < now.loss), None)
-        if better is not None and better.numbers - now.numbers <= left:
-            left -= better.numbers - now.numbers
+        if better is not None and measure.of(better) - measure.of(now) <= left:
+            left -= measure.of(better) - measure.of(now)
             chosen[name] = better
             heapq.heappush(queue, (-better.loss, i, name))
     return chosen
@@ -54,5 +57,5 @@ def _cheapest(layer: Candidates, limit: float) -> Option:
     return next((o for o in layer.options if o.loss <= limit), layer.dense)
 
 
-def _numbers(layers: Sequence[Candidates], limit: float) -> int:
-    return sum(_cheapest(layer, limit).numbers for layer in layers)
+def _cost(layers: Sequence[Candidates], limit: float, measure: Measure) -> float:
+    return sum(measure.of(_cheapest(layer, limit)) for layer in layers)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from eckart.budget.candidates import Candidates, Option, require_reachable
+from eckart.budget.candidates import NUMBERS, Candidates, Option, require_reachable
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ class _State:
         return self.layer.curve[self.rank - 1] - self.layer.curve[self.rank]
 
 
-def zero_sum(layers: Sequence[Candidates], budget: int, floor: float = 0.0) -> dict[str, Option]:
+def zero_sum(layers: Sequence[Candidates], budget: float, floor: float = 0.0) -> dict[str, Option]:
     """Drop singular values until the layers fit the budget; layers that end above their break-even rank stay dense.
 
     Args:
@@ -44,7 +44,7 @@ def zero_sum(layers: Sequence[Candidates], budget: int, floor: float = 0.0) -> d
     Raises:
         EckartError: if the cheapest options exceed the budget.
     """
-    require_reachable(layers, budget)
+    require_reachable(layers, budget, NUMBERS)
     states = []
     for layer in layers:
         ranks = [option.rank for option in layer.options[:-1]]
@@ -61,7 +61,7 @@ def zero_sum(layers: Sequence[Candidates], budget: int, floor: float = 0.0) -> d
     return {layer.name: chosen.get(layer.name, layer.dense) for layer in layers}
 
 
-def _drop(states: Sequence[_State], left: int, total: float) -> tuple[int, float]:
+def _drop(states: Sequence[_State], left: float, total: float) -> tuple[float, float]:
     """Drop values until `left` numbers are saved or none may go; return what is left to save and the sum of changes."""
     heaps: dict[bool, list[tuple[float, int]]] = {True: [], False: []}  # by whether the change is positive
 

@@ -27,6 +27,22 @@ Least = Annotated[
     float | None, typer.Option(help="Smallest size of an elastic folder, as a share like --keep.  [default: 0.5]")
 ]
 EveryLayer = Annotated[bool, typer.Option("--every-layer", help="One row per layer, however many there are.")]
+Keep = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the whole model's parameters that remains, in (0, 1].  "
+        "[default: 0.6, or 1 for methods that only quantize]"
+    ),
+]
+Size = Annotated[
+    str | None, typer.Option("--bytes", metavar="SIZE", help="Instead: bytes of all parameters, 20MB or 20MiB.")
+]
+FlopsShare = Annotated[
+    str | None, typer.Option(metavar="SHARE", help="Instead: share of the linear layers' operations, as in 0.6x.")
+]
+TimeShare = Annotated[
+    str | None, typer.Option(metavar="SHARE", help="Instead: share of their time per token, measured here, as in 0.7x.")
+]
 CONTINUES = "interrupted; running the same command again continues where this one stopped"
 STARTS_AGAIN = "interrupted; nothing was written, running the same command again starts from the beginning"
 
@@ -50,13 +66,10 @@ def _main(
 @guarded(CONTINUES)
 def compress(
     model: Annotated[Path, typer.Argument(help="Folder of a Hugging Face decoder or encoder.")],
-    keep: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of the whole model's parameters that remains, in (0, 1].  "
-            "[default: 0.6, or 1 for methods that only quantize]"
-        ),
-    ] = None,
+    keep: Keep = None,
+    nbytes: Size = None,
+    flops: FlopsShare = None,
+    latency: TimeShare = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; must not hold anything yet.")] = None,
     method: Annotated[str, typer.Option(help="Name of a method; `eckart methods` lists them.")] = "eckart",
     calibration: Annotated[Path | None, typer.Option(help="Text the method learns the layers' inputs from.")] = None,
@@ -72,6 +85,7 @@ def compress(
     elastic: Elastic = False,
     least: Least = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no statistics for later runs.")] = False,
+    no_check: Annotated[bool, typer.Option("--no-check", help="Publish the result without loading it.")] = False,
     every_layer: EveryLayer = False,
     as_json: Json = False,
 ) -> None:
@@ -93,7 +107,8 @@ def compress(
     from eckart.report.tables import outcome_table, plan_table
 
     arguments: dict[str, Any] = {
-        "method": method, "keep": keep, "calibration": calibration, "samples": samples, "length": length, "seed": seed,
+        "method": method, "keep": keep, "bytes": nbytes, "flops": flops, "latency": latency,
+        "calibration": calibration, "samples": samples, "length": length, "seed": seed,
         "settings": parse_settings(method, settings or []), "cache": not no_cache,
     }  # fmt: skip
     values: dict[str, Any]
@@ -102,9 +117,8 @@ def compress(
             planned = run_plan(model, **arguments, progress=progress)
             values, table = planned.as_dict(), plan_table(planned, every_layer)
         else:
-            outcome = run_compress(
-                model, out, **arguments, elastic=elastic, least=0.5 if least is None else least, progress=progress
-            )
+            arguments |= {"elastic": elastic, "least": 0.5 if least is None else least, "check": not no_check}
+            outcome = run_compress(model, out, **arguments, progress=progress)
             values, table = outcome.as_dict(), outcome_table(outcome, every_layer)
     print_json(values) if as_json else print_all(table)
 

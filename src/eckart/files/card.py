@@ -30,7 +30,8 @@ def model_card(
         settings: everything that decided the result, by name (a mapping's entries are listed as settings of their own);
             "method" is also named in the text.
         figures: "parameters_before", "parameters_after", "bytes_before", "bytes_after"; optionally "measured" (a
-            mapping with name, before, after, tokens, held_out), "auto_class" (the transformers class that loads it),
+            mapping with name, before, after, tokens, held_out), "checked" (what a fresh process held the folder to,
+            a mapping with what, tolerance, tokens), "auto_class" (the transformers class that loads it),
             "method_summary" (one sentence), and what `inherited` returns for the original folder.
         layers: for every layer its structure, rank, numbers and dense_numbers.
 
@@ -55,6 +56,7 @@ def model_card(
         auto_class=figures.get("auto_class") or _auto_class(measured),
         figures=_figure_rows(figures, measured),
         measured_on=_measured_on(measured) if measured else None,
+        checked=figures.get("checked"),
         structures=_structure_rows(layers),
         settings=list(_setting_rows(settings)),
     )

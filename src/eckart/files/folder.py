@@ -182,14 +182,22 @@ class OpenModel:
         """Number of parameters, tied ones once."""
         return sum(math.prod(shape) for shape in self.parameters.values())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parameters as stored, tied ones once."""
+        return sum(math.prod(shape) * self.stored_dtype(name).itemsize for name, shape in self.parameters.items())
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor without reading it."""
         return tuple(self.held[name].shape) if self.held is not None else self.tensors.shape(self.names[name])
 
+    def buffers(self) -> set[str]:
+        """Return the names of the buffers that are stored."""
+        return {name for name, _ in self.model.named_buffers()} & set(self.model.state_dict())
+
     def outside(self, blocks: Sequence[str]) -> list[str]:
         """Return the names of stored parameters and buffers outside the blocks, each tied one once."""
-        buffers = {name for name, _ in self.model.named_buffers()} & set(self.model.state_dict())
-        names = [*self.parameters, *sorted(buffers)]
+        names = [*self.parameters, *sorted(self.buffers())]
         return [name for name in names if not any(name.startswith(f"{block}.") for block in blocks)]
 
 

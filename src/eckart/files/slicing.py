@@ -73,9 +73,8 @@ def slice_folder(folder: str | Path, out: str | Path, *, keep: float, progress: 
                 copy_file(folder / name, temporary / name)
         write_json(temporary / "config.json", made)
         write_text(temporary / "README.md", _card(folder, raw, made_by, rows))
-        write_json(
-            temporary / "eckart.json", {"measured": None, "settings": made_by, "plan": _plan(elastic, made_by, rows)}
-        )
+        report = {"measured": None, "settings": made_by, "checked": None, "plan": _plan(elastic, made_by, rows)}
+        write_json(temporary / "eckart.json", report)
     return out
 
 
@@ -165,7 +164,7 @@ def _plan(elastic: Elastic, made_by: Mapping[str, Any], rows: Sequence[Mapping[s
     names = ("method", "keep", "parameters_before", "parameters_after", "bytes_before", "bytes_after")
     plan = {name: made_by[name] for name in names}
     loss, kept = sum(row["loss"] for row in rows), plan["parameters_after"] / plan["parameters_before"]
-    return {**plan, "unit": elastic.unit, "layers": list(rows), "loss": loss, "kept": kept}
+    return {**plan, "unit": elastic.unit, "layers": list(rows), "spent": None, "loss": loss, "kept": kept}
 
 
 def _card(folder: Path, raw: Mapping[str, Any], made_by: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 from eckart.errors import EckartError
 from eckart.fit.metric import Metric, weighted, weighted_rows
 from eckart.fit.regression import unconstrained
-from eckart.linalg import orthogonal_matching_pursuit, polar_factor, psd_roots
+from eckart.linalg import orthogonal_matching_pursuit, polar_factor
 from eckart.maps import Dense, LinearMap, Product, bitmap
 
 # Relative weight of the identity in the normal equations of the atoms: an atom that no row uses stays finite.
@@ -53,7 +53,7 @@ def fit_dictionary(weight: Tensor, metric: Metric, atoms: int, nonzeros: int, *,
             f"must be positive, atoms at most {n}, non-zeros at most the atoms"
         )
     target = unconstrained(weight.double(), metric)
-    root, inverse = (None, None) if metric.seen is None else psd_roots(metric.seen)
+    root, inverse = metric.roots("seen") or (None, None)
     rows = row_weights(metric, m)
     codes = learner(weighted_rows(target, root) * rows, inverse, atoms, nonzeros) / rows
     return Product((bitmap(codes, nonzeros), Dense(best_atoms(codes, target, metric.outputs))))

@@ -14,7 +14,7 @@ from torch import Tensor
 from eckart.fit.dictionary import Learner, fit_dictionary
 from eckart.fit.metric import Metric
 from eckart.fit.sparse_plus_lowrank import fit_sparse_plus_lowrank
-from eckart.maps import Bitmap, Dense, LinearMap, LowRank, Product, Sum
+from eckart.maps import Dense, LinearMap, Product, Sum, bitmap, random_lowrank
 
 # Shares of a layer's dense numbers at which a family is offered where its error has to be measured by fitting it.
 SHARES = (0.1, 0.16, 0.22, 0.28, 0.34, 0.4, 0.46, 0.52, 0.58, 0.64, 0.7, 0.76, 0.82, 0.88, 0.94)
@@ -30,7 +30,7 @@ class Family:
         index_bytes: (shape, size) -> bytes of index tensors.
         largest: (shape) -> the largest size.
         fit: (W (m, n), metric, size) -> the fitted map, float64.
-        blank: (shape, size) -> the map that would be fitted, on the meta device.
+        example: (shape, size, device) -> a map of that size with random numbers, for what depends on sizes alone.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Family:
     index_bytes: Callable[[tuple[int, int], int], int]
     largest: Callable[[tuple[int, int]], int]
     fit: Callable[[Tensor, Metric, int], LinearMap]
-    blank: Callable[[tuple[int, int], int], LinearMap]
+    example: Callable[[tuple[int, int], int, torch.device], LinearMap]
 
     def size_within(self, shape: tuple[int, int], numbers: float) -> int:
         """Return the largest size that stores at most that many numbers, 0 if none does."""
@@ -83,11 +83,12 @@ def dictionary_family(learner: Learner, ratio: float = 2.0, name: str = "diction
         atoms, nonzeros = split((weight.shape[0], weight.shape[1]), size)
         return fit_dictionary(weight, metric, atoms, nonzeros, learner=learner)
 
-    def blank(shape: tuple[int, int], size: int) -> LinearMap:
+    def example(shape: tuple[int, int], size: int, device: torch.device) -> LinearMap:
         atoms, nonzeros = split(shape, size)
-        return Product((_blank_bitmap((shape[0], atoms), nonzeros), Dense(_empty(atoms, shape[1]))))
+        codes = bitmap(torch.randn(shape[0], atoms, device=device), nonzeros)
+        return Product((codes, Dense(torch.randn(atoms, shape[1], device=device))))
 
-    return Family(name, numbers, index_bytes, largest, fit, blank)
+    return Family(name, numbers, index_bytes, largest, fit, example)
 
 
 def sparse_plus_lowrank_family(share: float = 0.25, iterations: int = 80, name: str = "sparse + lowrank") -> Family:
@@ -113,17 +114,8 @@ def sparse_plus_lowrank_family(share: float = 0.25, iterations: int = 80, name: 
     def index_bytes(shape: tuple[int, int], size: int) -> int:
         return shape[0] * -(-shape[1] // 8)
 
-    def blank(shape: tuple[int, int], size: int) -> LinearMap:
-        k = rank(shape, size)
-        return Sum((LowRank(_empty(shape[0], k), _empty(k, shape[1])), _blank_bitmap(shape, size)))
+    def example(shape: tuple[int, int], size: int, device: torch.device) -> LinearMap:
+        entries = bitmap(torch.randn(shape, device=device), size)
+        return Sum((random_lowrank(shape, rank(shape, size), device), entries))
 
-    return Family(name, numbers, index_bytes, lambda shape: shape[1], fit, blank)
-
-
-def _blank_bitmap(shape: tuple[int, int], nonzeros: int) -> Bitmap:
-    bits = torch.empty((shape[0], -(-shape[1] // 8)), dtype=torch.uint8, device="meta")
-    return Bitmap(_empty(shape[0], nonzeros), bits, shape[1], nonzeros)
-
-
-def _empty(*shape: int) -> Tensor:
-    return torch.empty(shape, device="meta")
+    return Family(name, numbers, index_bytes, lambda shape: shape[1], fit, example)

@@ -6,13 +6,16 @@ Legend: x the original input (n,), x^ the input inside the already compressed mo
 C = E[x x^^T], B = E[g g^T] with g the gradient of the loss at the layer's output (m,).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from eckart.errors import EckartError
-from eckart.linalg import all_finite, shrink
+from eckart.linalg import all_finite, psd_roots, shrink
+
+PARTS = ("inputs", "shifted", "cross", "outputs", "mean", "shifted_mean")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +37,11 @@ class Metric:
     outputs: Tensor | None = None
     mean: Tensor | None = None
     shifted_mean: Tensor | None = None
+    _roots: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _on_seen: "list[Metric]" = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in self.__slots__:
+        for name in PARTS:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, value.double())
@@ -44,7 +49,7 @@ class Metric:
             raise EckartError("a metric on shifted inputs needs both their second moment and the cross moment")
         if self.shifted is not None and (self.mean is None) != (self.shifted_mean is None):
             raise EckartError("a centred metric on shifted inputs needs both means")
-        for name in self.__slots__:
+        for name in PARTS:
             value = getattr(self, name)
             if value is not None and not all_finite(value):
                 raise EckartError(
@@ -55,6 +60,23 @@ class Metric:
     def seen(self) -> Tensor | None:
         """The second moment of what the fitted layer sees: G^ if shifted, else G."""
         return self.inputs if self.shifted is None else self.shifted
+
+    def roots(self, side: Literal["seen", "outputs"]) -> tuple[Tensor, Tensor] | None:
+        """Return the root of `seen` or `outputs` and its inverse, made once for all fits; None for the identity."""
+        moment = self.seen if side == "seen" else self.outputs
+        if moment is None:
+            return None
+        if side not in self._roots:
+            self._roots[side] = psd_roots(moment)
+        return self._roots[side]
+
+    def on_seen(self) -> "Metric":
+        """Return the metric of a fit to the unconstrained optimum: on what the layer sees, without shift and means."""
+        if self.shifted is None and self.mean is None:
+            return self
+        if not self._on_seen:
+            self._on_seen.append(Metric(inputs=self.seen, outputs=self.outputs))
+        return self._on_seen[0]
 
     def check(self, weight: Tensor) -> None:
         """Raise an `EckartError` unless every part fits a weight of shape (m, n)."""

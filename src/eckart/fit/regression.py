@@ -20,7 +20,7 @@ from torch import Tensor
 from eckart.errors import EckartError
 from eckart.fit.error import best_bias, error_of
 from eckart.fit.metric import Metric, weighted, weighted_rows
-from eckart.linalg import TopEigen, all_finite, psd_roots, regular_cholesky, top_eigen
+from eckart.linalg import TopEigen, all_finite, regular_cholesky, top_eigen
 from eckart.maps import LinearMap, LowRank, storage
 
 # Eigenvalues of K below this share of the largest are rounding in float64: such directions carry no error.
@@ -159,8 +159,9 @@ def regress(
     metric.check(weight)
     w = weight.detach()
     side = "outputs" if w.shape[0] <= w.shape[1] else "inputs"
-    inner, outer = (metric.seen, metric.outputs) if side == "outputs" else (metric.outputs, metric.seen)
-    roots = None if outer is None else psd_roots(outer)
+    inner, roots = (
+        (metric.seen, metric.roots("outputs")) if side == "outputs" else (metric.outputs, metric.roots("seen"))
+    )
     if accuracy > 0 and metric.shifted is None and rank is not None:
         eigen = _fast_eigen(w, inner, roots, side, rank, accuracy)
         target = w.to(torch.promote_types(w.dtype, eigen.vectors.dtype))

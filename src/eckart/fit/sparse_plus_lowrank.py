@@ -55,8 +55,7 @@ def fit_sparse_plus_lowrank(
     sparse = keep_largest(scaled - low, nonzeros) / scale
     if rank == 0:
         return Sum((zero_map((m, n), torch.float64), bitmap(sparse, nonzeros)))
-    rest = Metric(inputs=metric.seen, outputs=metric.outputs)
-    return Sum((regress(target - sparse, rest, rank=rank).factors(rank), bitmap(sparse, nonzeros)))
+    return Sum((regress(target - sparse, metric.on_seen(), rank=rank).factors(rank), bitmap(sparse, nonzeros)))
 
 
 def _scale(metric: Metric, count: int) -> Tensor:

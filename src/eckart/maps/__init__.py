@@ -20,6 +20,7 @@ from eckart.maps.facts import facts as facts
 from eckart.maps.facts import rank_bound as rank_bound
 from eckart.maps.lowrank import LowRank as LowRank
 from eckart.maps.lowrank import lowrank_numbers as lowrank_numbers
+from eckart.maps.lowrank import random_lowrank as random_lowrank
 from eckart.maps.lowrank import zero_map as zero_map
 from eckart.maps.masked import Masked as Masked
 from eckart.maps.norm import row_norms as row_norms
@@ -31,6 +32,7 @@ from eckart.maps.pivoted import expands as expands
 from eckart.maps.pivoted import multiply_pivoted as multiply_pivoted
 from eckart.maps.pivoted import pivot as pivot
 from eckart.maps.pivoted import pivoted_numbers as pivoted_numbers
+from eckart.maps.pivoted import random_pivoted as random_pivoted
 from eckart.maps.quantized import BITS as BITS
 from eckart.maps.quantized import Quantized as Quantized
 from eckart.maps.quantized import pack as pack

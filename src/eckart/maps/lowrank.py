@@ -52,6 +52,11 @@ def lowrank_numbers(shape: tuple[int, int], rank: int) -> int:
     return rank * (shape[0] + shape[1])
 
 
+def random_lowrank(shape: tuple[int, int], rank: int, device: torch.device | None = None) -> LowRank:
+    """Return a `LowRank` of a shape and rank with random numbers, for what depends on sizes alone."""
+    return LowRank(torch.randn(shape[0], rank, device=device), torch.randn(rank, shape[1], device=device))
+
+
 def zero_map(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> LowRank:
     """Return the zero map of a shape: a low-rank map of rank 0, which stores nothing."""
     return LowRank(torch.zeros(shape[0], 0, dtype=dtype), torch.zeros(0, shape[1], dtype=dtype))

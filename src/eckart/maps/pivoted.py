@@ -132,6 +132,25 @@ def pivoted_numbers(shape: tuple[int, int], rank: int) -> int:
     return rank * (shape[0] + shape[1] - rank)
 
 
+def random_pivoted(
+    shape: tuple[int, int], rank: int, device: torch.device | None = None, axis: str | None = None
+) -> Pivoted:
+    """Return a `Pivoted` of a shape and rank with random numbers, for what depends on sizes alone.
+
+    Args:
+        shape: (m, n).
+        rank: k.
+        device: where it is made.
+        axis: "rows", "columns", or None for the shorter side, as `pivot` chooses.
+    """
+    m, n = shape
+    if (axis or ("rows" if m <= n else "columns")) == "columns":
+        return cast(Pivoted, random_pivoted((n, m), rank, device, "rows").T)
+    order = torch.arange(m, dtype=torch.int32, device=device)
+    basis, coefficients = torch.randn(rank, n, device=device), torch.randn(m - rank, rank, device=device)
+    return Pivoted(basis, coefficients, order, "rows")
+
+
 def pivot(map_: LowRank, axis: str | None = None) -> Pivoted:
     """Store a low-rank map by pivots: the same matrix up to rounding, k^2 fewer numbers.
 

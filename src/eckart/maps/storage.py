@@ -4,12 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from eckart.errors import EckartError
 from eckart.maps.base import LinearMap
-from eckart.maps.lowrank import LowRank, lowrank_numbers
-from eckart.maps.pivoted import Pivoted, pivot, pivoted_numbers
+from eckart.maps.lowrank import LowRank, lowrank_numbers, random_lowrank
+from eckart.maps.pivoted import pivot, pivoted_numbers, random_pivoted
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +20,14 @@ class Storage:
         numbers: (shape, rank) -> floating numbers stored.
         index_bytes: (shape, rank) -> bytes of index tensors.
         build: makes the stored map from a `LowRank`.
-        blank: (shape, rank) -> the map that would be built, on the meta device.
+        example: (shape, rank, device) -> a stored map with random numbers.
     """
 
     name: str
     numbers: Callable[[tuple[int, int], int], int]
     index_bytes: Callable[[tuple[int, int], int], int]
     build: Callable[[LowRank], LinearMap]
-    blank: Callable[[tuple[int, int], int], LinearMap]
+    example: Callable[[tuple[int, int], int, torch.device], LinearMap]
 
     def largest(self, shape: tuple[int, int]) -> int:
         """Return the largest rank there is."""
@@ -43,27 +42,11 @@ class Storage:
         return low
 
 
-def _blank_lowrank(shape: tuple[int, int], rank: int) -> LinearMap:
-    return LowRank(_empty(shape[0], rank), _empty(rank, shape[1]))
-
-
-def _blank_pivoted(shape: tuple[int, int], rank: int) -> LinearMap:
-    m, n = shape
-    order = torch.empty(min(shape), dtype=torch.int32, device="meta")
-    if m <= n:
-        return Pivoted(_empty(rank, n), _empty(m - rank, rank), order, "rows")
-    return Pivoted(_empty(m, rank), _empty(rank, n - rank), order, "columns")
-
-
-def _empty(*shape: int) -> Tensor:
-    return torch.empty(shape, device="meta")
-
-
 STORAGES: dict[str, Storage] = {
     s.name: s
     for s in (
-        Storage("lowrank", lowrank_numbers, lambda shape, rank: 0, lambda factors: factors, _blank_lowrank),
-        Storage("pivoted", pivoted_numbers, lambda shape, rank: 4 * min(shape), pivot, _blank_pivoted),
+        Storage("lowrank", lowrank_numbers, lambda shape, rank: 0, lambda factors: factors, random_lowrank),
+        Storage("pivoted", pivoted_numbers, lambda shape, rank: 4 * min(shape), pivot, random_pivoted),
     )
 }
 

@@ -9,7 +9,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from eckart.methods.compress.outcome import LayerPlan, Measured, Outcome, Plan
+from eckart.methods.compress.outcome import Checked, LayerPlan, Measured, Outcome, Plan
 from eckart.methods.compress.table import METHODS, Setting, settings_of, source_of, summary_of
 from eckart.report.units import count, duration, loss, share, size
 
@@ -36,12 +36,26 @@ def plan_table(plan: Plan, every_layer: bool = False) -> RenderableType:
         every_layer: one row per layer, however many there are.
     """
     lines = [
-        f"{plan.method} at keep {plan.keep:g}: {share(plan.kept)} of {plan.parameters_before:,} parameters remain, "
+        f"{plan.method} at {_asked(plan)}: {share(plan.kept)} of {plan.parameters_before:,} parameters remain, "
         f"{plan.parameters_after:,}; {size(plan.bytes_before)} become {size(plan.bytes_after)}"
     ]
+    lines += _spent(plan)
     if plan.unit != RELATIVE:
         lines.append(f"predicted increase of the loss: {loss(plan.loss)} {plan.unit}, the sum over the layers")
     return _stack(_layer_table(plan.layers, every_layer, plan.unit), Text("\n".join([*lines, *_legend(plan)])))
+
+
+def _asked(plan: Plan) -> str:
+    return plan.spent.limit if plan.spent is not None else f"keep {plan.keep:g}"
+
+
+def _spent(plan: Plan) -> list[str]:
+    """Return what operations or time become, where the budget is over them."""
+    if plan.spent is None or plan.spent.unit == "bytes":
+        return []
+    spent, measured = plan.spent, ", as measured here" if plan.spent.unit == "microseconds" else ""
+    change = f"{count(spent.before)} {spent.unit} become {count(spent.after)}"
+    return [f"linear layers and head, one token{measured}: {change}, {spent.after / spent.before:.3f} x"]
 
 
 def _legend(plan: Plan) -> list[str]:
@@ -59,13 +73,24 @@ def outcome_table(outcome: Outcome, every_layer: bool = False) -> RenderableType
     ]
     for label, before, after, ratio in rows:
         table.add_row(label, before, after, f"{100 * (ratio - 1):+.1f} %")
-    notes = _legend(plan)
+    notes = _legend(plan) + _spent(plan)
     if outcome.measured is not None:
         table.add_row(*_measured_row(outcome.measured))
         notes.append(_measured_on(outcome.measured))
+    if outcome.checked is not None:
+        notes.append(_checked(outcome.checked))
     notes.append(f"{duration(outcome.seconds)}, {size(outcome.peak_memory)} of memory at most")
     notes.append(f"written to {outcome.out}")
     return _stack(_layer_table(plan.layers, every_layer, plan.unit), table, Text("\n".join(notes)))
+
+
+def _checked(checked: Checked) -> str:
+    speeds = "".join(
+        f"; {task} {count(s.compressed)} tokens/s, {s.compressed / s.dense:.2f} x the dense model's"
+        for task, s in checked.speeds.items()
+    )
+    agree = f"{checked.what} agree to {checked.difference:.0e}"
+    return f"checked: a fresh process loads it, {agree}, {size(checked.nbytes)}{speeds}"
 
 
 def _measured_row(measured: Measured) -> tuple[str, str, str, str]:

@@ -1,18 +1,18 @@
 """From candidates to a plan: the allocations a recipe can name, each filling or solving the same table."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
-
-import torch
+from dataclasses import dataclass, field, replace
 
 from eckart.budget import (
+    BYTES,
     DENSE,
     Candidates,
+    Measure,
     Option,
     knapsack,
+    least_cost,
     proportional,
-    smallest_numbers,
     threshold,
     uniform,
     uniform_rank,
@@ -21,10 +21,10 @@ from eckart.budget import (
     zero_sum,
 )
 from eckart.budget.calibrate import calibrated, probe_option
+from eckart.budget.latency import Latencies
 from eckart.errors import EckartError
-from eckart.fit import coded_blank
-from eckart.maps import Dense, LinearMap, storage
-from eckart.methods.compress.fitting import by_rows, fit_layer, loss_of, structure_name
+from eckart.methods.compress.costs import costed, stored
+from eckart.methods.compress.fitting import fit_layer, loss_of
 from eckart.methods.compress.groups import Group, SharedPlan, fit_group, group_candidates, groups_of, member_plans
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import (
@@ -32,6 +32,7 @@ from eckart.methods.compress.layers import (
     NEURONS,
     Known,
     Layer,
+    dense_bytes,
     errors_at,
     foreseen,
     surveyed,
@@ -39,7 +40,8 @@ from eckart.methods.compress.layers import (
     unit_of,
     weights,
 )
-from eckart.methods.compress.outcome import LayerPlan, Plan
+from eckart.methods.compress.limits import Limit
+from eckart.methods.compress.outcome import LayerPlan, Plan, Spent
 from eckart.methods.compress.probe import levels, probe, remembered
 from eckart.progress import Progress
 
@@ -47,19 +49,21 @@ from eckart.progress import Progress
 SENSITIVITY_LEVELS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Allocation:
-    """What every layer becomes.
+    """What every layer becomes, and what it was chosen among.
 
     Attributes:
         chosen: the option of every layer, by name; of shared tensors the owner's part alone.
         table: the options there were, of layers in groups the dense one.
+        fixed: what the rest of the model costs in the measure of the budget.
         shared: what groups of layers become together.
     """
 
     chosen: dict[str, Option]
     table: list[Candidates]
-    shared: list[SharedPlan] = dataclasses.field(default_factory=list)
+    fixed: float
+    shared: list[SharedPlan] = field(default_factory=list)
 
 
 def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, progress: Progress) -> Allocation:
@@ -70,7 +74,7 @@ def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, prog
         layers: its layers.
         known: their statistics.
         predict: whether predicted losses are wanted even if the allocation does without.
-        progress: told of the stages "plan" and "probe".
+        progress: told of the stages "plan", "latency" and "probe".
 
     Raises:
         EckartError: if the budget cannot be met.
@@ -79,17 +83,20 @@ def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, prog
     # The errors of low-rank maps come together, those of other families one by one: then only for what is chosen.
     compares = job.recipe.scores or allocation in ("knapsack", "calibrated")
     errors = compares or (predict and not job.recipe.families)
+    measure = job.request.limit.measure
     groups = groups_of(job, layers, known, _share(job, layers))
     grouped = {layer.name for group in groups for layer in group.members}
     alone = [layer for layer in layers if layer.name not in grouped]
     table = surveyed(job, alone, known, errors=errors, progress=lambda i: progress("plan", i, len(layers)))
     table += [group_candidates(job, known, group, errors=errors) for group in groups]
-    budget = budget_of(job, table, job.request.keep)
-    if budget >= sum(layer.dense.numbers for layer in table):  # nothing is gained by dropping even what seems useless
+    latencies = Latencies(known.store.folder.parent, job.runner.device)
+    table, fixed = costed(job, alone, table, latencies, progress)
+    budget = budget_of(job, [layer.by(measure) for layer in table], fixed, job.request.limit)
+    if budget >= sum(measure.of(layer.dense) for layer in table):  # nothing is gained by dropping what seems useless
         chosen = {layer.name: layer.dense for layer in table}
         chosen = _with_codes(job, layers, known, chosen, progress) if predict else chosen
         progress("plan", len(layers), len(layers))
-        return _unfolded(job, groups, Allocation(chosen, table))
+        return _unfolded(job, groups, Allocation(chosen, table, fixed))
     if allocation == "sensitivity":
         table = _sensitivities(job, layers, known, table, progress)
     elif allocation == "calibrated":
@@ -100,10 +107,12 @@ def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, prog
     elif predict and (job.recipe.scores or not errors):
         chosen = foreseen(job, alone, known, chosen) | _foreseen_groups(job, known, groups, chosen)
     progress("plan", len(layers), len(layers))
-    return _unfolded(job, groups, Allocation(chosen, table))
+    return _unfolded(job, groups, Allocation(chosen, table, fixed))
 
 
-def choose(job: Job, layers: list[Layer], known: Known, table: Sequence[Candidates], budget: int) -> dict[str, Option]:
+def choose(
+    job: Job, layers: list[Layer], known: Known, table: Sequence[Candidates], budget: float
+) -> dict[str, Option]:
     """Return an option for every layer by the solver of the job's allocation.
 
     Args:
@@ -111,22 +120,25 @@ def choose(job: Job, layers: list[Layer], known: Known, table: Sequence[Candidat
         layers: its layers.
         known: their statistics, which some solvers weigh layers by.
         table: candidates with the losses or scores that the solver reads.
-        budget: numbers all layers may store together.
+        budget: what all layers may cost together, in the measure of the job's limit.
     """
-    solve: dict[str, Callable[[Sequence[Candidates], int], dict[str, Option]]] = {
+    measure = job.request.limit.measure
+    solve: dict[str, Callable[[Sequence[Candidates], float, Measure], dict[str, Option]]] = {
         "uniform": uniform,
         "uniform-rank": uniform_rank,
         "threshold": threshold,
         "sensitivity": threshold,
         "calibrated": knapsack,
         "knapsack": knapsack,
-        "log-loss": lambda table, budget: proportional(
-            table, budget, _log_loss_weights(job, layers, known, table, budget)
+        "log-loss": lambda table, budget, measure: proportional(
+            table, budget, _log_loss_weights(job, layers, known, table, budget), measure
         ),
-        "influence": lambda table, budget: proportional(table, budget, _influence_weights(job, layers, known)),
-        "zero-sum": lambda table, budget: zero_sum(table, budget, job.recipe.floor),
+        "influence": lambda table, budget, measure: proportional(
+            table, budget, _influence_weights(job, layers, known), measure
+        ),
+        "zero-sum": lambda table, budget, measure: zero_sum(table, budget, job.recipe.floor),
     }
-    return solve[job.recipe.allocation](table, budget)
+    return solve[job.recipe.allocation]([layer.by(measure) for layer in table], budget, measure)
 
 
 def _unfolded(job: Job, groups: Sequence[Group], found: Allocation) -> Allocation:
@@ -137,7 +149,7 @@ def _unfolded(job: Job, groups: Sequence[Group], found: Allocation) -> Allocatio
         members = member_plans(job, plan.group, plan.option)
         chosen |= {name: option for name, (option, _) in members.items()}
         table += [alone for _, alone in members.values()]
-    return Allocation(chosen, table, [plan for plan in shared if not is_dense(plan.option)])
+    return Allocation(chosen, table, found.fixed, [plan for plan in shared if not is_dense(plan.option)])
 
 
 def _foreseen_groups(job: Job, known: Known, groups: Sequence[Group], chosen: dict[str, Option]) -> dict[str, Option]:
@@ -147,14 +159,18 @@ def _foreseen_groups(job: Job, known: Known, groups: Sequence[Group], chosen: di
         option = chosen[group.name]
         if not is_dense(option):
             fits = fit_group(job, known, SharedPlan(group, option))
-            out[group.name] = dataclasses.replace(option, loss=sum(fit.relative for fit in fits))
+            out[group.name] = replace(option, loss=sum(fit.relative for fit in fits))
     return out
 
 
 def _share(job: Job, layers: Sequence[Layer]) -> float:
-    """Return the share of the layers' dense numbers that the budget leaves them together."""
-    dense = sum(math.prod(layer.shape) + layer.bias for layer in layers)
-    return (job.request.keep * job.model.numel - (job.model.numel - dense)) / dense
+    """Return the share of the layers' dense numbers, or bytes, that the budget leaves them together."""
+    limit = job.request.limit
+    if limit.measure == BYTES:
+        total, dense = job.model.nbytes, sum(dense_bytes(job, layer.name, layer.shape, layer.bias) for layer in layers)
+    else:
+        total, dense = job.model.numel, sum(math.prod(layer.shape) + layer.bias for layer in layers)
+    return (limit.budget(total) - (total - dense)) / dense
 
 
 def _with_codes(
@@ -167,25 +183,24 @@ def _with_codes(
     for i, (layer, weight) in enumerate(weights(job, layers)):
         progress("plan", i, len(layers))
         loss = loss_of(known, fit_layer(job, known, layer, weight, chosen[layer.name]))
-        out[layer.name] = dataclasses.replace(chosen[layer.name], loss=loss)
+        out[layer.name] = replace(chosen[layer.name], loss=loss)
     return out
 
 
-def budget_of(job: Job, table: Sequence[Candidates], keep: float) -> int:
-    """Return the numbers that all candidate layers may store together at a size.
+def budget_of(job: Job, table: Sequence[Candidates], fixed: float, limit: Limit) -> float:
+    """Return what all candidate layers may cost together under a limit, beside what the rest of the model costs.
 
     Raises:
-        EckartError: if the other parameters alone, or with the cheapest options, exceed what may remain.
+        EckartError: if the rest of the model alone, or with the cheapest options, exceeds what may remain.
     """
-    total = job.model.numel
-    fixed = total - sum(layer.dense.numbers for layer in table)
-    budget = math.floor(keep * total + 1e-9) - fixed
-    least = smallest_numbers(table)
+    total = fixed + sum(limit.measure.of(layer.dense) for layer in table)
+    budget, least = limit.budget(total) * (1 + 1e-12) - fixed, least_cost(table, limit.measure)
     if budget < least:
         hint = "" if job.recipe.embeddings else ", or let embeddings be compressed as well with --set embeddings=true"
         raise EckartError(
-            f"keep {keep:g} of {total:,} parameters cannot be met: {fixed:,} lie outside the layers "
-            f"compressed, and those take {least:,} at rank 1; ask for more than {(fixed + least) / total:.3f}{hint}"
+            f"{limit} of {limit.measure.show(total)} cannot be met: {limit.measure.show(fixed)} lie outside the layers "
+            f"compressed, and those take {limit.measure.show(least)} at their smallest; ask for more than "
+            f"{limit.needed(fixed + least, total)}{hint}"
         )
     return budget
 
@@ -205,11 +220,11 @@ def _sensitivities(
     out = []
     for layer in table:
         scored = [
-            dataclasses.replace(o, loss=max(measured[layer.name, o.rank], 0.0))
+            replace(o, loss=max(measured[layer.name, o.rank], 0.0))
             for o in options[layer.name]
             if (layer.name, o.rank) in measured
         ]
-        out.append(dataclasses.replace(layer, options=(*scored, layer.dense)))
+        out.append(replace(layer, options=(*scored, layer.dense)))
     return out
 
 
@@ -232,10 +247,10 @@ def _calibrated(
 
 
 def _log_loss_weights(
-    job: Job, layers: list[Layer], known: Known, table: Sequence[Candidates], budget: int
+    job: Job, layers: list[Layer], known: Known, table: Sequence[Candidates], budget: float
 ) -> dict[str, float]:
-    """Return SVD-LLM v2's weights: every layer's error at the common share of numbers that meets the budget."""
-    errors = errors_at(job, layers, known, uniform(table, budget))
+    """Return SVD-LLM v2's weights: every layer's error at the common share of the cost that meets the budget."""
+    errors = errors_at(job, layers, known, uniform(table, budget, job.request.limit.measure))
     vectors = sum(batch.numel() for batch in job.calibration)
     losses = {name: math.sqrt(vectors * error) for name, error in errors.items()}
     return weights_by_loss(losses, {layer.name: type_of(layer) for layer in layers})
@@ -249,9 +264,10 @@ def _influence_weights(job: Job, layers: list[Layer], known: Known) -> dict[str,
     return {layer.name: by_block[layer.block] if 0 <= layer.block < count else 1.0 for layer in layers}
 
 
-def plan_of(job: Job, layers: Sequence[Layer], chosen: dict[str, Option]) -> Plan:
-    """Return the plan that a choice of options makes."""
-    return plan_from(job, [row for layer in layers for row in _rows(job, layer, chosen[layer.name])])
+def plan_of(job: Job, layers: Sequence[Layer], allocation: Allocation) -> Plan:
+    """Return the plan of an allocation, as it was chosen."""
+    rows = [row for layer in layers for row in _rows(job, layer, allocation.chosen[layer.name])]
+    return plan_from(job, rows, allocation)
 
 
 def _rows(job: Job, layer: Layer, option: Option) -> list[LayerPlan]:
@@ -268,45 +284,50 @@ def _rows(job: Job, layer: Layer, option: Option) -> list[LayerPlan]:
     for member in layer.members:
         numbers, dense = (member.narrow_numbers(units, layer) for units in (option.rank, layer.shape[1]))
         nbytes = numbers * job.weight_dtype(member.name).itemsize
-        rank = min(member.shape) if option.structure == DENSE else option.rank
+        rank = option.rank
+        if is_dense(option):
+            nbytes, rank = dense_bytes(job, member.name, member.shape, member.bias), min(member.shape)
         loss = option.loss if member.name == layer.name else 0.0
         rows.append(LayerPlan(member.name, LINEAR, member.shape, option.structure, rank, numbers, dense, nbytes, loss))
     return rows
 
 
-def plan_from(job: Job, rows: Sequence[LayerPlan]) -> Plan:
+def plan_from(job: Job, rows: Sequence[LayerPlan], allocation: Allocation) -> Plan:
     """Return the plan of given rows, with the whole model's figures."""
-    total = job.model.numel
-    sizes = (math.prod(s) * job.model.stored_dtype(name).itemsize for name, s in job.model.parameters.items())
     saved = sum(row.dense_numbers - row.numbers for row in rows)
-    saved_bytes = sum(row.dense_numbers * job.weight_dtype(row.name).itemsize - row.nbytes for row in rows)
-    nbytes = sum(sizes)
+    before = sum(dense_bytes(job, row.name, row.shape, row.dense_numbers - math.prod(row.shape)) for row in rows)
+    saved_bytes = before - sum(row.nbytes for row in rows)
+    total, nbytes = job.model.numel, job.model.nbytes
     return Plan(
         job.request.method,
-        job.request.keep,
+        job.request.limit.amount if job.request.limit.option == "keep" else None,
         total,
         total - saved,
         nbytes,
         nbytes - saved_bytes,
         unit_of(job),
         tuple(rows),
+        _spent(job, allocation, nbytes - saved_bytes),
     )
 
 
-def stored(job: Job, layer: Layer, option: Option) -> Option:
-    """Return an option as it is stored: its name and bytes where numbers become codes."""
-    recipe, dtype = job.recipe, job.weight_dtype(layer.name)
-    if recipe.coding is None:
-        return option
-    family = recipe.family(option.structure)
-    if is_dense(option):
-        blank: LinearMap = Dense(torch.empty(layer.shape, device="meta"))
-    else:
-        blank = (family or storage(recipe.storage)).blank(layer.shape, option.rank)
-    map_ = coded_blank(blank, recipe.coding, dtype, table=by_rows(job, layer))
-    # What is not in the matrix is the bias.
-    nbytes = map_.nbytes + (option.numbers - map_.numbers) * dtype.itemsize
-    return dataclasses.replace(option, structure=structure_name(option, recipe.coding), nbytes=nbytes)
+def _spent(job: Job, allocation: Allocation, nbytes: int) -> Spent | None:
+    """Return what an allocation makes of a budget.
+
+    Args:
+        job: the job.
+        allocation: the allocation.
+        nbytes: bytes of the plan, in which numbers may be codes, and ranks less than was chosen.
+    """
+    limit = job.request.limit
+    measure = limit.measure
+    if limit.option == "keep":
+        return None
+    if measure == BYTES:
+        return Spent(str(limit), measure.unit, job.model.nbytes, nbytes)
+    before = allocation.fixed + sum(measure.of(layer.dense) for layer in allocation.table)
+    after = allocation.fixed + sum(measure.of(option) for option in allocation.chosen.values())
+    return Spent(str(limit), measure.unit, before * measure.scale, after * measure.scale)
 
 
 def is_dense(option: Option) -> bool:

@@ -27,8 +27,10 @@ from eckart.fit.refit import refit_down
 from eckart.hosts import EmbeddingHost, host, offset_of, replace
 from eckart.maps import LinearMap
 from eckart.methods.compress.allocate import Allocation, budget_of
-from eckart.methods.compress.job import Job, check_keep
+from eckart.methods.compress.check import Expected
+from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import EMBEDDING, HEAD, LINEAR, Known, Layer, unit_of, weights
+from eckart.methods.compress.limits import Limit
 from eckart.methods.compress.outcome import Measured
 from eckart.methods.compress.sweep import Pair, Sweep, offset_of_head
 from eckart.progress import Progress
@@ -38,13 +40,15 @@ from eckart.stats import CrossMoments, CrossSum, Stream, advance, enter, load_hi
 STEP = 0.1
 
 
-def sizes_of(keep: float, least: float) -> tuple[float, ...]:
-    """Return the sizes that components are fitted at, ascending: from `least` to `keep`, in steps of about `STEP`.
+def sizes_of(limit: Limit, least: float) -> tuple[float, ...]:
+    """Return the sizes that components are fitted at, ascending: from `least` to the limit, in steps of about `STEP`.
 
     Raises:
-        EckartError: if `keep` is no share, or the least size is not below it.
+        EckartError: if parameters are not what is limited, or the least size is not below the limit.
     """
-    check_keep(keep)
+    keep = limit.amount
+    if limit.option != "keep":
+        raise EckartError(f"the sizes of an elastic folder are shares of the parameters; give keep, not {limit}")
     if not isinstance(least, int | float) or isinstance(least, bool) or not 0.0 < least < keep:
         raise EckartError(f"an elastic folder of keep {keep:g} needs a least size between 0 and that, got {least!r}")
     steps = max(1, round((keep - least) / STEP))
@@ -72,13 +76,12 @@ def ordered(job: Job, layers: Sequence[Layer], table: Sequence[Candidates]) -> E
     Raises:
         EckartError: if the least size cannot be met.
     """
-    sizes = job.request.sizes
+    sizes, dense = job.request.sizes, sum(c.dense.numbers for c in table)
     for size in sizes:
-        budget_of(job, table, size)
+        budget_of(job, table, job.model.numel - dense, Limit("keep", size))
     at = {candidate.name: i for i, candidate in enumerate(table)}
     steps = [(c.name, hull(c.options)[0]) for c in table] + upgrades(table)
     pairs = [[at[name], 0 if option is table[at[name]].dense else option.rank] for name, option in steps]
-    dense = sum(c.dense.numbers for c in table)
     made = [_layer(job, layer, tuple(len(sizes) * [min(layer.shape)])) for layer in layers]
     first = Elastic(
         job.request.model,
@@ -137,15 +140,23 @@ class ElasticSweep(Sweep):
         job: the job.
         known: its statistics.
         layers: its layers.
+        found: what each becomes at the largest size.
         elastic: the order of their components.
         partial: where finished parts are written.
         progress: told of the stage "compress".
     """
 
     def __init__(
-        self, job: Job, known: Known, layers: Sequence[Layer], elastic: Elastic, partial: Partial, progress: Progress
+        self,
+        job: Job,
+        known: Known,
+        layers: Sequence[Layer],
+        found: Allocation,
+        elastic: Elastic,
+        partial: Partial,
+        progress: Progress,
     ) -> None:
-        super().__init__(job, known, layers, Allocation(chosen_of(elastic), []), partial, progress)
+        super().__init__(job, known, layers, found, partial, progress)
         self.elastic = elastic
         self.described = {layer.name: layer for layer in elastic.layers}
         self.layers = [layer for layer in layers if any(self.described[layer.name].ranks)]
@@ -154,10 +165,10 @@ class ElasticSweep(Sweep):
         self.followers: list[Stream] = []
         self.embeddings: list[EmbeddingHost | None] = [None] * len(self.plans)
 
-    def run(self) -> Measured | None:
-        measured = super().run()
+    def run(self) -> tuple[Measured | None, Expected]:
+        found = super().run()
         write_order(self.elastic, self.partial.path(f"{FOLDER}-{ORDER}"))
-        return measured
+        return found
 
     def _fitted(
         self, layer: Layer, weight: Tensor, crosses: Sequence[CrossMoments], held: dict[str, Tensor]

@@ -28,7 +28,7 @@ from eckart.hosts import map_of
 from eckart.linalg import psd_roots, sketch
 from eckart.maps import FAMILIES, LowRank, Product, from_spec, storage
 from eckart.methods.compress.job import Job
-from eckart.methods.compress.layers import LINEAR, Known, Layer, predicted, weights
+from eckart.methods.compress.layers import LINEAR, Known, Layer, predicted, weights, with_dense_bytes
 from eckart.stats import inputs_of
 
 # What hosts call the right factor of the maps whose rows can be split.
@@ -161,7 +161,7 @@ def group_candidates(job: Job, known: Known, group: Group, *, errors: bool) -> C
     if errors:
         stack, together = _stack(job, known, group)
         losses = len(group.members) * predicted(known, regress(stack, together))
-    return candidates(
+    found = candidates(
         group.name,
         group.shape,
         losses,
@@ -170,6 +170,7 @@ def group_candidates(job: Job, known: Known, group: Group, *, errors: bool) -> C
         bias=sum(layer.bias for layer in group.members),
         round_to=job.recipe.round_to,
     )
+    return with_dense_bytes(job, group.members, found)
 
 
 def _stored(job: Job) -> Sized:
@@ -207,6 +208,7 @@ def member_plans(job: Job, group: Group, option: Option) -> dict[str, tuple[Opti
     for i, layer in enumerate(group.members):
         (m, n), rank = layer.shape, option.rank
         alone = candidates(layer.name, layer.shape, [0.0], stored, itemsize=itemsize, bias=layer.bias)
+        alone = with_dense_bytes(job, [layer], alone)
         if option.structure != stored.name:
             out[layer.name] = alone.dense, alone
             continue

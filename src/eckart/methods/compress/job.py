@@ -15,6 +15,7 @@ from eckart.errors import EckartError
 from eckart.files.folder import OpenModel, check_finite, check_model_folder, open_model
 from eckart.files.text import WINDOWS, Samples, load_tokenizer, read_documents, sentences, windows
 from eckart.hosts import Anatomy, Blockwise, anatomy
+from eckart.methods.compress.limits import Limit, limit_of
 from eckart.methods.compress.recipe import Recipe
 from eckart.methods.compress.table import recipe_of
 from eckart.progress import Progress
@@ -33,24 +34,39 @@ class Request:
     Attributes:
         model: folder of the model.
         method: name of a method.
-        keep: share of the whole model's parameters that may remain, in (0, 1].
+        keep: share of the whole model's parameters that may remain, in (0, 1]; None if another budget is given.
         calibration: text file, or None.
         samples: number of calibration samples; None for the default, or as many as the text has.
         length: tokens per sample; None for the default.
         seed: seed of everything random.
         settings: typed settings of the method.
+        bytes: bytes of parameters that may remain, or text with a unit.
+        flops: share of the operations, as in "0.6x".
+        latency: share of the time, as in "0.7x".
         sizes: for an elastic folder, the shares that its components are fitted at, ascending; the last is `keep`.
     """
 
     model: Path
     method: str
-    keep: float
+    keep: float | None
     calibration: Path | None
     samples: int | None
     length: int | None
     seed: int
     settings: Mapping[str, Any]
+    bytes: int | str | None = None
+    flops: str | None = None
+    latency: str | None = None
     sizes: tuple[float, ...] = ()
+
+    @property
+    def limit(self) -> Limit:
+        """The one budget that is given.
+
+        Raises:
+            EckartError: if there are several, or it cannot be read.
+        """
+        return limit_of(keep=self.keep, bytes=self.bytes, flops=self.flops, latency=self.latency)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +103,7 @@ class Job:
         version = importlib.metadata.version("eckart")
         settings = sorted((name, repr(value)) for name, value in r.settings.items())
         return content_key(
-            (version, self.model_hash, r.method, repr(r.keep), repr(r.sizes), str(r.seed), repr(settings)), text
+            (version, self.model_hash, r.method, str(r.limit), repr(r.sizes), str(r.seed), repr(settings)), text
         )
 
     @property
@@ -120,11 +136,7 @@ def open_job(request: Request, progress: Progress) -> Job:
     """
     _check_numbers(request)
     recipe = recipe_of(request.method, request.settings)
-    if not recipe.reduces and request.keep != 1:
-        raise EckartError(
-            f"{request.method} stores all parameters in fewer bits and removes none, so keep must be 1, got "
-            f"{request.keep:g}; leave keep out, or take a method that removes parameters and give it bits={recipe.bits}"
-        )
+    _check_budget(request, recipe)
     check_model_folder(request.model)
     if recipe.needs_text and request.calibration is None:
         raise EckartError(f"{request.method} needs a calibration text; give one with --calibration FILE")
@@ -150,14 +162,8 @@ def open_job(request: Request, progress: Progress) -> Job:
     return Job(request, recipe, model, parts, runner, samples, goal, causal, model_hash)
 
 
-def check_keep(keep: object) -> None:
-    """Raise an `EckartError` unless a value is a share of the parameters that may remain."""
-    if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0.0 < keep <= 1.0:
-        raise EckartError(f"keep is the share of parameters that remains and must lie in (0, 1], got {keep!r}")
-
-
 def _check_numbers(request: Request) -> None:
-    check_keep(request.keep)
+    _ = request.limit  # raises
     # a sample of one token has no next token to predict; seeds leave room for one per batch
     for name, least, most in (("samples", 1, None), ("length", 2, None), ("seed", 0, 1 << 32)):
         value = getattr(request, name)
@@ -168,6 +174,25 @@ def _check_numbers(request: Request) -> None:
         if value < least or (most is not None and value >= most):
             limit = f"at least {least}" if most is None else f"at least {least} and less than {most}"
             raise EckartError(f"{name} must be {limit}, got {value}")
+
+
+def _check_budget(request: Request, recipe: Recipe) -> None:
+    """Raise an `EckartError` if a method cannot be held to what the budget counts."""
+    limit, method = request.limit, request.method
+    if not recipe.reduces and request.keep != 1:
+        got = f"{request.keep:g}" if request.keep is not None else str(limit)
+        raise EckartError(
+            f"{method} stores all parameters in fewer bits and removes none, so keep must be 1, got "
+            f"{got}; leave keep out, or take a method that removes parameters and give it bits={recipe.bits}"
+        )
+    if limit.option != "keep" and recipe.allocation == "zero-sum":
+        raise EckartError(f"{method} drops singular values by what they count in parameters; give keep, not {limit}")
+    if limit.option != "keep" and recipe.learner is not None:
+        raise EckartError(f"{method} trains towards a number of parameters; give keep, not {limit}")
+    unknown = recipe.bits or recipe.sharing is not None or recipe.sliced
+    if limit.option in ("flops", "latency") and (unknown or (limit.option == "latency" and recipe.neurons)):
+        what = "codes, which bits asks for," if recipe.bits else method
+        raise EckartError(f"{limit.option} of {what} cannot be told beforehand; give keep or bytes instead")
 
 
 def _samples(request: Request, recipe: Recipe, model: OpenModel, documents: list[str], causal: bool) -> Samples:

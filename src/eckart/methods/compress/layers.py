@@ -9,7 +9,8 @@ projection. A tied table serves both: f the mean of the two frequencies, M = B +
 form.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
@@ -270,8 +271,9 @@ def surveyed(
 
 
 def _with_options(layer: Candidates, more: list[Option]) -> Candidates:
-    """Return candidates with further options; those no smaller than dense are left out."""
-    smaller = [option for option in (*layer.options[:-1], *more) if option.numbers < layer.dense.numbers]
+    """Return candidates with further options; those no smaller than dense, in numbers or bytes, are left out."""
+    dense = layer.dense
+    smaller = [o for o in (*layer.options[:-1], *more) if o.numbers < dense.numbers and o.nbytes < dense.nbytes]
     smaller.sort(key=lambda option: (option.numbers, option.loss))
     return replace(layer, options=(*smaller, layer.dense))
 
@@ -342,7 +344,7 @@ def layer_candidates(
         return _narrower(job, layer)
     families = job.recipe.families if layer.kind == LINEAR else ()
     stored = stored or (families[0] if families else storage(job.recipe.storage))
-    return candidates(
+    found = candidates(
         layer.name,
         layer.shape,
         [0.0] * (stored.largest(layer.shape) + 1) if losses is None else losses,
@@ -352,6 +354,19 @@ def layer_candidates(
         extra_bias=job.recipe.centred and layer.kind != EMBEDDING,
         round_to=job.recipe.round_to,
     )
+    return with_dense_bytes(job, [layer], found)
+
+
+def with_dense_bytes(job: Job, layers: Sequence[Layer], found: Candidates) -> Candidates:
+    """Return the candidates of layers with the bytes that those take now: biases may have dtypes of their own."""
+    nbytes = sum(dense_bytes(job, layer.name, layer.shape, layer.bias) for layer in layers)
+    return replace(found, options=(*found.options[:-1], replace(found.dense, nbytes=nbytes)))
+
+
+def dense_bytes(job: Job, name: str, shape: tuple[int, int], bias: int) -> int:
+    """Return the bytes of a layer as it is stored in the original, given its name, shape and numbers in its bias."""
+    own = bias * job.model.stored_dtype(f"{name}.bias").itemsize if bias else 0
+    return math.prod(shape) * job.weight_dtype(name).itemsize + own
 
 
 def _narrower(job: Job, layer: Layer) -> Candidates:
@@ -361,7 +376,7 @@ def _narrower(job: Job, layer: Layer) -> Candidates:
     for count in (*range(job.recipe.round_to, units, job.recipe.round_to), units):
         numbers = sum(member.narrow_numbers(count, layer) for member in layer.members)
         options.append(Option(DENSE if count == units else NEURONS, count, numbers, numbers * itemsize, 0.0))
-    return Candidates(layer.name, layer.shape, tuple(options))
+    return with_dense_bytes(job, layer.members, Candidates(layer.name, layer.shape, tuple(options)))
 
 
 def check_layers(job: Job, layers: list[Layer]) -> None:

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eckart.budget import Candidates, Option
+from eckart.budget import Option
 from eckart.files.writing import TRAINING, LayerRecord, Partial
 from eckart.fit import error_of
 from eckart.hosts import host, is_conv1d, map_of, offset_of, replace
 from eckart.maps import LinearMap, storage
-from eckart.methods.compress.allocate import allocate, budget_of, choose, is_dense
+from eckart.methods.compress.allocate import Allocation, allocate, budget_of, choose, is_dense
+from eckart.methods.compress.check import Expected, expectation_of
 from eckart.methods.compress.fitting import fit_layer, loss_of
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import Known, Layer, layer_candidates, weights
@@ -60,38 +61,43 @@ class Learning:
         self.blocks = nn.ModuleList()
         self.teacher: nn.Module | None = None
 
-    def plan(self) -> dict[str, Option]:
+    def plan(self) -> Allocation:
         """Return what every layer would become; the search is done for it."""
         if self.learner.search is None:
-            return allocate(self.job, self.layers, self.known, predict=True, progress=self.progress).chosen
+            return allocate(self.job, self.layers, self.known, predict=True, progress=self.progress)
         with self.job.runner.whole() as model:
             self._enter(model)
-            chosen, _, _ = self._searched(model)
-        return {name: dataclasses.replace(option, loss=0.0) for name, option in chosen.items()}
+            found, _ = self._searched(model)
+        chosen = {name: dataclasses.replace(option, loss=0.0) for name, option in found.chosen.items()}
+        return dataclasses.replace(found, chosen=chosen)
 
-    def run(self, partial: Partial) -> tuple[list[Candidates], Measured]:
-        """Do everything and write all blocks; return the candidates, and the loss before and after."""
+    def run(self, partial: Partial) -> tuple[Allocation, Measured, Expected]:
+        """Do everything and write all blocks.
+
+        Returns:
+            What was chosen, the loss before and after, and what the model answers to a few held-out samples.
+        """
         maps: Maps = {}
         searches = self.learner.search is not None
         if not searches:
             found = allocate(self.job, self.layers, self.known, predict=False, progress=self.progress)
-            chosen, table = found.chosen, found.table
-            maps = self._closed_form(chosen)
+            maps = self._closed_form(found.chosen)
         with self.job.runner.whole() as model:
             before = self._loss(model)
             self._enter(model)
             if searches:
-                chosen, table, maps = self._searched(model)
+                found, maps = self._searched(model)
             originals = {name: map_of(model.get_submodule(name)).dense() for name in maps if self.learner.departure}
-            for name, (map_, bias, _) in maps.items():
-                replace(model, name, host(map_, bias))
+            dense = {name: replace(model, name, host(map_, bias)) for name, (map_, bias, _) in maps.items()}
             if maps and self.learner.tuning is not None:
                 self._tune(model, originals, maps)
             losses = {name: loss for name, (_, _, loss) in maps.items()}
-            self._write(model, chosen, losses, partial)
-            after = self._loss(model)
+            self._write(model, found.chosen, losses, partial)
+            after, expected = self._loss(model), expectation_of(self.job, self.text.held_out, model)
+            for name, module in dense.items():  # the skeleton is what everybody else goes by
+                replace(model, name, module)
         tokens = sum(batch.numel() for batch in self.text.held_out)
-        return table, Measured("loss", before, after, tokens, self.text.disjoint)
+        return found, Measured("loss", before, after, tokens, self.text.disjoint), expected
 
     def _enter(self, model: nn.Module) -> None:
         self.blocks = nn.ModuleList(model.get_submodule(name) for name in self.job.parts.blocks)
@@ -108,13 +114,15 @@ class Learning:
             out[layer.name] = (fit.map, fit.bias, loss_of(self.known, fit))
         return out
 
-    def _searched(self, model: nn.Module) -> tuple[dict[str, Option], list[Candidates], Maps]:
+    def _searched(self, model: nn.Module) -> tuple[Allocation, Maps]:
         """Train the layers, choose their ranks, leave them dense in the model; return the maps of those chosen."""
         job, learner, course = self.job, self.learner, self.learner.search
         dense = [layer_candidates(job, layer, None) for layer in self.layers]
-        budget, full = budget_of(job, dense, job.request.keep), sum(layer.dense.numbers for layer in dense)
+        full = sum(layer.dense.numbers for layer in dense)
+        fixed = job.model.numel - full
+        budget = budget_of(job, dense, fixed, job.request.limit)
         if course is None or budget >= full:
-            return {layer.name: layer.dense for layer in dense}, dense, {}
+            return Allocation({layer.name: layer.dense for layer in dense}, dense, fixed), {}
         originals: dict[str, nn.Module] = {}
         layers: dict[str, LearnedLayer] = {}
         generator = torch.Generator().manual_seed(job.request.seed)
@@ -137,7 +145,7 @@ class Learning:
         with torch.no_grad():
             for name, original in originals.items():
                 _put(replace(model, name, original), original)
-            return self._chosen(model, layers, budget)
+            return self._chosen(model, layers, budget, fixed)
 
     def _state(self) -> Path:
         """Return where the search's state is: with the statistics if every budget shares it."""
@@ -148,8 +156,8 @@ class Learning:
         return self.known.store.path(f"search-{content_key((request.method, repr(settings)), [])[:16]}", 0)
 
     def _chosen(
-        self, model: nn.Module, layers: dict[str, LearnedLayer], budget: int
-    ) -> tuple[dict[str, Option], list[Candidates], Maps]:
+        self, model: nn.Module, layers: dict[str, LearnedLayer], budget: float, fixed: float
+    ) -> tuple[Allocation, Maps]:
         moments, table = self._moments(model), []
         for layer in self.layers:
             scores = layers[layer.name].scores().double()
@@ -167,7 +175,7 @@ class Learning:
             error = error_of(matrix, built.dense(), seen)
             bias = None if learned.bias is None else learned.bias.detach().clone()
             maps[layer.name] = (built, bias, error / whole if whole > 0 else 0.0)
-        return chosen, table, maps
+        return Allocation(chosen, table, fixed), maps
 
     def _moments(self, model: nn.Module) -> dict[str, Moments]:
         """Return the moments of all layers' inputs in the model as it is."""

@@ -35,28 +35,47 @@ class LayerPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Spent:
+    """A budget over something else than parameters, and what the plan makes of it.
+
+    Attributes:
+        limit: what was asked for, in words: "bytes 20,000,000", "latency 0.7x".
+        unit: "bytes", "operations" or "microseconds"; the latter two of the linear layers, for one token.
+        before: the dense model's.
+        after: the plan's.
+    """
+
+    limit: str
+    unit: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What every layer becomes under a budget.
 
     Attributes:
         method: name of the method.
-        keep: share of the whole model's parameters asked for.
+        keep: share of the whole model's parameters asked for; None under another budget.
         parameters_before: floating parameters of the model, tied ones once.
         parameters_after: the same after compression.
         bytes_before: bytes of those parameters as stored.
         bytes_after: the same after compression, index tensors included.
         unit: what the predicted losses are measured in.
         layers: every layer that was considered, dense ones included, in the model's order.
+        spent: the budget, if it is over something else than parameters.
     """
 
     method: str
-    keep: float
+    keep: float | None
     parameters_before: int
     parameters_after: int
     bytes_before: int
     bytes_after: int
     unit: str
     layers: tuple[LayerPlan, ...]
+    spent: Spent | None = None
 
     @property
     def loss(self) -> float:
@@ -93,6 +112,40 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
+class Speed:
+    """Tokens per second at batch 1, medians of one run in which both models took turns.
+
+    Attributes:
+        dense: of the original model.
+        compressed: of the compressed one.
+    """
+
+    dense: float
+    compressed: float
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a fresh process found when it loaded the folder.
+
+    Attributes:
+        what: what was compared with the compressed model in memory, "logits" or "hidden states".
+        difference: largest difference, as a share of the largest magnitude.
+        tolerance: the most that was allowed.
+        tokens: how many were read for that.
+        nbytes: bytes of its parameters, as the plan says.
+        speeds: "reading" and, for decoders, "generating".
+    """
+
+    what: str
+    difference: float
+    tolerance: float
+    tokens: int
+    nbytes: int
+    speeds: dict[str, Speed]
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What a compression run did.
 
@@ -103,6 +156,7 @@ class Outcome:
         seconds: wall time.
         peak_memory: largest resident memory of the process, bytes.
         settings: everything that decided the result, for the model card.
+        checked: what a fresh process found; None without a check.
     """
 
     plan: Plan
@@ -111,6 +165,7 @@ class Outcome:
     seconds: float
     peak_memory: int
     settings: dict[str, Any]
+    checked: Checked | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
@@ -120,5 +175,6 @@ class Outcome:
             "seconds": round(self.seconds, 3),
             "peak_memory": self.peak_memory,
             "settings": self.settings,
+            "checked": asdict(self.checked) if self.checked else None,
             "plan": self.plan.as_dict(),
         }

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from eckart.atomic import write_text
-from eckart.budget import Candidates
 from eckart.errors import EckartError
 from eckart.files.card import inherited, model_card
 from eckart.files.writing import LayerRecord, Partial, check_output, layer_entries, publish, write_folder
-from eckart.methods.compress.allocate import allocate, plan_from, plan_of
-from eckart.methods.compress.elastic import ElasticSweep, check_elastic, ordered, sizes_of
+from eckart.methods.compress.allocate import Allocation, allocate, plan_from, plan_of
+from eckart.methods.compress.check import BrokenOutputError, Expected, check_reload
+from eckart.methods.compress.elastic import ElasticSweep, check_elastic, chosen_of, ordered, sizes_of
 from eckart.methods.compress.job import Job, Request, open_job, statistics_store, trim_cache
 from eckart.methods.compress.layers import Known, Layer, check_layers, layers_of, surveyed
 from eckart.methods.compress.learned import Learning
-from eckart.methods.compress.outcome import Measured, Outcome, Plan
+from eckart.methods.compress.outcome import Checked, Measured, Outcome, Plan
 from eckart.methods.compress.slicing import measured_folder, principal_axes, residual_axis, sliced_plan, write_sliced
 from eckart.methods.compress.sweep import Sweep
 from eckart.methods.compress.table import recipe_of, settings_of, summary_of
@@ -34,6 +34,9 @@ def compress(
     *,
     method: str = "eckart",
     keep: float | None = None,
+    bytes: int | str | None = None,
+    flops: str | None = None,
+    latency: str | None = None,
     calibration: str | Path | None = None,
     samples: int | None = None,
     length: int | None = None,
@@ -42,108 +45,145 @@ def compress(
     elastic: bool = False,
     least: float = 0.5,
     cache: bool = True,
+    check: bool = True,
     progress: Progress = silent,
 ) -> Outcome:
     """Compress a Hugging Face model folder into a smaller one that `from_pretrained` loads.
 
-    Memory holds one block, its statistics and the hidden states of the calibration samples; of methods that train the
-    whole model, the whole model. A run that was stopped is continued by the same call and ends in the same bytes.
+    Memory holds one block, its statistics and the hidden states of the calibration samples (of methods that train the
+    whole model, the whole model); the process that checks the result holds that. A run that was stopped is continued by
+    the same call and ends in the same bytes.
 
     Args:
         model: folder of a decoder or encoder with safetensors weights.
         out: folder to write; must not hold anything yet.
         method: one of `eckart.METHODS`.
-        keep: share of the whole model's parameters that remains, in (0, 1]; by default 0.6, or 1 for methods that only
-            store parameters in fewer bits, which take nothing else.
+        keep: share of the whole model's parameters that remains, in (0, 1]; if no budget is given 0.6, or 1 for methods
+            that only store parameters in fewer bits, which take nothing else.
+        bytes: instead: bytes all parameters may take, index tensors included; or text, "20MB" or "20MiB".
+        flops: instead: share of the operations of the linear layers and the head for one token, as in "0.6x".
+        latency: instead: share of their time, measured on this device, as in "0.7x".
         calibration: text file; methods that use no data do without.
         samples: calibration samples; by default 128 windows for decoders (as many as they train on, for methods that
-            train the whole model), 2,048 lines for encoders, or what the text has.
+            train the whole model), 2,048 lines for encoders, or what there is.
         length: tokens per sample, 256 by default.
         seed: seed of everything random.
         settings: settings of the method by name, typed.
         elastic: whether the folder also holds what `load` and `slice_folder` need to give every smaller size.
         least: the smallest of those, as a share like `keep`; only read if elastic.
         cache: whether to keep statistics for later runs, in $ECKART_CACHE or the user's cache folder.
+        check: whether a fresh process loads the folder before it gets its name, and must find what was promised.
         progress: called with (stage, steps done, steps in all).
 
     Raises:
-        EckartError: for bad input of any kind, in one sentence; nothing is written then.
+        EckartError: for bad input of any kind, in one sentence, or a failed check; nothing is written then.
     """
     started, target = time.perf_counter(), Path(out)
     check_output(target)
-    given = _request(model, method, keep, calibration, samples, length, seed, settings, least if elastic else None)
-    return _run(_opened(given, progress), target, started, cache, progress)
+    budget = {"keep": keep, "bytes": bytes, "flops": flops, "latency": latency}
+    request = _request(model, method, budget, calibration, samples, length, seed, settings)
+    if elastic:
+        request = replace(request, sizes=sizes_of(request.limit, least))
+    job = _opened(request, progress)
+    run = _sliced if job.recipe.sliced else _by_layers
+    outcome = run(job, target, cache, check, progress)
+    return replace(outcome, seconds=time.perf_counter() - started)
 
 
-def _run(job: Job, target: Path, started: float, cache: bool, progress: Progress) -> Outcome:
-    """Do a job that began at `started`, and publish its outcome; what is finished is kept where it stops."""
-    partial = Partial(target.absolute().with_name(f".{target.absolute().name}.eckart-{job.key[:8]}"))
-    if job.recipe.sliced:
-        return _sliced(job, target, partial, started, progress)
-    layers = layers_of(job)
+def _opened(request: Request, progress: Progress) -> Job:
+    """Return the checked job of a request."""
+    job = open_job(request, progress)
+    if request.sizes:
+        check_elastic(job)
+    return job
+
+
+def _partial(job: Job, target: Path) -> Partial:
+    return Partial(target.absolute().with_name(f".{target.absolute().name}.eckart-{job.key[:8]}"))
+
+
+def _by_layers(job: Job, target: Path, cache: bool, check: bool, progress: Progress) -> Outcome:
+    """Compress layer by layer, continuing what an earlier run of the same job has left."""
+    partial, layers = _partial(job, target), layers_of(job)
     check_layers(job, layers)
     try:
         partial.begin({"out": str(target), "settings": _described(job)})
-        store = statistics_store(job, None if cache else partial.folder)
-        planned, measured = _compressed(job, layers, store, partial, progress)
-        seconds = time.perf_counter() - started
-        outcome = Outcome(planned, target, measured, seconds, _peak_memory(), _described(job))
-        _publish(job, partial, outcome, progress)
-    except EckartError:
-        if not partial.worth_keeping():
+        outcome, expected = _compressed(job, layers, partial, target, cache, progress)
+        checked = _publish(job, partial, outcome, expected if check else None, progress)
+    except EckartError as error:
+        if not partial.worth_keeping() or isinstance(error, BrokenOutputError):
             partial.discard()
         raise
     partial.discard()
-    if cache:
-        trim_cache(store)
-    return outcome
+    return replace(outcome, checked=checked)
 
 
-def _sliced(job: Job, target: Path, partial: Partial, started: float, progress: Progress) -> Outcome:
-    """Write a sliced model: beside the target while it is made, then in one rename."""
-    axis = residual_axis(job)
+def _sliced(job: Job, target: Path, cache: bool, check: bool, progress: Progress) -> Outcome:
+    """Write a sliced model, beside the target while it is made, then in one rename; it has no statistics to cache."""
+    partial, axis = _partial(job, target), residual_axis(job)
     kept, planned = sliced_plan(job, axis)
     partial.begin({"out": str(target), "settings": _described(job)})
     try:
         basis = principal_axes(job, axis, progress)[:, :kept]
         folder = partial.fresh_folder()
         write_sliced(job, axis, basis, folder, progress)
-        measured = measured_folder(job, folder)
-        seconds = time.perf_counter() - started
-        outcome = Outcome(planned, target, measured, seconds, _peak_memory(), _described(job))
-        for name, text in _texts(job, outcome).items():
+        measured, expected = measured_folder(job, folder)
+        outcome = Outcome(planned, target, measured, 0.0, _peak_memory(), _described(job))
+        for name, text in _texts(job, outcome, expected.promise if check else None).items():
             write_text(folder / name, text)
+        checked = _checked(job, folder, planned, expected if check else None, progress)
         publish(folder, target)
     finally:
         partial.discard()
-    return outcome
+    return replace(outcome, checked=checked)
 
 
 def _compressed(
-    job: Job, layers: list[Layer], store: Store, partial: Partial, progress: Progress
-) -> tuple[Plan, Measured | None]:
-    """Do all the work of a job up to its last finished part; return the plan as stored, and the loss."""
+    job: Job, layers: list[Layer], partial: Partial, out: Path, cache: bool, progress: Progress
+) -> tuple[Outcome, Expected]:
+    """Do all the work of a job up to its last finished part; return the outcome and what to expect of the reload."""
+    store = statistics_store(job, None if cache else partial.folder)
     _collect(job, store, Store(partial.folder / "boundaries"), progress)
     known = Known(job, store)
     measured: Measured | None
     if job.recipe.learner is not None:
-        table, measured = Learning(job, known, layers, partial.folder, progress).run(partial)
+        found, measured, expected = Learning(job, known, layers, partial.folder, progress).run(partial)
     elif job.request.sizes:
         table = surveyed(job, layers, known, errors=True, progress=lambda i: progress("plan", i, len(layers)))
-        measured = ElasticSweep(job, known, layers, ordered(job, layers, table), partial, progress).run()
+        elastic = ordered(job, layers, table)
+        found = Allocation(chosen_of(elastic), table, elastic.fixed)
+        measured, expected = ElasticSweep(job, known, layers, found, elastic, partial, progress).run()
     else:
         found = allocate(job, layers, known, predict=False, progress=progress)
-        table, measured = found.table, Sweep(job, known, layers, found, partial, progress).run()
-    return _as_stored(job, layers, table, partial.records()), measured
+        measured, expected = Sweep(job, known, layers, found, partial, progress).run()
+    if cache:
+        trim_cache(store)
+    planned = _as_stored(job, layers, found, partial.records())
+    return Outcome(planned, out, measured, 0.0, _peak_memory(), _described(job)), expected
 
 
-def _publish(job: Job, partial: Partial, outcome: Outcome, progress: Progress) -> None:
-    """Write the finished parts as a model folder, and give it its name."""
+def _publish(
+    job: Job, partial: Partial, outcome: Outcome, expected: Expected | None, progress: Progress
+) -> Checked | None:
+    """Write the finished parts as a model folder, check it unless nothing is expected, and give it its name."""
     head = job.parts.head if job.parts.tied else None
     entries = layer_entries(partial.records(), job.parts.embedding, head)
-    made_by, texts, sizes = _made_by(outcome), _texts(job, outcome), job.request.sizes
+    made_by, promised = _made_by(outcome), None if expected is None else expected.promise
+    texts, sizes = _texts(job, outcome, promised), job.request.sizes
     folder = write_folder(partial, job.model, job.parts.blocks, entries, made_by, texts, progress, sizes)
+    checked = _checked(job, folder, outcome.plan, expected, progress)
     publish(folder, outcome.out)
+    return checked
+
+
+def _checked(job: Job, folder: Path, plan: Plan, expected: Expected | None, progress: Progress) -> Checked | None:
+    """Check a finished folder unless nothing is expected."""
+    if expected is None:
+        return None
+    progress("reload", 0, 1)
+    checked = check_reload(job, folder, plan, expected)
+    progress("reload", 1, 1)
+    return checked
 
 
 def plan(
@@ -151,6 +191,9 @@ def plan(
     *,
     method: str = "eckart",
     keep: float | None = None,
+    bytes: int | str | None = None,
+    flops: str | None = None,
+    latency: str | None = None,
     calibration: str | Path | None = None,
     samples: int | None = None,
     length: int | None = None,
@@ -163,7 +206,8 @@ def plan(
 
     Args and errors are those of `compress`.
     """
-    job = open_job(_request(model, method, keep, calibration, samples, length, seed, settings), progress)
+    budget = {"keep": keep, "bytes": bytes, "flops": flops, "latency": latency}
+    job = open_job(_request(model, method, budget, calibration, samples, length, seed, settings), progress)
     if job.recipe.sliced:
         return sliced_plan(job, residual_axis(job))[1]
     layers = layers_of(job)
@@ -173,35 +217,28 @@ def plan(
         _collect(job, store, Store(Path(scratch) / "boundaries"), progress)
         known = Known(job, store)
         if job.recipe.learner is not None:
-            chosen = Learning(job, known, layers, Path(scratch), progress).plan()
+            found = Learning(job, known, layers, Path(scratch), progress).plan()
         else:
-            chosen = allocate(job, layers, known, predict=True, progress=progress).chosen
-    return plan_of(job, layers, chosen)
+            found = allocate(job, layers, known, predict=True, progress=progress)
+    return plan_of(job, layers, found)
 
 
 def _request(
     model: str | Path,
     method: str,
-    keep: float | None,
+    budget: Mapping[str, Any],
     calibration: str | Path | None,
     samples: int | None,
     length: int | None,
     seed: int,
     settings: Mapping[str, Any] | None,
-    least: float | None = None,
 ) -> Request:
     text = None if calibration is None else Path(calibration)
-    share = recipe_of(method, settings).usual_keep if keep is None else keep
-    sizes = () if least is None else sizes_of(share, least)
-    return Request(Path(model), method, share, text, samples, length, seed, dict(settings or {}), sizes)
-
-
-def _opened(request: Request, progress: Progress) -> Job:
-    """Return the checked job of a request."""
-    job = open_job(request, progress)
-    if request.sizes:
-        check_elastic(job)
-    return job
+    given = dict(budget)
+    if all(value is None for value in given.values()):
+        given["keep"] = recipe_of(method, settings).usual_keep
+    keep = given.pop("keep")
+    return Request(Path(model), method, keep, text, samples, length, seed, dict(settings or {}), **given)
 
 
 def _collect(job: Job, store: Store, boundaries: Store, progress: Progress) -> None:
@@ -231,9 +268,9 @@ def _collect(job: Job, store: Store, boundaries: Store, progress: Progress) -> N
     boundaries.clear()
 
 
-def _as_stored(job: Job, layers: list[Layer], table: list[Candidates], records: list[LayerRecord]) -> Plan:
+def _as_stored(job: Job, layers: list[Layer], allocation: Allocation, records: list[LayerRecord]) -> Plan:
     """Return the plan with the ranks, numbers and errors of what was written."""
-    base = plan_of(job, layers, {c.name: c.dense for c in table})
+    base = plan_of(job, layers, replace(allocation, chosen={c.name: c.dense for c in allocation.table}))
     written = {record.name: record for record in records}
     rows = [
         replace(row, structure=r.structure, rank=r.rank, numbers=r.numbers, nbytes=r.nbytes, loss=r.loss)
@@ -241,7 +278,7 @@ def _as_stored(job: Job, layers: list[Layer], table: list[Candidates], records: 
         else row
         for row in base.layers
     ]
-    return plan_from(job, rows)
+    return plan_from(job, rows, allocation)
 
 
 def _described(job: Job) -> dict[str, Any]:
@@ -251,7 +288,7 @@ def _described(job: Job) -> dict[str, Any]:
     return {
         "model": request.model.name,
         "method": request.method,
-        "keep": request.keep,
+        request.limit.option: request.limit.value,
         "calibration": request.calibration.name if request.calibration else None,
         "samples": None if job.samples is None else sum(b.shape[0] for b in job.samples.batches),
         "tokens": None if job.samples is None else job.samples.tokens,
@@ -274,10 +311,10 @@ def _made_by(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _report(outcome: Outcome) -> str:
+def _report(outcome: Outcome, promised: dict[str, Any] | None) -> str:
     """Return the outcome as JSON, without what differs between two runs of the same job."""
     kept = {k: v for k, v in outcome.as_dict().items() if k not in ("out", "seconds", "peak_memory")}
-    return json.dumps(kept, indent=2) + "\n"
+    return json.dumps({**kept, "checked": promised}, indent=2) + "\n"
 
 
 def _peak_memory() -> int:
@@ -290,12 +327,13 @@ def _measured(measured: Measured | None) -> dict[str, Any] | None:
     return None if measured is None else asdict(measured)
 
 
-def _texts(job: Job, outcome: Outcome) -> dict[str, str]:
+def _texts(job: Job, outcome: Outcome, promised: dict[str, Any] | None) -> dict[str, str]:
     """Return the text files that every folder gets."""
-    return {"README.md": _card(job, outcome), "eckart.json": _report(outcome)}
+    return {"README.md": _card(job, outcome, promised), "eckart.json": _report(outcome, promised)}
 
 
-def _card(job: Job, outcome: Outcome) -> str:
-    stated = {**_made_by(outcome), **inherited(job.model.folder), "method_summary": summary_of(job.request.method)}
+def _card(job: Job, outcome: Outcome, promised: dict[str, Any] | None) -> str:
+    summary = summary_of(job.request.method)
+    stated = {**_made_by(outcome), **inherited(job.model.folder), "method_summary": summary, "checked": promised}
     name, rows = str(outcome.settings["model"]), [asdict(row) for row in outcome.plan.layers]
     return model_card(name, outcome.settings, stated, rows)

@@ -8,7 +8,7 @@ import copy
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from eckart.atomic import copy_file, write_json
+from eckart.budget import BYTES
 from eckart.errors import EckartError
 from eckart.files.folder import COMPANIONS, open_model
 from eckart.files.shards import Source, write_shards
 from eckart.hosts import Blockwise, Call, Residual, anatomy, is_rms_norm, residual_of, rotated
+from eckart.methods.compress.check import Expected, expectation
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.measure import next_token_loss
-from eckart.methods.compress.outcome import LayerPlan, Measured, Plan
+from eckart.methods.compress.outcome import LayerPlan, Measured, Plan, Spent
 from eckart.progress import Progress
 from eckart.stats import MomentSum, advance, enter, hooked
 
@@ -125,28 +127,34 @@ def sliced_plan(job: Job, axis: Axis) -> tuple[int, Plan]:
     Raises:
         EckartError: if no width meets the budget.
     """
-    total = job.model.numel
-    budget = math.floor(job.request.keep * total + 1e-9)
+    limit, total = job.request.limit, job.model.numel
+    whole = job.model.nbytes if limit.measure == BYTES else total
+    budget = math.floor(limit.budget(whole) + 1e-9)
+
+    def cost(width: int) -> int:
+        return sum(row.nbytes if limit.measure == BYTES else row.numbers for row in _rows(job, axis, width))
+
     step = math.lcm(job.recipe.round_to, int(job.model.config.num_attention_heads))
-    widths = [axis.width] if budget >= total else range(step, axis.width, step)
-    fitting = [w for w in widths if sum(row.numbers for row in _rows(job, axis, w)) <= budget]
+    widths = [axis.width] if budget >= whole else range(step, axis.width, step)
+    fitting = [w for w in widths if cost(w) <= budget]
     if not fitting:
         raise EckartError(
-            f"keep {job.request.keep:g} of {total:,} parameters cannot be met even with {step} of {axis.width} "
-            "coordinates; ask for more, or use another method"
+            f"{limit} of {limit.measure.show(whole)} cannot be met even with {step} of {axis.width} coordinates; ask "
+            "for more, or use another method"
         )
     rows = _rows(job, axis, fitting[-1])
-    shapes = job.model.parameters.items()
-    before = sum(math.prod(shape) * job.model.stored_dtype(name).itemsize for name, shape in shapes)
+    numbers, nbytes = sum(row.numbers for row in rows), sum(row.nbytes for row in rows)
+    bytes_only = limit.measure == BYTES
     return fitting[-1], Plan(
         job.request.method,
-        job.request.keep,
+        None if bytes_only else limit.amount,
         total,
-        sum(row.numbers for row in rows),
-        before,
-        sum(row.nbytes for row in rows),
+        numbers,
+        job.model.nbytes,
+        nbytes,
         "not predicted",
         tuple(rows),
+        Spent(str(limit), BYTES.unit, job.model.nbytes, nbytes) if bytes_only else None,
     )
 
 
@@ -243,21 +251,25 @@ def write_sliced(job: Job, axis: Axis, basis: Tensor, folder: Path, progress: Pr
             copy_file(job.model.folder / name, folder / name)
 
 
-def measured_folder(job: Job, folder: Path) -> Measured:
-    """Return the loss on held-out samples of the original, and of a folder as written."""
+def measured_folder(job: Job, folder: Path) -> tuple[Measured, Expected]:
+    """Return the loss on held-out samples of the original and of a folder as written, and what that answers to a few,
+    run block by block.
+    """
     samples = job.samples
     if samples is None:
         raise AssertionError("slicing needs a text")
     small = open_model(folder)
     runner = Blockwise(small.model, anatomy(small.model), small.load, job.runner.device)
-    before, after = (_loss(one, samples.held_out) for one in (job.runner, runner))
+    (before, _), (after, hidden) = (_loss(one, samples.held_out) for one in (job.runner, runner))
     tokens = sum(batch.numel() for batch in samples.held_out)
-    return Measured("loss", before, after, tokens, samples.disjoint)
+    measured = Measured("loss", before, after, tokens, samples.disjoint)
+    return measured, expectation(replace(job, runner=runner), samples.held_out, hidden, {})
 
 
-def _loss(runner: Blockwise, batches: list[Tensor]) -> float:
+def _loss(runner: Blockwise, batches: list[Tensor]) -> tuple[float, list[Tensor]]:
+    """Return the loss of a model, and the outputs of its last block."""
     stream = enter(runner, batches)
     for index, name in enumerate(runner.parts.blocks):
         with runner.resident(name) as block:
             advance(runner, block, index, stream)
-    return next_token_loss(runner, batches, stream.hidden)
+    return next_token_loss(runner, batches, stream.hidden), stream.hidden

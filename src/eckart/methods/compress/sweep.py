@@ -21,6 +21,7 @@ from eckart.fit import Fit
 from eckart.hosts import Call, map_of, offset_of, replace
 from eckart.maps import Quantized
 from eckart.methods.compress.allocate import Allocation, is_dense
+from eckart.methods.compress.check import Expected, expectation
 from eckart.methods.compress.fitting import (
     fit_layer,
     fit_narrowed,
@@ -53,6 +54,9 @@ from eckart.stats import (
     load_hidden,
     save_hidden,
 )
+
+# Token ids (b, t) drawn at random that stand in for held-out samples where there is no text.
+DRAWN = (2, 16)
 
 
 @dataclass(slots=True)
@@ -95,9 +99,12 @@ class Sweep:
         self.streams = Store(partial.folder)
         recipe = job.recipe
         self.learns = recipe.sequential or recipe.update or recipe.heal > 0
+        self.held_out = [_drawn(job)] if job.samples is None else job.samples.held_out
 
-    def run(self) -> Measured | None:
-        """Compress everything not yet finished; return the loss before and after, if there is a text."""
+    def run(self) -> tuple[Measured | None, Expected]:
+        """Compress everything not yet finished; return the loss before and after, if there is a text, and what the
+        compressed model answers to a few samples.
+        """
         count = len(self.job.parts.blocks)
         swaps = self._embedding()
         embedding = next(iter(swaps.values()), None)
@@ -108,7 +115,8 @@ class Sweep:
             self._block(index, pairs)
         self.progress("compress", count, count)
         heads = self._heads(swaps, pairs)
-        return self._measure(pairs, heads)
+        expected = expectation(self.job, self.held_out, pairs["held-out"].compressed.hidden, heads)
+        return self._measure(pairs, heads), expected
 
     def _embedding(self) -> dict[str, nn.Module]:
         """Compress the token embedding, if planned; return it by name."""
@@ -137,11 +145,8 @@ class Sweep:
 
     def _enter(self, embedding: nn.Module | None, done: int) -> dict[str, Pair]:
         """Return the streams at the first unfinished block: of the held-out samples, of the calibration if needed."""
-        samples = self.job.samples
-        if samples is None:
-            return {}
-        wanted = {"calibration": samples.batches} if self.learns else {}
-        wanted["held-out"] = samples.held_out
+        wanted = {"calibration": self.job.calibration} if self.learns else {}
+        wanted["held-out"] = self.held_out
         pairs = {}
         for name, batches in wanted.items():
             original = enter(self.job.runner, batches)
@@ -374,6 +379,12 @@ def rounded(job: Job, name: str, compressed: nn.Module, inside: Collection[str])
             tensor.copy_(stored)
         out[full] = stored
     return out
+
+
+def _drawn(job: Job) -> Tensor:
+    """Return token ids drawn at random."""
+    vocabulary = int(getattr(job.model.config, "vocab_size", None) or 1)
+    return torch.randint(0, vocabulary, DRAWN, generator=torch.Generator().manual_seed(job.request.seed))
 
 
 def _input_of(job: Job, block: nn.Module, inner: str, hidden: Tensor, call: Call) -> Tensor:
