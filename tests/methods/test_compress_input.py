@@ -43,7 +43,7 @@ def test_keep(keep, refused):
     [
         ("svdllm", "unknown method 'svdllm'; did you mean 'svd-llm'"),
         ("Eckart", "unknown method 'Eckart'; did you mean 'eckart'"),
-        ("smooth", "unknown method 'smooth'; there are svd, fwsvd"),
+        ("magic", "unknown method 'magic'; there are svd, fwsvd"),
         ("", "unknown method ''; there are svd"),
         (None, "unknown method None; there are svd"),
     ],
