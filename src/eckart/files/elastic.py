@@ -242,6 +242,15 @@ def read_order(folder: Path) -> Elastic:
         raise EckartError(
             f"{folder} is not elastic, so it has one size only; make one that is with eckart compress --elastic"
         )
+    return read_order_file(path, folder)
+
+
+def read_order_file(path: Path, folder: Path) -> Elastic:
+    """Return the order of the components that `write_order` wrote, of a folder.
+
+    Raises:
+        EckartError: if the file is damaged.
+    """
     try:
         with safe_open(path, "pt") as handle:
             values: Mapping[str, Any] = json.loads(handle.metadata()[KEY])

@@ -20,18 +20,16 @@ from torch import Tensor, nn
 from eckart.atomic import write_tensors
 from eckart.budget import Candidates, Option, hull, upgrades
 from eckart.errors import EckartError
-from eckart.files.elastic import FOLDER, ORDER, Elastic, ElasticLayer, built_map, write_order
+from eckart.files.elastic import FOLDER, ORDER, Elastic, ElasticLayer, built_map, read_order_file, write_order
 from eckart.files.writing import LayerRecord, Partial
 from eckart.fit import regress
 from eckart.fit.refit import refit_down
 from eckart.hosts import EmbeddingHost, host, offset_of, replace
 from eckart.maps import LinearMap
 from eckart.methods.compress.allocate import Allocation, budget_of
-from eckart.methods.compress.check import Expected
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import EMBEDDING, HEAD, LINEAR, Known, Layer, unit_of, weights
 from eckart.methods.compress.limits import Limit
-from eckart.methods.compress.outcome import Measured
 from eckart.methods.compress.sweep import Pair, Sweep, offset_of_head
 from eckart.progress import Progress
 from eckart.stats import CrossMoments, CrossSum, Stream, advance, enter, load_hidden, save_hidden
@@ -70,12 +68,19 @@ def check_elastic(job: Job) -> None:
         )
 
 
-def ordered(job: Job, layers: Sequence[Layer], table: Sequence[Candidates]) -> Elastic:
-    """Return the order of all components, before anything is fitted.
+def ordered(job: Job, layers: Sequence[Layer], table: Sequence[Candidates], partial: Partial) -> Elastic:
+    """Return the order of all components, before anything is fitted, as a run that was stopped has left it if one has.
 
     Raises:
         EckartError: if the least size cannot be met.
     """
+    path = partial.path(f"{FOLDER}-{ORDER}")
+    if not path.is_file():
+        write_order(_ordered(job, layers, table), path)
+    return read_order_file(path, job.request.model)
+
+
+def _ordered(job: Job, layers: Sequence[Layer], table: Sequence[Candidates]) -> Elastic:
     sizes, dense = job.request.sizes, sum(c.dense.numbers for c in table)
     for size in sizes:
         budget_of(job, table, job.model.numel - dense, Limit("keep", size))
@@ -164,11 +169,6 @@ class ElasticSweep(Sweep):
         self.plans = [elastic.plan(s) for s in (elastic.sizes if job.recipe.sequential else elastic.sizes[-1:])]
         self.followers: list[Stream] = []
         self.embeddings: list[EmbeddingHost | None] = [None] * len(self.plans)
-
-    def run(self) -> tuple[Measured | None, Expected]:
-        found = super().run()
-        write_order(self.elastic, self.partial.path(f"{FOLDER}-{ORDER}"))
-        return found
 
     def _fitted(
         self, layer: Layer, weight: Tensor, crosses: Sequence[CrossMoments], held: dict[str, Tensor]

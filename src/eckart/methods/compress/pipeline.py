@@ -150,7 +150,7 @@ def _compressed(
         found, measured, expected = Learning(job, known, layers, partial.folder, progress).run(partial)
     elif job.request.sizes:
         table = surveyed(job, layers, known, errors=True, progress=lambda i: progress("plan", i, len(layers)))
-        elastic = ordered(job, layers, table)
+        elastic = ordered(job, layers, table, partial)
         found = Allocation(chosen_of(elastic), table, elastic.fixed)
         measured, expected = ElasticSweep(job, known, layers, found, elastic, partial, progress).run()
     else:
