@@ -28,9 +28,8 @@ from eckart.hosts.timing import medians
 # Bytes of dense float32 weights up to which both models are held, so that they take turns while they are timed.
 TOGETHER = 2 << 30
 PROMPT, NEW_TOKENS = 8, 16
-# How the process ends if the folder itself cannot be loaded.
-UNLOADABLE = 3
-ANSWERS, FINDINGS = "answers.safetensors", "findings.json"
+# LOADING lies there while the folder is being loaded; a process that ended and left it could not load the folder.
+LOADING, ANSWERS, FINDINGS = "loading", "answers.safetensors", "findings.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +67,10 @@ def run(order_file: Path) -> None:
     order = Order(**json.loads(order_file.read_text(encoding="utf-8")))
     torch.set_num_threads(order.threads)
     samples = [ids for _, ids in sorted(load_file(order.samples, device=order.device).items())]
-    try:
-        model, faults = _loaded(order.folder, order.device)
-    except Exception as error:  # whatever transformers or a class of model may raise
-        sys.stderr.write(f"{type(error).__name__}: {' '.join(str(error).split())}\n")
-        raise SystemExit(UNLOADABLE) from error
+    loading = order_file.with_name(LOADING)
+    loading.touch()
+    model, faults = _loaded(order.folder, order.device)
+    loading.unlink()
     answers = [answers_of(model(input_ids=ids), order.positions) for ids in samples]
     save_file({f"{i:04d}": found for i, found in enumerate(answers)}, order_file.with_name(ANSWERS))
     numbers, index_bytes = _held(model)

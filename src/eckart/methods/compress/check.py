@@ -30,7 +30,7 @@ from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import dense_bytes
 from eckart.methods.compress.measure import LOGITS, outputs
 from eckart.methods.compress.outcome import Checked, LayerPlan, Plan, Speed
-from eckart.methods.reload import ANSWERS, FINDINGS, UNLOADABLE, Order, answers_of
+from eckart.methods.reload import ANSWERS, FINDINGS, LOADING, Order, answers_of
 
 # What rounding may do: sums of float32 numbers in another order, in every layer of a deep model.
 TOLERANCE = 1e-3
@@ -232,7 +232,7 @@ def fresh_process(order: Path) -> None:
     if done.returncode == 0:
         return
     words = (done.stderr.strip().splitlines() or ["it said nothing"])[-1][:300]
-    if done.returncode == UNLOADABLE:
+    if done.returncode > 0 and order.with_name(LOADING).exists():
         raise _broken(f"a fresh process cannot load it ({words})")
     reason = f"({words})" if done.returncode > 0 else f"by signal {-done.returncode}, as happens where memory runs out"
     raise EckartError(
