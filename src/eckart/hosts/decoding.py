@@ -26,22 +26,23 @@ MULTIPLICATIONS_PER_CALL = 4_000_000
 LEAST_SAVING = 0.25
 
 
-# One tensor that a temporary dense weight was made of, and all that would show a change of it. A plain tuple of the
-# dictionaries themselves: attributes and named fields, looked up for every token, doubled the time of the check.
-_Part = tuple[
-    dict[str, Any],  # where the tensor's module, or the tensor itself if a buffer, is registered
+# What a temporary dense weight was made of, and all that would show a change of it. Plain tuples of the dictionaries
+# themselves: attributes and named fields, looked up for every token, doubled the time of the check.
+_Leaf = tuple[
+    dict[str, Any],  # where the leaf is registered
     str,  # under this name
-    nn.Module | Tensor,  # as this object
-    dict[str, Any],  # where the tensor is registered
-    str,  # under this name
-    Tensor,
-    int,  # its version
+    nn.Module,
+    dict[str, Any],  # its parameters
+    Tensor,  # its weight
+    int,  # the weight's version
     int,  # its address
-    dict[int, Any],  # the module's hooks
+    dict[int, Any],  # the leaf's hooks
     dict[int, Any],  # those called before it
     dict[str, Any],  # its own attributes, which a replaced `forward` joins
     int,  # how many they are: counting them looks at less memory than looking one up
 ]
+_Own = tuple[dict[str, Any], str, Tensor, int]  # a tensor of the host itself: registered where and as what, its version
+_Decoding = tuple[tuple[_Leaf, ...], tuple[_Own, ...], Tensor, dict[str, Any]]
 
 
 class TemporaryDense(nn.Module):
@@ -53,7 +54,7 @@ class TemporaryDense(nn.Module):
     """
 
     # What it was made of, the weight, and where the bias is registered.
-    _decoding: tuple[tuple[_Part, ...], Tensor, dict[str, Any]] | None = None
+    _decoding: _Decoding | None = None
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -62,9 +63,9 @@ class TemporaryDense(nn.Module):
     def temporary_dense(self) -> Tensor | None:
         """Return the temporary dense weight, made anew if any factor changed; None where factors must be called."""
         decoding = self._decoding
-        if decoding is None or not _is_current(decoding[0]):
+        if decoding is None or not _is_current(decoding):
             decoding = self._decoding = self._decoded()
-        return None if decoding is None else decoding[1]
+        return None if decoding is None else decoding[2]
 
     def forget(self) -> None:
         """Free the temporary dense weight."""
@@ -89,23 +90,18 @@ class TemporaryDense(nn.Module):
         """The module whose parameter the bias is."""
         return self
 
-    def _decoded(self) -> tuple[tuple[_Part, ...], Tensor, dict[str, Any]] | None:
+    def _decoded(self) -> _Decoding | None:
         """Return a temporary dense weight and what it was made of; None where the factors must be called."""
         if "forward" in self.__dict__:  # replaced by one that may do anything besides
             return None
-        made_of: list[_Part] = []
-        for name, buffer in self._buffers.items():
-            if buffer is not None:
-                if buffer.is_inference():  # does not count its versions
-                    return None
-                state = buffer._version, buffer.data_ptr()
-                made_of.append((self._buffers, name, buffer, self._buffers, name, buffer, *state, {}, {}, {}, 0))
-        for name, parameter in self._parameters.items():
-            if parameter is not None and name != "bias":
-                if parameter.is_inference():
-                    return None
-                held, state = self._parameters, (parameter._version, parameter.data_ptr())
-                made_of.append((held, name, parameter, held, name, parameter, *state, {}, {}, {}, 0))
+        leaves: list[_Leaf] = []
+        held: list[_Own] = []
+        for registered in (self._buffers, self._parameters):
+            for name, tensor in registered.items():
+                if tensor is not None and name != "bias":
+                    if tensor.is_inference():  # does not count its versions
+                        return None
+                    held.append((registered, name, tensor, tensor._version))
         for name, leaf in self._modules.items():
             if leaf is None or not is_plain(leaf):
                 return None
@@ -114,9 +110,9 @@ class TemporaryDense(nn.Module):
                 return None
             own, store, hooks = leaf.__dict__, leaf._parameters, (leaf._forward_hooks, leaf._forward_pre_hooks)
             state = weight._version, weight.data_ptr()
-            made_of.append((self._modules, name, leaf, store, "weight", weight, *state, *hooks, own, len(own)))
+            leaves.append((self._modules, name, leaf, store, weight, *state, *hooks, own, len(own)))
         with torch.autocast("cpu", enabled=False):  # the weight may outlive the region it is made in
-            return tuple(made_of), self.dense().detach(), self.bias_owner._parameters
+            return tuple(leaves), tuple(held), self.dense().detach(), self.bias_owner._parameters
 
 
 class DecodingHost(Host, TemporaryDense):
@@ -142,10 +138,10 @@ class DecodingHost(Host, TemporaryDense):
             or torch_module._global_forward_hooks
             or torch_module._global_forward_pre_hooks
             or torch.compiler.is_compiling()
-            or not _is_current(decoding[0])
+            or not _is_current(decoding)
         ):
             return cast(Tensor, super().__call__(x))
-        return F.linear(x, decoding[1], decoding[2]["bias"])
+        return F.linear(x, decoding[2], decoding[3]["bias"])
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; `__call__` goes past a `forward` of its own only until it has one."""
@@ -179,17 +175,20 @@ def _dense_below(shape: tuple[int, int], map_type: type[LinearMap], numbers: int
     return calls * MULTIPLICATIONS_PER_CALL / saved
 
 
-def _is_current(made_of: tuple[_Part, ...]) -> bool:
+def _is_current(decoding: _Decoding) -> bool:
     """Tell whether nothing changed since a dense weight was made; called for every token, hence so spelled out."""
-    for owner, name, registered, store, key, tensor, version, pointer, hooks, pre_hooks, attributes, count in made_of:
+    for registered, name, tensor, version in decoding[1]:
+        if registered[name] is not tensor or tensor._version != version:
+            return False
+    for owner, name, leaf, store, weight, version, pointer, hooks, pre_hooks, attributes, count in decoding[0]:
         if (
-            owner[name] is not registered
-            or store[key] is not tensor
+            owner[name] is not leaf
+            or store["weight"] is not weight
+            or weight._version != version
+            or weight.data_ptr() != pointer
             or hooks
             or pre_hooks
             or len(attributes) != count
-            or tensor._version != version
-            or tensor.data_ptr() != pointer
         ):
             return False
     return True
