@@ -1,6 +1,6 @@
 """Peak memory of compressing a Llama of 300 million random weights, against the size of the model and of one block.
 
-    python benchmarks/memory.py [--methods svd-llm eckart]
+    python benchmarks/memory.py [--methods svd-llm eckart] [--blocks 23]
 
 Every method runs in a process of its own; the peak is its largest resident memory, beside that of importing only.
 """
@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from harness import load, require_shared, save
 
+BLOCKS = 23
 IMPORT = "import torch, transformers, accelerate, eckart.methods.compress"
 CHILD = """
 import json, resource, sys
@@ -29,10 +30,11 @@ print(json.dumps({"peak": outcome.peak_memory, "seconds": outcome.seconds, "kept
 BASE = IMPORT + "\nimport resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
 
 
-def make(folder: Path, tokenizer: Path) -> dict[str, int]:
+def make(folder: Path, tokenizer: Path, blocks: int) -> dict[str, int]:
     """Save the model, in shards; return its sizes in bytes as run (float32)."""
     config = LlamaConfig(
-        hidden_size=1024, intermediate_size=2816, num_hidden_layers=23, num_attention_heads=16, num_key_value_heads=16,
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=blocks,
+        num_attention_heads=16, num_key_value_heads=16,
         vocab_size=4096, max_position_embeddings=512, tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -46,13 +48,14 @@ def make(folder: Path, tokenizer: Path) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", default=["svd-llm", "eckart"])
+    parser.add_argument("--blocks", type=int, default=BLOCKS, help="any other number is printed, not saved")
     given = parser.parse_args()
     shared = require_shared()
     base = int(subprocess.run([sys.executable, "-c", BASE], check=True, capture_output=True, text=True).stdout)
     rows: list[dict[str, Any]] = load("memory")["rows"]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
-        sizes = make(folder, shared / "models/stories3m")
+        sizes = make(folder, shared / "models/stories3m", given.blocks)
         for method in given.methods:
             command = [sys.executable, "-c", CHILD, folder, Path(scratch) / method]
             command += [shared / "data/tinystories/train.txt.gz", method]
@@ -62,7 +65,8 @@ def main() -> None:
             row = {"method": method, **sizes, "import": base, **done}
             rows = [r for r in rows if r["method"] != method] + [row]
             print(row, flush=True)
-            save("memory", rows)
+            if given.blocks == BLOCKS:
+                save("memory", rows)
 
 
 if __name__ == "__main__":

@@ -396,6 +396,23 @@ def test_keywords_arrive(module):
         torch.testing.assert_close(module(x=x), expected_of(module, x), atol=1e-5, rtol=1e-5)
 
 
+def test_made_again_after_a_factor_gets_other_memory(module):
+    for index in range(2):
+        decode(module)
+        weight = leaves(module)[index].weight
+        weight.data = weight.data * 2  # as moving or casting the factor alone does
+        decode(module)
+
+
+def test_a_replaced_forward_of_a_factor_is_called(module):
+    decode(module)
+    seen, layer = [], leaves(module)[0]
+    original = layer.forward
+    layer.forward = lambda x: seen.append(x) or original(x)
+    decode(module)
+    assert seen
+
+
 def test_left_out_of_copies(module):
     decode(module)
     assert copy.deepcopy(module)._decoding is None

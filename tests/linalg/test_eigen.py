@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eckart.errors import EckartError, NumericalWarning
+from eckart.errors import EckartError
 from eckart.linalg import psd_roots, regular_cholesky, shrink, top_eigen
-from eckart.linalg.eigen import KRYLOV_MIN_SIZE, _complement_trace, _KrylovSpace, _orthonormalize, warn_if_indefinite
+from eckart.linalg.eigen import KRYLOV_MIN_SIZE, _complement_trace, _KrylovSpace, _orthonormalize
 
 sizes = st.integers(1, 20)
 seeds = st.integers(0, 10**6)
@@ -212,14 +212,6 @@ def test_psd_roots_of_nothing_and_of_a_singular_moment():
         assert torch.isfinite(inverse).all()
         assert float(root.max()) == 2.0
         assert float(root.diagonal()[1] if root.ndim == 2 else root[1]) == pytest.approx(2e-6)
-
-
-def test_an_indefinite_moment_is_named():
-    with pytest.warns(NumericalWarning, match=r"the Gram matrix has a negative eigenvalue -1 beside a largest of 2"):
-        warn_if_indefinite(torch.diag(torch.tensor([2.0, -1.0])), "the Gram matrix")
-    with pytest.warns(NumericalWarning, match="a largest of 2"):
-        warn_if_indefinite(torch.tensor([2.0, -1.0]), "the diagonal")
-    warn_if_indefinite(psd(4, 2, 0), "a PSD moment")
 
 
 @given(sizes, st.floats(-16, 0), seeds)

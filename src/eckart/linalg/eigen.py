@@ -4,7 +4,6 @@ Legend: K a PSD matrix (n, n), k the rank asked for, b the block size, D = b * s
 """
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -12,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from eckart.errors import EckartError, NumericalWarning
+from eckart.errors import EckartError
 
 # A PSD operator: maps a block of columns (n, b) to K @ block, in the dtype of the block.
 Operator = Callable[[Tensor], Tensor]
@@ -329,18 +328,3 @@ def _complement_trace(operator: Operator, basis: Tensor, generator: torch.Genera
     signs = torch.randint(0, 2, (n, probes), generator=generator).to(basis) * 2 - 1
     signs = signs - basis.mT @ (basis @ signs)
     return float((signs * operator(signs)).double().sum()) / probes
-
-
-def warn_if_indefinite(moment: Tensor, name: str) -> None:
-    """Warn if a symmetric moment has a negative eigenvalue beyond rounding, which means it was accumulated wrongly."""
-    if moment.ndim == 1:
-        lowest, largest = float(moment.min()), float(moment.max())
-    else:
-        values = torch.linalg.eigvalsh(moment.double())
-        lowest, largest = float(values[0]), float(values[-1])
-    if lowest < -1e-5 * max(largest, 0.0):
-        warnings.warn(
-            f"{name} has a negative eigenvalue {lowest:.3g} beside a largest of {largest:.3g}; treated as zero",
-            NumericalWarning,
-            stacklevel=2,
-        )
