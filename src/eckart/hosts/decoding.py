@@ -42,7 +42,9 @@ _Leaf = tuple[
     int,  # how many they are: counting them looks at less memory than looking one up
 ]
 _Own = tuple[dict[str, Any], str, Tensor, int]  # a tensor of the host itself: registered where and as what, its version
-_Decoding = tuple[tuple[_Leaf, ...], tuple[_Own, ...], Tensor, dict[str, Any]]
+# What it was made of, the weight, where the bias is registered, and the weight transposed: multiplying by that view is
+# what `F.linear` does after making it, for every token.
+_Decoding = tuple[tuple[_Leaf, ...], tuple[_Own, ...], Tensor, dict[str, Any], Tensor]
 
 
 class TemporaryDense(nn.Module):
@@ -53,7 +55,6 @@ class TemporaryDense(nn.Module):
     call `train()` or `eval()` after one.
     """
 
-    # What it was made of, the weight, and where the bias is registered.
     _decoding: _Decoding | None = None
 
     @abstractmethod
@@ -112,7 +113,8 @@ class TemporaryDense(nn.Module):
             state = weight._version, weight.data_ptr()
             leaves.append((self._modules, name, leaf, store, weight, *state, *hooks, own, len(own)))
         with torch.autocast("cpu", enabled=False):  # the weight may outlive the region it is made in
-            return tuple(leaves), tuple(held), self.dense().detach(), self.bias_owner._parameters
+            weight = self.dense().detach()
+        return tuple(leaves), tuple(held), weight, self.bias_owner._parameters, weight.t()
 
 
 class DecodingHost(Host, TemporaryDense):
@@ -141,7 +143,8 @@ class DecodingHost(Host, TemporaryDense):
             or not _is_current(decoding)
         ):
             return cast(Tensor, super().__call__(x))
-        return F.linear(x, decoding[2], decoding[3]["bias"])
+        bias = decoding[3]["bias"]
+        return torch.matmul(x, decoding[4]) if bias is None else F.linear(x, decoding[2], bias)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; `__call__` goes past a `forward` of its own only until it has one."""
