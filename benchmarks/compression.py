@@ -1,9 +1,10 @@
-"""Every compression method on three real models at five budgets: what the model still knows, on two texts each.
+"""Every compression method on three real models at five budgets: what the model still knows, and what that costs.
 
     python benchmarks/compression.py [--models stories3m ...] [--variants eckart ...] [--keep 0.9 ...] [--again]
 
 Rows that results/compression.json already has are skipped. Calibration is always on a training split; text A is the
-validation or test split of the same source, text B another source that no run has seen.
+validation or test split of the same source, text B another source that no run has seen. Every row is compressed in a
+process of its own, which measures its statistics itself, so that seconds and peak memory are those of one command.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from transformers import AutoModel, AutoTokenizer
 import eckart
 from eckart.files.folder import quiet
 from eckart.stats import sentence_embedding
-from harness import load, require_shared, save
+from harness import compress_apart, load, require_shared, save
 
 KEEP = (0.9, 0.8, 0.7, 0.6, 0.5)
 # Row label: method and what differs from its page's defaults. "healed" and "trained" rows train; others do not.
@@ -165,29 +166,31 @@ def row_of(model: str, subject: Subject, variant: str, keep: float, scratch: Pat
     row: dict[str, Any] = {"model": model, "variant": variant, "keep": keep, "settings": settings}
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         out = Path(folder) / "compressed"
-        try:
-            outcome = eckart.compress(
-                subject.folder,
-                out,
-                method=method,
-                keep=keep,
-                calibration=subject.calibration,
-                samples=samples,
-                settings=settings,
-            )
-        except eckart.EckartError as error:
-            return {**row, "error": str(error)}
+        done = compress_apart(
+            subject.folder,
+            out,
+            method=method,
+            keep=keep,
+            calibration=subject.calibration,
+            samples=samples,
+            settings=settings,
+            cache=False,
+        )
+        if "error" in done:
+            return {**row, **done}
         measured = {name: measure(out) for name, measure in subject.measures.items()}
-    plan = outcome.plan
+    plan, checked = done["plan"], done["checked"]
     return {
         **row,
         **measured,
-        "kept": plan.kept,
-        "bytes": plan.bytes_after,
-        "seconds": outcome.seconds,
-        "predicted": plan.loss,
-        "unit": plan.unit,
-        "samples": outcome.settings["samples"],
+        "kept": plan["kept"],
+        "bytes": checked["nbytes"],
+        "seconds": done["seconds"],
+        "peak": done["peak_memory"],
+        "speeds": checked["speeds"],
+        "predicted": plan["loss"],
+        "unit": plan["unit"],
+        "samples": done["settings"]["samples"],
     }
 
 

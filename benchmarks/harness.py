@@ -1,10 +1,11 @@
-"""What every benchmark here needs: interleaved timing with medians, the machine's description, results as JSON."""
+"""What benchmarks here share: interleaved timing, compression in a process of its own, the machine, results as JSON."""
 
 import datetime
 import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +17,27 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 SHARED = Path(os.environ.get("ECKART_SHARED", ROOT.parent / "shared"))
+
+# The peak of a process never sinks: one for every run, so that each has its own.
+_COMPRESS = """
+import json, sys
+import eckart
+model, out, options = sys.argv[1:]
+try:
+    answer = eckart.compress(model, out, **json.loads(options)).as_dict()
+except eckart.EckartError as error:
+    answer = {"error": str(error)}
+print(json.dumps(answer))
+"""
+
+
+def compress_apart(model: Path, out: Path, **options: Any) -> dict[str, Any]:
+    """Compress in a new process; return the outcome, or {"error": the sentence} of a refusal."""
+    command = [sys.executable, "-c", _COMPRESS, str(model), str(out), json.dumps(options, default=str)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"compressing {model} by {options.get('method')} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def medians(contenders: Mapping[str, Callable[[], Any]], *, runs: int = 5, warm_up: int = 1) -> dict[str, float]:

@@ -6,7 +6,6 @@ Every method runs in a process of its own; the peak is its largest resident memo
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -16,17 +15,10 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from harness import load, require_shared, save
+from harness import compress_apart, load, require_shared, save
 
 BLOCKS = 23
 IMPORT = "import torch, transformers, accelerate, eckart.methods.compress"
-CHILD = """
-import json, resource, sys
-import eckart
-model, out, text, method = sys.argv[1:]
-outcome = eckart.compress(model, out, method=method, keep=0.6, calibration=text, samples=32, length=256, cache=False)
-print(json.dumps({"peak": outcome.peak_memory, "seconds": outcome.seconds, "kept": outcome.plan.kept}))
-"""
 BASE = IMPORT + "\nimport resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
 
 
@@ -57,12 +49,19 @@ def main() -> None:
         folder = Path(scratch) / "model"
         sizes = make(folder, shared / "models/stories3m", given.blocks)
         for method in given.methods:
-            command = [sys.executable, "-c", CHILD, folder, Path(scratch) / method]
-            command += [shared / "data/tinystories/train.txt.gz", method]
-            done = json.loads(
-                subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+            text = shared / "data/tinystories/train.txt.gz"
+            done = compress_apart(
+                folder,
+                Path(scratch) / method,
+                method=method,
+                keep=0.6,
+                calibration=text,
+                samples=32,
+                length=256,
+                cache=False,
             )
-            row = {"method": method, **sizes, "import": base, **done}
+            row = {"method": method, **sizes, "import": base}
+            row |= {"peak": done["peak_memory"], "seconds": done["seconds"], "kept": done["plan"]["kept"]}
             rows = [r for r in rows if r["method"] != method] + [row]
             print(row, flush=True)
             if given.blocks == BLOCKS:

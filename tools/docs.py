@@ -7,6 +7,7 @@ python tools/docs.py --check    fails if a page differs from what would be writt
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,6 +20,7 @@ RESULTS = ROOT / "benchmarks/results"
 # What a row of the compression benchmark says beside what it measured.
 NOT_MEASURES = {
     *("model", "variant", "keep", "settings", "kept", "bytes", "seconds", "predicted", "unit", "samples", "error"),
+    *("peak", "speeds"),
 }
 
 
@@ -84,6 +86,34 @@ def _order(values: list[float | None], larger: bool) -> float:
     return -mean if larger else mean
 
 
+def costs(rows: list[dict[str, Any]], keeps: tuple[float, ...] = (0.8, 0.6, 0.5)) -> list[dict[str, Any]]:
+    """Arrange what the rows of the compression benchmark cost: one table per model, a line per variant."""
+
+    def cell(mine: list[dict[str, Any] | None], form: str, value: Callable[[dict[str, Any]], float]) -> str:
+        return " / ".join("–" if r is None else form % value(r) for r in mine)
+
+    out = []
+    for model in dict.fromkeys(r["model"] for r in rows):
+        at = {(r["variant"], r["keep"]): r for r in rows if r["model"] == model and "speeds" in r}
+        lines = []
+        for variant in dict.fromkeys(name for name, _ in at):
+            mine = [at.get((variant, keep)) for keep in keeps]
+            held = [r for r in mine if r is not None]
+            if not held:
+                continue
+            line = [cell(mine, "%.0f", lambda r: r["seconds"]), f"{max(r['peak'] for r in held) / 1e6:.0f}"]
+            line.append(cell(mine, "%.1f", lambda r: r["bytes"] / 1e6))
+            for task in held[0]["speeds"]:
+                line.append(cell(mine, "%.2f", lambda r: r["speeds"][task]["compressed"] / r["speeds"][task]["dense"]))
+                line.append(cell(mine, "%.0f", lambda r: r["speeds"][task]["compressed"]))
+            lines.append((variant, line))
+        if lines:
+            tasks = list(next(iter(at.values()))["speeds"])
+            lines.sort(key=lambda line: line[0])
+            out.append({"model": model, "tasks": tasks, "lines": lines})
+    return out
+
+
 def headline(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return how much of the loss that svd-llm adds eckart does not, by model and budget."""
     at = {(r["model"], r["variant"], r["keep"]): r for r in rows}
@@ -117,6 +147,7 @@ def pages() -> dict[Path, str]:
         "compression": compression,
         "tables": tables(compression["rows"]),
         "headline": headline(compression["rows"]),
+        "costs": costs(compression["rows"]),
         "solver": results("solver"),
         "speed": results("speed"),
         "memory": results("memory"),
