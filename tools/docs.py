@@ -104,8 +104,9 @@ def costs(rows: list[dict[str, Any]], keeps: tuple[float, ...] = (0.8, 0.6, 0.5)
             line = [cell(mine, "%.0f", lambda r: r["seconds"]), f"{max(r['peak'] for r in held) / 1e6:.0f}"]
             line.append(cell(mine, "%.1f", lambda r: r["bytes"] / 1e6))
             for task in held[0]["speeds"]:
-                line.append(cell(mine, "%.2f", lambda r: r["speeds"][task]["compressed"] / r["speeds"][task]["dense"]))
-                line.append(cell(mine, "%.0f", lambda r: r["speeds"][task]["compressed"]))
+                speeds = [r and r["speeds"][task] for r in mine]
+                line.append(cell(speeds, "%.2f", lambda speed: speed["compressed"] / speed["dense"]))
+                line.append(cell(speeds, "%.0f", lambda speed: speed["compressed"]))
             lines.append((variant, line))
         if lines:
             tasks = list(next(iter(at.values()))["speeds"])
