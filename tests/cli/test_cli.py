@@ -239,6 +239,8 @@ def test_a_fine_tune_is_stored_and_restored(model, tmp_path) -> None:
     back = json.loads(eckart("restore", model, tmp_path / "delta", "--out", tmp_path / "back", "--json").stdout)
     assert back["exact"] is True
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").dtype == torch.float32
+    swapped = eckart("restore", tmp_path / "delta", model, "--out", tmp_path / "other", code=1)
+    assert "is a difference, not a model" in swapped.stderr
     wrong = eckart("restore", tmp_path / "tuned", tmp_path / "delta", "--out", tmp_path / "other", code=1)
     assert wrong.stderr.count("\n") == 1
     assert "give the base that it was made from" in wrong.stderr

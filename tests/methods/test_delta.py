@@ -106,7 +106,7 @@ def test_a_larger_budget_leaves_a_smaller_error(pair, tmp_path):
 
 
 def test_a_budget_in_bytes(pair, tmp_path):
-    made = eckart.delta(*pair, tmp_path / "delta", nbytes=60_000)
+    made = eckart.delta(*pair, tmp_path / "delta", bytes="60KB")
     assert 50_000 < made.nbytes <= 60_000
 
 
@@ -294,9 +294,9 @@ def test_arithmetic_that_differs_is_said(pair, stored, tmp_path):
         ({"keep": 0.0}, r"must lie in \(0, 1\], got 0.0"),
         ({"keep": 1.5}, r"must lie in \(0, 1\], got 1.5"),
         ({"keep": math.nan}, r"must lie in \(0, 1\]"),
-        ({"nbytes": 0}, "must be positive, got 0"),
-        ({"nbytes": 100}, "100 bytes cannot be met"),
-        ({"keep": 0.1, "nbytes": 100}, "not both"),
+        ({"bytes": 0}, "bytes must be a size such as 20MB"),
+        ({"bytes": 100}, "100 bytes cannot be met"),
+        ({"keep": 0.1, "bytes": 100}, "not both"),
         ({"bits": 5}, "bits must be one of 4, 8, 16"),
         ({"calibration": "none.txt"}, "there is no text file none.txt"),
     ],

@@ -237,7 +237,9 @@ def delta(
     keep: Annotated[
         float | None, typer.Option(help="Share of the tuned model's bytes to take, in (0, 1].  [default: 0.1]")
     ] = None,
-    nbytes: Annotated[int | None, typer.Option("--bytes", help="The same as a number of bytes.")] = None,
+    nbytes: Annotated[
+        str | None, typer.Option("--bytes", metavar="SIZE", help="Instead: how many bytes, 200KB or 1.5MiB.")
+    ] = None,
     bits: Annotated[
         int | None, typer.Option(help="4, 8 or 16 for all factors.  [default: 2 to 8, by component]")
     ] = None,
@@ -261,7 +263,7 @@ def delta(
     from eckart.report.delta import delta_table
 
     arguments: dict[str, Any] = {
-        "keep": keep, "nbytes": nbytes, "bits": bits, "calibration": calibration, "samples": samples,
+        "keep": keep, "bytes": nbytes, "bits": bits, "calibration": calibration, "samples": samples,
         "length": length, "seed": seed, "cache": not no_cache,
     }  # fmt: skip
     with Bars() as progress:
@@ -330,6 +332,10 @@ def _require_model(folder: Path) -> None:
             f"did you mean {folder.with_name(near[0])}?" if near else "give a folder with config.json and safetensors"
         )
         raise EckartError(f"there is no model folder {folder}; {hint}")
+    if (folder / "delta.json").is_file():
+        raise EckartError(
+            f"{folder} is a difference, not a model; `eckart restore BASE {folder}` makes the model of it"
+        )
     if not (folder / "config.json").is_file():
         raise EckartError(f"{folder} has no config.json; give the path of a Hugging Face model folder")
 

@@ -44,6 +44,7 @@ from eckart.files.inspect import appearing
 from eckart.files.writing import check_output
 from eckart.fit import error_of
 from eckart.methods.compress.job import Request
+from eckart.methods.compress.limits import parse_size
 from eckart.methods.delta.choices import Choices, Fisher, Job, exact_bytes, fit, sorted_out, tables
 from eckart.methods.delta.outcome import Delta, TensorDelta
 from eckart.progress import Progress, silent
@@ -60,7 +61,7 @@ def delta(
     out: str | Path,
     *,
     keep: float | None = None,
-    nbytes: int | None = None,
+    bytes: int | str | None = None,
     bits: int | None = None,
     calibration: str | Path | None = None,
     samples: int | None = None,
@@ -76,7 +77,7 @@ def delta(
         tuned: folder of the fine-tuned model.
         out: folder to write; must not hold anything yet.
         keep: bytes of all files as a share of those of the tuned model's tensors, in (0, 1]; 0.1 by default.
-        nbytes: the same as a number of bytes, instead of `keep`.
+        bytes: the same as whole number, or text with a unit ("20MB" decimal, "20MiB" binary), instead of `keep`.
         bits: 4, 8 or 16 (no codes) for all factors; by default every component gets 2, 3, 4 or 8 of them.
         calibration: text like that the model was tuned on; without, errors are those of the weights alone.
         samples: calibration samples; 128 windows by default, or what the text has.
@@ -89,10 +90,11 @@ def delta(
         EckartError: for bad input of any kind, or a budget that cannot be met; nothing is written then.
     """
     base, tuned, out, text = Path(base), Path(tuned), Path(out), None if calibration is None else Path(calibration)
+    nbytes = None if bytes is None else parse_size(bytes)
     _check(base, tuned, out, keep, nbytes, bits)
     origin, own = tensor_file(base), tensor_file(tuned)
     base_lines, lines = lines_of(origin, progress, finite=True), lines_of(own, progress, finite=True)
-    given = {"keep": keep, "nbytes": nbytes, "bits": bits, "samples": samples, "length": length, "seed": seed}
+    given = {"keep": keep, "bytes": nbytes, "bits": bits, "samples": samples, "length": length, "seed": seed}
     made_by = {"method": "ere", "tuned": tuned.name, "calibration": text and text.name, **given}
     facts = {"base": {"name": base.name, "sha256": fingerprint(base_lines.values())}, "made_by": made_by}
     with TemporaryDirectory(prefix="eckart-") as scratch:
@@ -122,8 +124,6 @@ def _check(base: Path, tuned: Path, out: Path, keep: float | None, nbytes: int |
         raise EckartError("give the budget either as keep or as a number of bytes, not both")
     if keep is not None and not 0.0 < keep <= 1.0:
         raise EckartError(f"keep is the share of the tuned model's bytes and must lie in (0, 1], got {keep!r}")
-    if nbytes is not None and nbytes < 1:
-        raise EckartError(f"the budget in bytes must be positive, got {nbytes}")
     if bits is not None and bits not in BITS:
         raise EckartError(f"bits must be one of {', '.join(map(str, BITS))}, or left out for a mixture, got {bits}")
     for folder in (base, tuned):
