@@ -14,6 +14,7 @@ from eckart.errors import EckartError as EckartError
 if TYPE_CHECKING:
     from eckart.files.delta import Restored as Restored
     from eckart.files.delta import restore as restore
+    from eckart.files.delta import show_delta as show_delta
     from eckart.files.inspect import densify as densify
     from eckart.files.inspect import show as show
     from eckart.files.loading import load as load
@@ -70,7 +71,7 @@ PUBLIC: dict[str, str] = {
         "eckart.methods.evaluate": ("evaluate", "Evaluation"),
         "eckart.methods.delta.ere": ("delta",),
         "eckart.methods.delta.outcome": ("Delta", "TensorDelta"),
-        "eckart.files.delta": ("restore", "Restored"),
+        "eckart.files.delta": ("restore", "Restored", "show_delta"),
         "eckart.files.inspect": ("densify", "show"),
         "eckart.files.loading": ("load",),
         "eckart.files.slicing": ("slice_folder",),

@@ -236,6 +236,10 @@ def test_a_fine_tune_is_stored_and_restored(model, tmp_path) -> None:
     made = json.loads(eckart(*given, "--out", tmp_path / "delta", "--json").stdout)
     assert made["nbytes"] == sum(p.stat().st_size for p in (tmp_path / "delta").iterdir()) <= 40_000
     assert "model.embed_tokens.weight" in eckart(*given, "--bits", "4", "--out", tmp_path / "four").stdout
+    held = json.loads(eckart("show", tmp_path / "delta", "--json").stdout)
+    assert (held["nbytes"], held["base"]) == (made["nbytes"], model.name)
+    assert {t["name"]: t["nbytes"] for t in held["tensors"]} == {t["name"]: t["nbytes"] for t in made["tensors"]}
+    assert f"a difference from {model.name}" in eckart("show", tmp_path / "delta").stdout
     back = json.loads(eckart("restore", model, tmp_path / "delta", "--out", tmp_path / "back", "--json").stdout)
     assert back["exact"] is True
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").dtype == torch.float32

@@ -176,17 +176,24 @@ def methods(
 @app.command()
 @guarded(STARTS_AGAIN)
 def show(
-    folder: Annotated[Path, typer.Argument(help="Model folder.")],
+    folder: Annotated[Path, typer.Argument(help="Model folder, or a difference.")],
     every_layer: EveryLayer = False,
     as_json: Json = False,
 ) -> None:
-    """Print what a compressed folder holds, from its headers alone."""
-    _require_model(folder)
+    """Print what a compressed folder holds, from its headers alone; or what `eckart delta` wrote."""
+    if not (folder / "delta.json").is_file():
+        _require_model(folder)
 
+    from eckart.files.delta import show_delta
     from eckart.files.inspect import show as run
     from eckart.report.console import print_all
+    from eckart.report.delta import difference_table
     from eckart.report.tables import contents_table
 
+    if (folder / "delta.json").is_file():
+        held = show_delta(folder)
+        print_json(held.as_dict()) if as_json else print_all(difference_table(held, every_layer))
+        return
     contents = run(folder)
     print_json(contents.as_dict()) if as_json else print_all(contents_table(contents, every_layer))
 

@@ -30,7 +30,7 @@ from eckart.files.inspect import appearing
 from eckart.files.shards import Source, write_shards
 from eckart.files.writing import check_output
 from eckart.linalg import all_finite
-from eckart.maps import FAMILIES, LinearMap, blank, from_spec
+from eckart.maps import FAMILIES, LinearMap, blank, from_spec, rank_bound
 from eckart.progress import Progress, silent
 
 SPEC, TENSORS = "delta.json", "delta.safetensors"
@@ -80,6 +80,75 @@ class Restored:
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
         return {**asdict(self), "out": str(self.out)}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """What a difference holds of one tensor.
+
+    Attributes:
+        name: its name in the tuned model.
+        structure: "same" (the base's), "exact" (stored whole), or the class of what is added, in small letters.
+        rank: largest rank of what is added; 0 for nothing.
+        nbytes: bytes stored.
+    """
+
+    name: str
+    structure: str
+    rank: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What a folder that `delta` wrote holds.
+
+    Attributes:
+        folder: the folder.
+        base: name of the base's folder when it was made.
+        base_sha256: hash of the base's weights.
+        nbytes: bytes of all files.
+        made_by: method, settings, and what it was made from.
+        tensors: every tensor of the tuned model.
+    """
+
+    folder: Path
+    base: str
+    base_sha256: str
+    nbytes: int
+    made_by: dict[str, Any]
+    tensors: tuple[StoredTensor, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        return {**asdict(self), "folder": str(self.folder)}
+
+
+def show_delta(folder: str | Path) -> Difference:
+    """Return what a difference holds; the weights' hash is checked.
+
+    Raises:
+        EckartError: if the folder is none that `delta` wrote, or damaged.
+    """
+    folder = Path(folder)
+    spec, changes = read_delta(folder)
+    held = stored_tensors(folder)
+    tensors = tuple(_stored(name, change, held, folder) for name, change in changes.items())
+    nbytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    made_by = dict(spec.get("made_by", {}))
+    return Difference(folder, spec["base"]["name"], spec["base"]["sha256"], nbytes, made_by, tensors)
+
+
+def _stored(name: str, change: Change, held: TensorFile, folder: Path) -> StoredTensor:
+    try:
+        added = None if change.map is None else blank(change.map, FAMILIES, torch.float32)
+        names = [] if added is None else list(map_tensors(name, added))
+        names += [name] * (change.base is None) + [f"{name}.rows"] * (change.rows is not None)
+        nbytes = sum(math.prod(held.shape(key)) * held.dtype(key).itemsize for key in names)
+    except (EckartError, KeyError, TypeError, ValueError) as error:
+        raise EckartError(f"what {folder / SPEC} says of {name} cannot be: {error}; copy the folder again") from error
+    kind = "exact" if change.base is None else "same" if added is None else type(added).__name__.lower()
+    return StoredTensor(name, kind, 0 if added is None else rank_bound(added), nbytes)
 
 
 def restore(base: str | Path, delta: str | Path, out: str | Path, *, progress: Progress = silent) -> Restored:
