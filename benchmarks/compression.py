@@ -4,7 +4,8 @@
 
 Rows that results/compression.json already has are skipped. Calibration is always on a training split; text A is the
 validation or test split of the same source, text B another source that no run has seen. Every row is compressed in a
-process of its own, which measures its statistics itself, so that seconds and peak memory are those of one command.
+process of its own, which measures its statistics itself, so that seconds and peak memory are those of one command. Run
+it with OMP_NUM_THREADS=1: seconds are those of the processor, and then hardly depend on what else the machine does.
 """
 
 import argparse
@@ -177,7 +178,7 @@ def row_of(model: str, subject: Subject, variant: str, keep: float, scratch: Pat
             cache=False,
         )
         if "error" in done:
-            return {**row, **done}
+            return {**row, "error": done["error"]}
         measured = {name: measure(out) for name, measure in subject.measures.items()}
     plan, checked = done["plan"], done["checked"]
     return {
@@ -185,7 +186,7 @@ def row_of(model: str, subject: Subject, variant: str, keep: float, scratch: Pat
         **measured,
         "kept": plan["kept"],
         "bytes": checked["nbytes"],
-        "seconds": done["seconds"],
+        "seconds": done["processor_seconds"],
         "peak": done["peak_memory"],
         "speeds": checked["speeds"],
         "predicted": plan["loss"],
