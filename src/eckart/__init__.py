@@ -37,11 +37,13 @@ if TYPE_CHECKING:
     from eckart.maps import Masked as Masked
     from eckart.maps import Permutation as Permutation
     from eckart.maps import Pivoted as Pivoted
+    from eckart.maps import Placement as Placement
     from eckart.maps import Product as Product
     from eckart.maps import Quantized as Quantized
     from eckart.maps import RowNormalized as RowNormalized
     from eckart.maps import Scaled as Scaled
     from eckart.maps import Scattered as Scattered
+    from eckart.maps import Selection as Selection
     from eckart.maps import Sparse as Sparse
     from eckart.maps import Sum as Sum
     from eckart.maps import linear_map as linear_map
@@ -80,7 +82,7 @@ PUBLIC: dict[str, str] = {
         "eckart.linalg": ("top_eigen", "truncated_svd"),
         "eckart.maps": (
             "FAMILIES", "LinearMap", "linear_map", "simplify", "pivot",
-            "Dense", "LowRank", "Pivoted", "Diagonal", "Permutation", "Sparse", "NM",
+            "Dense", "LowRank", "Pivoted", "Diagonal", "Permutation", "Selection", "Placement", "Sparse", "NM",
             "Bitmap", "Quantized", "Scattered", "Sum", "Product", "Scaled", "Blocks", "RowNormalized", "Masked",
         ),
     }.items()

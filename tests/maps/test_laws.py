@@ -46,8 +46,9 @@ def test_cases_are_varied(family: str):
     assert any(w.shape == (1, 1) for w in matrices)
     if family not in ("Diagonal",):
         assert any(w.shape[0] != w.shape[1] or not w.equal(w.mT) for w in matrices)
-    if family not in ("Diagonal", "Permutation"):
+    if family not in ("Diagonal", "Permutation", "Selection"):
         assert any(w.shape[0] > w.shape[1] for w in matrices)
+    if family not in ("Diagonal", "Permutation", "Placement"):
         assert any(w.shape[0] < w.shape[1] for w in matrices)
 
 

@@ -15,6 +15,7 @@ import eckart
 from eckart.errors import EckartError
 from eckart.fit import metric
 from eckart.fit.neurons import leverage_scores
+from eckart.hosts import map_of
 from eckart.methods.compress.job import Request, open_job
 from eckart.progress import silent
 
@@ -56,6 +57,43 @@ def test_the_narrow_layers_are_those_of_the_formula(folder, demo, text, quick):
     assert (fitted - wanted).norm() < 1e-3 * wanted.norm()
 
 
+def test_heads_are_those_of_the_formula(folder, demo, text, quick):
+    """Queries and keys keep channels in pairs of halves, by scores; values and output are the best of their rank."""
+    dense, narrow = load(demo), load(folder)
+    asked = quick("modegpt")
+    request = Request(demo, "modegpt", 0.7, text, asked["samples"], asked["length"], 0, asked["settings"])
+    seen: list[torch.Tensor] = []
+    before, after = (model.model.layers[2].self_attn for model in (dense, narrow))
+    before.q_proj.register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(0, -2).double()))
+    with torch.no_grad():
+        for ids in open_job(request, silent).calibration:
+            dense(ids)
+    x, size = torch.cat(seen), before.head_dim
+    old = {name: getattr(before, f"{name}_proj").weight.double() for name in "qkvo"}
+    new = {name: map_of(getattr(after, f"{name}_proj")).dense().double() for name in "qkvo"}
+    q, k = ((x @ old[name].mT).view(len(x), -1, 2, size // 2) for name in "qk")
+    keys, shared = k.shape[1], q.shape[1] // k.shape[1]
+    power_q, power_k = (part.square().mean(0).sum(1) for part in (q, k))  # (heads, pairs)
+    scores = (power_q.view(keys, shared, -1) * power_k[:, None]).sqrt().sum(1)
+    count = map_of(after.v_proj).maps[1].shape[0] // keys
+    assert 1 < count < size
+    for head in range(keys):
+        pairs = scores[head].topk(count // 2).indices
+        kept = torch.cat((pairs, pairs + size // 2))
+        rows = [size * head + kept] + [size * (head * shared + j) + kept for j in range(shared)]
+        for name, places in (("k", rows[0]), *(("q", at) for at in rows[1:])):
+            wanted, start = torch.zeros(size, x.shape[1], dtype=torch.float64), int(places[0]) // size * size
+            wanted[places - start] = old[name][places]
+            torch.testing.assert_close(new[name][start : start + size], wanted)
+        columns = slice(head * shared * size, (head + 1) * shared * size)
+        was, now = (
+            torch.cat([o @ w["v"][head * size : (head + 1) * size] for o in w["o"][:, columns].split(size, 1)])
+            for w in (old, new)
+        )
+        best = torch.linalg.svdvals(x @ was.mT)[count:].square().sum()
+        assert float((x @ (was - now).mT).square().sum()) == pytest.approx(float(best), rel=1e-3)
+
+
 def test_plan_and_folder_agree_on_every_layer(folder, compressed):
     rows = {row.name: row for row in compressed("modegpt").plan.layers}
     contents = {layer.name: layer for layer in eckart.show(folder).layers}
@@ -66,6 +104,11 @@ def test_plan_and_folder_agree_on_every_layer(folder, compressed):
         assert contents[row.name].dense_numbers == row.dense_numbers
         narrow = (row.shape[0], row.rank) if row.name.endswith("down_proj") else (row.rank, row.shape[1])
         assert contents[row.name].shape == narrow
+    heads = [row for row in rows.values() if row.structure == "heads"]
+    assert {row.name.rpartition(".")[2] for row in heads} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    for row in heads:
+        assert contents[row.name].numbers == row.numbers == row.dense_numbers * row.rank // 8
+        assert contents[row.name].nbytes == row.nbytes
     assert sum(row.numbers for row in rows.values()) < sum(row.dense_numbers for row in rows.values())
 
 
@@ -100,6 +143,8 @@ def test_gpt2_gets_its_own_transposed_layers_again(demo, text, tmp_path):
     narrow, expected = model.transformer.h[0].mlp.c_fc, logits(model)
     assert narrow.out_features < 256
     assert narrow.bias.shape == (narrow.out_features,)
+    attention = model.transformer.h[0].attn
+    assert map_of(attention.c_attn).maps[1].shape[0] == 3 * map_of(attention.c_proj).maps[0].shape[1] < 3 * 64
     eckart.densify(tmp_path / "out", tmp_path / "dense")
     torch.testing.assert_close(logits(load(tmp_path / "dense")), expected, atol=1e-4, rtol=1e-4)
     dense = model.dequantize()

@@ -11,6 +11,8 @@ from eckart.hosts.blockwise import release as release
 from eckart.hosts.embedding import EmbeddingHost as EmbeddingHost
 from eckart.hosts.embedding import TiedHead as TiedHead
 from eckart.hosts.embedding import embedding_host as embedding_host
+from eckart.hosts.heads import Heads as Heads
+from eckart.hosts.heads import heads_of as heads_of
 from eckart.hosts.host import host as host
 from eckart.hosts.host import is_conv1d as is_conv1d
 from eckart.hosts.host import is_linear as is_linear

@@ -38,6 +38,8 @@ from eckart.maps.quantized import Quantized as Quantized
 from eckart.maps.quantized import pack as pack
 from eckart.maps.quantized import unpack as unpack
 from eckart.maps.rules import simplify as simplify
+from eckart.maps.selection import Placement as Placement
+from eckart.maps.selection import Selection as Selection
 from eckart.maps.sparse import NM as NM
 from eckart.maps.sparse import Sparse as Sparse
 from eckart.maps.sparse import by_compressed_rows as by_compressed_rows
@@ -55,7 +57,7 @@ from eckart.maps.storage import stored as stored
 FAMILIES: dict[str, type[LinearMap]] = {
     cls.__name__: cls
     for cls in (
-        Dense, LowRank, Pivoted, Diagonal, Permutation, Sparse, NM,
+        Dense, LowRank, Pivoted, Diagonal, Permutation, Selection, Placement, Sparse, NM,
         Bitmap, Scattered, Quantized, Sum, Product, Scaled, Blocks, RowNormalized, Masked,
     )
 }  # fmt: skip

@@ -21,11 +21,13 @@ from eckart.maps import (
     Masked,
     Permutation,
     Pivoted,
+    Placement,
     Product,
     Quantized,
     RowNormalized,
     Scaled,
     Scattered,
+    Selection,
     Sparse,
     Sum,
 )
@@ -71,6 +73,24 @@ def _permutation(normal: Normal, generator: Generator) -> Made:
         w = torch.zeros(n, n, dtype=torch.float64)
         w[torch.arange(n), order] = 1
         yield f"{n} {str(dtype)[6:]}", Permutation(order.to(dtype)), w
+
+
+def _places(generator: Generator) -> Iterator[tuple[str, Tensor, Tensor]]:
+    for k, n, dtype in ((3, 5, torch.int64), (4, 4, torch.int32), (1, 1, torch.int64), (0, 3, torch.int32)):
+        places = torch.randperm(n, generator=generator)[:k].sort().values
+        w = torch.zeros(k, n, dtype=torch.float64)
+        w[torch.arange(k), places] = 1
+        yield f"{k} of {n} {str(dtype)[6:]}", places.to(dtype), w
+
+
+def _selection(normal: Normal, generator: Generator) -> Made:
+    for label, places, w in _places(generator):
+        yield label, Selection(places, w.shape[1]), w
+
+
+def _placement(normal: Normal, generator: Generator) -> Made:
+    for label, places, w in _places(generator):
+        yield label, Placement(places, w.shape[1]), w.mT.contiguous()
 
 
 def _lowrank(normal: Normal, generator: Generator) -> Made:
@@ -271,6 +291,8 @@ MAKERS: dict[str, Callable[[Normal, Generator], Made]] = {
     "Dense": _dense,
     "Diagonal": _diagonal,
     "Permutation": _permutation,
+    "Selection": _selection,
+    "Placement": _placement,
     "LowRank": _lowrank,
     "Pivoted": _pivoted,
     "Sparse": _sparse,

@@ -29,18 +29,17 @@ from eckart.methods.compress.groups import Group, SharedPlan, fit_group, group_c
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import (
     LINEAR,
-    NEURONS,
     Known,
     Layer,
     dense_bytes,
     errors_at,
-    foreseen,
     surveyed,
     type_of,
     unit_of,
     weights,
 )
 from eckart.methods.compress.limits import Limit
+from eckart.methods.compress.narrowing import foreseen
 from eckart.methods.compress.outcome import LayerPlan, Plan, Spent
 from eckart.methods.compress.probe import levels, probe, remembered
 from eckart.progress import Progress
@@ -80,9 +79,9 @@ def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, prog
         EckartError: if the budget cannot be met.
     """
     allocation = job.recipe.allocation
-    # The errors of low-rank maps come together, those of other families one by one: then only for what is chosen.
+    # The errors of low-rank maps come together, those of other structures one by one: then only for what is chosen.
     compares = job.recipe.scores or allocation in ("knapsack", "calibrated")
-    errors = compares or (predict and not job.recipe.families)
+    errors = compares or (predict and not (job.recipe.families or job.recipe.narrows))
     measure = job.request.limit.measure
     groups = groups_of(job, layers, known, _share(job, layers))
     grouped = {layer.name for group in groups for layer in group.members}
@@ -271,8 +270,8 @@ def plan_of(job: Job, layers: Sequence[Layer], allocation: Allocation) -> Plan:
 
 
 def _rows(job: Job, layer: Layer, option: Option) -> list[LayerPlan]:
-    """Return the row of a layer; of hidden units, a row for every layer around them, the error with their reader."""
-    if layer.kind != NEURONS:
+    """Return the row of a layer; of units and heads, a row for every layer around them, the error with their reader."""
+    if not layer.writers:
         dense, option = layer.shape[0] * layer.shape[1] + layer.bias, stored(job, layer, option)
         numbers, nbytes = option.numbers, option.nbytes
         return [
@@ -282,8 +281,8 @@ def _rows(job: Job, layer: Layer, option: Option) -> list[LayerPlan]:
         ]
     rows = []
     for member in layer.members:
-        numbers, dense = (member.narrow_numbers(units, layer) for units in (option.rank, layer.shape[1]))
-        nbytes = numbers * job.weight_dtype(member.name).itemsize
+        numbers, dense = (member.narrow_numbers(units, layer) for units in (option.rank, layer.units))
+        nbytes = numbers * job.weight_dtype(member.name).itemsize + member.index_bytes(option.rank, layer)
         rank = option.rank
         if is_dense(option):
             nbytes, rank = dense_bytes(job, member.name, member.shape, member.bias), min(member.shape)

@@ -22,7 +22,7 @@ from eckart.hosts import EmbeddingHost, TiedHead, host, leaf
 from eckart.maps import STORAGES, Dense, LinearMap, random_pivoted, storage
 from eckart.methods.compress.fitting import by_rows, structure_name
 from eckart.methods.compress.job import Job
-from eckart.methods.compress.layers import EMBEDDING, HEAD, NEURONS, Layer
+from eckart.methods.compress.layers import EMBEDDING, HEAD, Layer
 from eckart.progress import Progress
 
 # Layers of one shape are called in turn, as the model does, as long as their dense weights take no more bytes.
@@ -117,7 +117,7 @@ def _operations(job: Job, layer: Layer, option: Option) -> float:
     """Return the multiplications and additions of a layer for one token."""
     rows, columns = layer.shape
     looked_up = layer.kind == EMBEDDING
-    if layer.kind == NEURONS:
+    if layer.writers:
         return 2.0 * sum(math.prod(member.narrow_shape(option.rank, layer)) for member in layer.members)
     if option.structure == DENSE:
         return 0.0 if looked_up and not job.parts.tied else 2.0 * rows * columns

@@ -28,9 +28,9 @@ from eckart.hosts import EmbeddingHost, host, offset_of, replace
 from eckart.maps import LinearMap
 from eckart.methods.compress.allocate import Allocation, budget_of
 from eckart.methods.compress.job import Job
-from eckart.methods.compress.layers import EMBEDDING, HEAD, LINEAR, Known, Layer, unit_of, weights
+from eckart.methods.compress.layers import EMBEDDING, HEAD, LINEAR, Known, Layer, bias_of, unit_of, weights
 from eckart.methods.compress.limits import Limit
-from eckart.methods.compress.sweep import Pair, Sweep, offset_of_head
+from eckart.methods.compress.sweep import Pair, Sweep
 from eckart.progress import Progress
 from eckart.stats import CrossMoments, CrossSum, Stream, advance, enter, load_hidden, save_hidden
 
@@ -56,7 +56,7 @@ def sizes_of(limit: Limit, least: float) -> tuple[float, ...]:
 def check_elastic(job: Job) -> None:
     """Raise an `EckartError` unless the components of a recipe can be ordered."""
     recipe = job.recipe
-    other = recipe.families or recipe.neurons or recipe.sliced or recipe.sharing is not None or recipe.bits
+    other = recipe.families or recipe.narrows or recipe.sliced or recipe.sharing is not None or recipe.bits
     changed = (
         recipe.update or recipe.heal or recipe.centred or recipe.uses_weight_gradients or recipe.learner is not None
     )
@@ -280,7 +280,7 @@ class ElasticSweep(Sweep):
 
     def _heads(self, swaps: dict[str, nn.Module], pairs: dict[str, Pair]) -> dict[str, nn.Module]:
         for layer, weight in weights(self.job, [layer for layer in self.layers if layer.kind == HEAD]):
-            bias = offset_of_head(self.job, layer.name)
+            bias = bias_of(self.job, layer.name)
             each = self._pairs(pairs) if self._needs_cross else []
             crosses = _results([self._head_sum(layer.name, pair) for pair in each], layer.name)
             held: dict[str, Tensor] = {}

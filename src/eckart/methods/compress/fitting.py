@@ -1,24 +1,20 @@
 """Fitting one layer at the rank its plan says, stored as its recipe says."""
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from eckart.budget import DENSE, Option
 from eckart.errors import EckartError
-from eckart.files.neurons import COLUMNS, ROWS, neurons_entry
 from eckart.fit import Coding, Fit, Metric, best_bias, coded, error_of, regress
 from eckart.fit.families import Family
-from eckart.fit.neurons import fit_neurons
 from eckart.fit.refit import refit_up
 from eckart.hosts import EmbeddingHost, TiedHead, embedding_host, host
 from eckart.maps import Dense, LinearMap, LowRank, stored
 from eckart.methods.compress.job import Job
-from eckart.methods.compress.layers import EMBEDDING, Known, Layer, weights
+from eckart.methods.compress.layers import EMBEDDING, Known, Layer
 from eckart.stats import CrossMoments
 
 # Allowed relative excess of a layer's error over the optimum, where the randomized solver is faster.
@@ -89,58 +85,6 @@ def _fit_structure(
         factors = refit_up(weight, factors, cross.shifted.second)
     built = stored(factors, recipe.storage, table=layer.kind == EMBEDDING)
     return dataclasses.replace(fit, map=built.to(dtype), bias=None if fit.bias is None else fit.bias.to(dtype))
-
-
-@dataclass(frozen=True, slots=True)
-class Narrowed:
-    """One of the layers around hidden units, with fewer of them.
-
-    Attributes:
-        layer: the layer.
-        fit: its narrow dense map and bias; the error is with the layer that reads the units.
-        entry: what its entry in config.json says of the units.
-    """
-
-    layer: Layer
-    fit: Fit
-    entry: dict[str, Any]
-
-
-def fit_narrowed(
-    job: Job,
-    known: Known,
-    layer: Layer,
-    option: Option,
-    biases: Mapping[str, Tensor | None],
-    *,
-    cross: CrossMoments | None = None,
-) -> list[Narrowed]:
-    """Fit the layers around hidden units with fewer of them.
-
-    Args:
-        job: the job.
-        known: its statistics.
-        layer: the hidden units.
-        option: how many remain.
-        biases: the biases of the layers by name.
-        cross: moments of the units in the compressed model, in a sequential pass.
-    """
-    dense = {member.name: weight for member, weight in weights(job, list(layer.members))}
-    reader = dense.pop(layer.name)
-    metric = known.metric(layer, reader, cross if job.recipe.sequential else None)
-    if metric is None:
-        raise EckartError(f"the calibration texts never reach {layer.name}, so it cannot be fitted")
-    fit = fit_neurons(reader, metric, option.rank, ridge=job.recipe.ridge)
-    out = []
-    for member in layer.members:
-        dtype, bias, writes = job.weight_dtype(member.name), biases[member.name], member.name != layer.name
-        map_ = Dense((dense[member.name][fit.kept] if writes else fit.weight).to(dtype))
-        if bias is not None:
-            bias = (bias[fit.kept] if writes else bias).to(dtype)
-        made = Fit(map_, bias, 0.0 if writes else fit.error, 0.0 if writes else fit.relative)
-        side = ROWS if writes else COLUMNS
-        out.append(Narrowed(member, made, neurons_entry(layer.name, side, layer.shape[1])))
-    return out
 
 
 def _fit_family(

@@ -190,7 +190,7 @@ def _check_budget(request: Request, recipe: Recipe) -> None:
     if limit.option != "keep" and recipe.learner is not None:
         raise EckartError(f"{method} trains towards a number of parameters; give keep, not {limit}")
     unknown = recipe.bits or recipe.sharing is not None or recipe.sliced
-    if limit.option in ("flops", "latency") and (unknown or (limit.option == "latency" and recipe.neurons)):
+    if limit.option in ("flops", "latency") and (unknown or (limit.option == "latency" and recipe.narrows)):
         what = "codes, which bits asks for," if recipe.bits else method
         raise EckartError(f"{limit.option} of {what} cannot be told beforehand; give keep or bytes instead")
 

@@ -23,8 +23,7 @@ from eckart.errors import EckartError
 from eckart.fit import Metric, Regression, error_of, regress
 from eckart.fit import metric as build_metric
 from eckart.fit.families import Family
-from eckart.fit.neurons import fit_neurons
-from eckart.hosts import Neurons, is_conv1d, linear_layers, map_of, neurons_of, offset_of
+from eckart.hosts import Heads, Neurons, heads_of, is_conv1d, linear_layers, map_of, neurons_of, offset_of
 from eckart.maps import Storage, storage
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.recipe import LayerData
@@ -42,20 +41,22 @@ from eckart.stats import (
 
 # Share of the uniform distribution in token frequencies: tokens that the calibration text lacks still count.
 FREQUENCY_SMOOTHING = 0.05
-EMBEDDING, HEAD, LINEAR, NEURONS = "embedding", "head", "linear", "neurons"
+EMBEDDING, HEAD, LINEAR, NEURONS, HEADS = "embedding", "head", "linear", "neurons", "heads"
+INDEX = torch.int32
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer that may be compressed, or several around the same hidden units that become narrower together.
+    """One layer that may be compressed, or several around hidden units or heads that become narrower together.
 
     Attributes:
-        name: its module name; of hidden units, that of the layer that reads them.
-        kind: "linear", "embedding", "head" or "neurons".
+        name: its module name; of hidden units and heads, that of the layer that reads them.
+        kind: "linear", "embedding", "head" (to the vocabulary), "neurons" or "heads" (of attention).
         shape: (out, in); (vocabulary, width) for an embedding.
         bias: numbers in its bias.
         block: index of its block; -1 for an embedding, the number of blocks for a head.
-        writers: for hidden units, the linear layers with a row per unit.
+        writers: for hidden units, the linear layers with a row per unit; for heads, those of queries, keys and values.
+        heads: the heads, by name inside the block.
     """
 
     name: str
@@ -64,20 +65,34 @@ class Layer:
     bias: int
     block: int
     writers: tuple["Layer", ...] = ()
+    heads: Heads | None = None
 
     @property
     def members(self) -> "tuple[Layer, ...]":
         """The linear layers it consists of; itself, if it is one layer."""
-        return (*self.writers, replace(self, kind=LINEAR, writers=())) if self.writers else (self,)
+        return (*self.writers, replace(self, kind=LINEAR, writers=(), heads=None)) if self.writers else (self,)
+
+    @property
+    def units(self) -> int:
+        """How many hidden units, or channels per head, there are."""
+        return self.shape[1] if self.heads is None else self.heads.size
 
     def narrow_shape(self, units: int, reader: "Layer") -> tuple[int, int]:
-        """Return the shape of this layer with so many of the hidden units that `reader` reads."""
-        return (self.shape[0], units) if self.name == reader.name else (units, self.shape[1])
+        """Return the shape of this layer with so many of the units, or channels per head, that `reader` reads."""
+        m, n = self.shape
+        return (m, n * units // reader.units) if self.name == reader.name else (m * units // reader.units, n)
 
     def narrow_numbers(self, units: int, reader: "Layer") -> int:
-        """Return the numbers of this layer, bias included, with so many of the hidden units that `reader` reads."""
+        """Return the numbers of this layer, bias included, with so many of the units that `reader` reads."""
         shape = self.narrow_shape(units, reader)
-        return shape[0] * shape[1] + (shape[0] if self.bias else 0)
+        own = shape[0] if reader.heads is None else self.shape[0]  # zeros among the biases of heads are stored
+        return shape[0] * shape[1] + (own if self.bias else 0)
+
+    def index_bytes(self, units: int, reader: "Layer") -> int:
+        """Return the bytes that say which channels of heads a narrow matrix has; hidden units need none."""
+        if reader.heads is None:
+            return 0
+        return INDEX.itemsize * self.narrow_shape(units, reader)[self.name == reader.name]
 
 
 def layers_of(job: Job) -> list[Layer]:
@@ -87,7 +102,7 @@ def layers_of(job: Job) -> list[Layer]:
     if job.recipe.embeddings and parts.embedding is not None:
         table = cast(Tensor, model.get_submodule(parts.embedding).weight)
         out.append(Layer(parts.embedding, EMBEDDING, (table.shape[0], table.shape[1]), 0, -1))
-    groups = _neurons(job) if job.recipe.neurons else [[] for _ in parts.blocks]
+    groups = _narrowing(job) if job.recipe.narrows else [[] for _ in parts.blocks]
     for index, block in enumerate(parts.blocks):
         inside = {
             name: _layer(name, LINEAR, module, index)
@@ -96,7 +111,8 @@ def layers_of(job: Job) -> list[Layer]:
         for group in groups[index]:
             writers = tuple(inside.pop(f"{block}.{name}") for name in group.into)
             reader = f"{block}.{group.out_of}"
-            inside[reader] = replace(inside[reader], kind=NEURONS, writers=writers)
+            kind, heads = (HEADS, group) if isinstance(group, Heads) else (NEURONS, None)
+            inside[reader] = replace(inside[reader], kind=kind, writers=writers, heads=heads)
         out.extend(inside.values())
     if job.recipe.embeddings and parts.head is not None and not parts.tied:
         out.append(_layer(parts.head, HEAD, model.get_submodule(parts.head), len(parts.blocks)))
@@ -104,21 +120,33 @@ def layers_of(job: Job) -> list[Layer]:
 
 
 @torch.no_grad()
-def _neurons(job: Job) -> list[list[Neurons]]:
-    """Return the sets of hidden units of every block; blocks with the same layers are tried once."""
+def _narrowing(job: Job) -> list[list[Neurons | Heads]]:
+    """Return the hidden units and heads of every block; blocks with the same layers are tried once."""
     runner, model = job.runner, job.model.model
     ids = torch.arange(8)[None] % int(model.config.vocab_size)  # any few tokens will do
     stream = enter(runner, [ids])
-    known: dict[tuple[tuple[str, tuple[int, int]], ...], list[Neurons]] = {}
+    known: dict[tuple[tuple[str, tuple[int, int]], ...], list[Neurons | Heads]] = {}
     out = []
     for index, name in enumerate(job.parts.blocks):
         layers = linear_layers(model.get_submodule(name))
         alike = tuple((inner, map_of(module).shape) for inner, module in layers.items())
         if alike not in known:
             with runner.resident(name) as block:
-                known[alike] = neurons_of(block, partial(runner.run, block, stream.hidden[0], stream.calls[0][index]))
+                run = partial(runner.run, block, stream.hidden[0], stream.calls[0][index])
+                known[alike] = list(neurons_of(block, run)) if job.recipe.neurons else []
+                heads = heads_of(block, run, *_head_sizes(job)) if job.recipe.heads else None
+                known[alike] += [heads] if heads else []
         out.append(known[alike])
     return out
+
+
+def _head_sizes(job: Job) -> tuple[int, int, int]:
+    """Return channels per head, heads of queries and heads of keys, as the config says; zeros if it does not."""
+    config = job.model.model.config.get_text_config()
+    queries = int(getattr(config, "num_attention_heads", None) or 0)
+    keys = int(getattr(config, "num_key_value_heads", None) or queries)
+    size = getattr(config, "head_dim", None) or int(getattr(config, "hidden_size", None) or 0) // max(queries, 1)
+    return (int(size), queries, keys) if keys and queries % keys == 0 else (0, 0, 0)
 
 
 def _layer(name: str, kind: str, module: nn.Module, block: int) -> Layer:
@@ -239,6 +267,12 @@ def weights(job: Job, layers: list[Layer]) -> Iterator[tuple[Layer, Tensor]]:
         yield layer, stored.mT.contiguous() if transposed else stored
 
 
+def bias_of(job: Job, name: str) -> Tensor | None:
+    """Return the bias of a layer as it is stored, float32, or None."""
+    key = f"{name}.bias"
+    return job.model.read(key).to(job.runner.device, torch.float32) if key in job.model.names else None
+
+
 def surveyed(
     job: Job, layers: list[Layer], known: Known, *, errors: bool, progress: Callable[[int], None]
 ) -> list[Candidates]:
@@ -287,37 +321,18 @@ def _fitted_options(job: Job, known: Known, layer: Layer, weight: Tensor, metric
         for size in sorted({size // step * step for size in family.sizes(layer.shape)} - {0}):
             numbers = family.numbers(layer.shape, size) + own
             nbytes = numbers * itemsize + family.index_bytes(layer.shape, size)
-            loss = _fitted_loss(job, known, weight, metric, family, size)
+            loss = fitted_loss(job, known, weight, metric, family, size)
             options.append(Option(family.name, size, numbers, nbytes, loss))
     return options
 
 
-def _fitted_loss(job: Job, known: Known, weight: Tensor, metric: Metric, family: Family, size: int) -> float:
+def fitted_loss(job: Job, known: Known, weight: Tensor, metric: Metric, family: Family, size: int) -> float:
     """Return the predicted loss of a family at a size, in the unit of `unit_of`."""
     error = error_of(weight, family.fit(weight, metric, size).dense(), metric)
     if job.recipe.output_metric:
         return error * known.scale()
     zero = error_of(weight, torch.zeros_like(weight), metric)
     return error / zero if zero > 0 else 0.0
-
-
-def foreseen(job: Job, layers: list[Layer], known: Known, chosen: dict[str, Option]) -> dict[str, Option]:
-    """Return chosen options with their predicted losses, which an allocation did without."""
-    out = dict(chosen)
-    for layer, weight in weights(job, layers):
-        option = chosen[layer.name]
-        metric = None if option.structure == DENSE else known.metric(layer, weight)
-        if metric is None:
-            continue
-        family = job.recipe.family(option.structure)
-        if layer.kind == NEURONS:
-            loss = fit_neurons(weight, metric, option.rank, ridge=job.recipe.ridge).relative
-        elif family is None:
-            loss = float(predicted(known, regress(weight, metric))[option.rank])
-        else:
-            loss = _fitted_loss(job, known, weight, metric, family, option.rank)
-        out[layer.name] = replace(option, loss=loss)
-    return out
 
 
 def errors_at(job: Job, layers: list[Layer], known: Known, chosen: dict[str, Option]) -> dict[str, float]:
@@ -340,7 +355,7 @@ def layer_candidates(
     job: Job, layer: Layer, losses: Tensor | list[float] | None, stored: Storage | Family | None = None
 ) -> Candidates:
     """Return the ranks (or sizes of the recipe's one family) a layer may have; None for losses nobody will read."""
-    if layer.kind == NEURONS:
+    if layer.writers:
         return _narrower(job, layer)
     families = job.recipe.families if layer.kind == LINEAR else ()
     stored = stored or (families[0] if families else storage(job.recipe.storage))
@@ -370,12 +385,14 @@ def dense_bytes(job: Job, name: str, shape: tuple[int, int], bias: int) -> int:
 
 
 def _narrower(job: Job, layer: Layer) -> Candidates:
-    """Return every number of hidden units that a set of layers may have; losses are left out."""
+    """Return every number of hidden units, or channels per head, that a set of layers may have; losses are left out."""
     itemsize = job.weight_dtype(layer.name).itemsize
-    units, options = layer.shape[1], []
-    for count in (*range(job.recipe.round_to, units, job.recipe.round_to), units):
+    units, options = layer.units, []
+    step = job.recipe.round_to if layer.heads is None else math.lcm(job.recipe.round_to, layer.heads.units.shape[1])
+    for count in (*range(step, units, step), units):
         numbers = sum(member.narrow_numbers(count, layer) for member in layer.members)
-        options.append(Option(DENSE if count == units else NEURONS, count, numbers, numbers * itemsize, 0.0))
+        nbytes = numbers * itemsize + sum(member.index_bytes(count, layer) for member in layer.members)
+        options.append(Option(DENSE if count == units else layer.kind, count, numbers, nbytes, 0.0))
     return with_dense_bytes(job, layer.members, Candidates(layer.name, layer.shape, tuple(options)))
 
 

@@ -79,6 +79,7 @@ class Recipe:
         families: what a linear layer may become instead of a low-rank map; several only with "knapsack".
         mixed: whether low-rank maps stay among the choices beside the families.
         neurons: whether the layers of an MLP get fewer hidden units instead of maps.
+        heads: whether the layers of an attention get fewer channels per head instead of maps.
         sliced: whether the whole model gets fewer residual coordinates; nothing else is done then.
         untie: whether slicing gives a tied head a matrix of its own.
         embeddings: whether token embedding and output head may be compressed as well.
@@ -118,6 +119,7 @@ class Recipe:
     families: tuple[Family, ...] = ()
     mixed: bool = False
     neurons: bool = False
+    heads: bool = False
     sliced: bool = False
     untie: bool = False
     embeddings: bool = False
@@ -187,10 +189,12 @@ class Recipe:
             raise EckartError("the factor that layers share is not stored in codes; leave bits at 0")
 
     def _check_narrowing(self) -> None:
-        if self.neurons and self.allocation not in ("uniform", "influence"):
+        if self.narrows and self.allocation not in ("uniform", "influence"):
             raise EckartError(f"allocation={self.allocation} does not know hidden units; use uniform or influence")
+        if self.heads and (self.sequential or not self.uses_inputs):
+            raise EckartError("heads are fitted under the moments of their original inputs only")
         answers = self.allocation, self.storage, self.embeddings, self.heal
-        if self.bits and (self.neurons or self.sliced):
+        if self.bits and (self.narrows or self.sliced):
             raise EckartError("narrower layers are not stored in codes; leave bits at 0")
         if self.sliced and answers != ("uniform", "lowrank", False, 0):
             raise EckartError("slicing changes the whole model at once: leave allocation, storage, embeddings and heal")
@@ -228,6 +232,11 @@ class Recipe:
         if not self.bits:
             return None
         return Coding(self.bits, self.group_size, self.rounding, self.levels, self.symmetric, self.clip)
+
+    @property
+    def narrows(self) -> bool:
+        """Whether some layers become narrower together."""
+        return self.neurons or self.heads
 
     @property
     def usual_keep(self) -> float:

@@ -24,7 +24,6 @@ from eckart.methods.compress.allocate import Allocation, is_dense
 from eckart.methods.compress.check import Expected, expectation
 from eckart.methods.compress.fitting import (
     fit_layer,
-    fit_narrowed,
     loss_of,
     loss_of_map,
     running,
@@ -35,8 +34,9 @@ from eckart.methods.compress.fitting import (
 from eckart.methods.compress.groups import GroupFits, without_borrowed
 from eckart.methods.compress.heal import heal
 from eckart.methods.compress.job import Job
-from eckart.methods.compress.layers import EMBEDDING, HEAD, NEURONS, Known, Layer, weights
+from eckart.methods.compress.layers import EMBEDDING, HEAD, Known, Layer, bias_of, weights
 from eckart.methods.compress.measure import divergence, next_token_loss
+from eckart.methods.compress.narrowing import fit_narrowed
 from eckart.methods.compress.outcome import Measured
 from eckart.methods.compress.rounding import LearnedRounding
 from eckart.progress import Progress
@@ -167,10 +167,9 @@ class Sweep:
             compressed = copy.deepcopy(block)
             for group in self._groups(block, name, index, pairs, inside):
                 cross = self._cross(block, compressed, group[0], name, index, pairs) if self._needs_cross else None
-                narrowed = [inside[member] for member in group if inside[member].kind == NEURONS]
-                for layer in narrowed:
-                    records += self._narrow(layer, block, compressed, name, cross)
-                for layer, weight in weights(job, [inside[m] for m in group if inside[m].kind != NEURONS]):
+                for layer in [inside[member] for member in group if inside[member].writers]:
+                    records += self._narrow(layer, compressed, name, cross)
+                for layer, weight in weights(job, [inside[m] for m in group if not inside[m].writers]):
                     inner = layer.name.removeprefix(f"{name}.")
                     bias = offset_of(block.get_submodule(inner))
                     fit = self.groups.fit(layer, bias) or fit_layer(
@@ -214,15 +213,11 @@ class Sweep:
         option = self.chosen[layer.name]
         return structure_name(option, self.job.recipe.coding), option.rank
 
-    def _narrow(
-        self, layer: Layer, block: nn.Module, compressed: nn.Module, name: str, cross: CrossMoments | None
-    ) -> list[LayerRecord]:
-        """Put fewer hidden units in a compressed block; return the records of the layers around them."""
-        inner = {member.name: member.name.removeprefix(f"{name}.") for member in layer.members}
-        biases = {full: offset_of(block.get_submodule(short)) for full, short in inner.items()}
+    def _narrow(self, layer: Layer, compressed: nn.Module, name: str, cross: CrossMoments | None) -> list[LayerRecord]:
+        """Put fewer hidden units, or channels per head, in a compressed block; return the records of its layers."""
         option, records = self.chosen[layer.name], []
-        for part in fit_narrowed(self.job, self.known, layer, option, biases, cross=cross):
-            replace(compressed, inner[part.layer.name], running(part.fit))
+        for part in fit_narrowed(self.job, self.known, layer, option, cross=cross):
+            replace(compressed, part.layer.name.removeprefix(f"{name}."), running(part.fit))
             loss, planned = loss_of(self.known, part.fit), (option.structure, option.rank)
             records.append(
                 LayerRecord.of(part.layer.name, part.fit.map, part.fit.bias, loss, planned=planned, neurons=part.entry)
@@ -322,7 +317,7 @@ class Sweep:
             if tied:
                 return tied
         for layer, weight in weights(self.job, [layer for layer in self.layers if layer.kind == HEAD]):
-            bias, name = offset_of_head(self.job, layer.name), layer.name
+            bias, name = bias_of(self.job, layer.name), layer.name
             cross = self._head_sum(name, pairs["calibration"]).result(name) if self._needs_cross else None
             fit = fit_layer(self.job, self.known, layer, weight, self.chosen[layer.name], bias=bias, cross=cross)
             module = running(fit)
@@ -398,9 +393,3 @@ def _input_of(job: Job, block: nn.Module, inner: str, hidden: Tensor, call: Call
     with hooked({inner: block.get_submodule(inner)}, see), contextlib.suppress(StopBlockError):
         job.runner.run(block, hidden, call)
     return seen[0]
-
-
-def offset_of_head(job: Job, name: str) -> Tensor | None:
-    """Return the bias of a head, float32, or None."""
-    key = f"{name}.bias"
-    return job.model.read(key).to(job.runner.device, torch.float32) if key in job.model.names else None

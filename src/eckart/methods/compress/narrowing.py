@@ -1,0 +1,177 @@
+"""Fitting layers that become narrower together: around fewer hidden units, or around heads of fewer channels.
+
+The layers around hidden units become narrow dense layers. A class of transformers reshapes by one head size and rotates
+all channels of a head, so the layers around heads keep their outer sizes: the numbers are those of the narrow matrices,
+whose rows are placed among zeros (`Placement`) and whose columns read some channels (`Selection`).
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eckart.budget import DENSE, Option
+from eckart.errors import EckartError
+from eckart.files.neurons import COLUMNS, ROWS, neurons_entry
+from eckart.fit import Fit, regress
+from eckart.fit.heads import choose_channels, fit_values, output_moments
+from eckart.fit.neurons import fit_neurons
+from eckart.hosts import Heads
+from eckart.maps import Dense, LinearMap, Placement, Product, Selection
+from eckart.methods.compress.job import Job
+from eckart.methods.compress.layers import INDEX, Known, Layer, bias_of, fitted_loss, predicted, weights
+from eckart.stats import CrossMoments, Moments
+
+
+@dataclass(frozen=True, slots=True)
+class Narrowed:
+    """One of the layers around hidden units or heads, with fewer of their channels.
+
+    Attributes:
+        layer: the layer.
+        fit: its map and bias; the error is with the layer that reads the units, or the outputs of the heads.
+        entry: what its entry in config.json says of hidden units; None around heads.
+    """
+
+    layer: Layer
+    fit: Fit
+    entry: dict[str, Any] | None = None
+
+
+def fit_narrowed(
+    job: Job, known: Known, layer: Layer, option: Option, *, cross: CrossMoments | None = None
+) -> list[Narrowed]:
+    """Fit the layers around hidden units or heads with fewer of their channels.
+
+    Args:
+        job: the job.
+        known: its statistics.
+        layer: the hidden units or heads.
+        option: how many units, or channels per head, remain.
+        cross: moments of hidden units in the compressed model, in a sequential pass.
+    """
+    dense = {member.name: weight for member, weight in weights(job, list(layer.members))}
+    biases = {name: bias_of(job, name) for name in dense}
+    if layer.heads is not None:
+        return _fit_heads(job, known, layer, layer.heads, option.rank, dense, biases)
+    reader = dense.pop(layer.name)
+    metric = known.metric(layer, reader, cross if job.recipe.sequential else None)
+    if metric is None:
+        raise _unreached(layer)
+    fit = fit_neurons(reader, metric, option.rank, ridge=job.recipe.ridge)
+    out = []
+    for member in layer.members:
+        dtype, bias, writes = job.weight_dtype(member.name), biases[member.name], member.name != layer.name
+        map_ = Dense((dense[member.name][fit.kept] if writes else fit.weight).to(dtype))
+        if bias is not None:
+            bias = (bias[fit.kept] if writes else bias).to(dtype)
+        made = Fit(map_, bias, 0.0 if writes else fit.error, 0.0 if writes else fit.relative)
+        side = ROWS if writes else COLUMNS
+        out.append(Narrowed(member, made, neurons_entry(layer.name, side, layer.shape[1])))
+    return out
+
+
+def _fit_heads(
+    job: Job,
+    known: Known,
+    layer: Layer,
+    heads: Heads,
+    count: int,
+    dense: dict[str, Tensor],
+    biases: dict[str, Tensor | None],
+) -> list[Narrowed]:
+    """Fit the layers around heads with `count` channels per head."""
+    writers = [writer.name for writer in layer.writers]
+    weight = torch.cat([dense[name] for name in writers])
+    bias = torch.cat([weight.new_zeros(dense[w].shape[0]) if biases[w] is None else biases[w] for w in writers])
+    q, k, v = (
+        _Rows(*part)
+        for part in zip(
+            weight.split(heads.rows),
+            bias.split(heads.rows),
+            _inputs(known, layer, dense),
+            (heads.queries, heads.keys, heads.keys),
+            strict=True,
+        )
+    )
+    kept = choose_channels(q.moments(), k.moments(), heads.units, count)
+    values = fit_values(v.weight, v.bias, dense[layer.name], v.moments(), count)
+    first = torch.arange(count, device=kept.device)
+    by_head = (kept.repeat_interleave(heads.queries // heads.keys, 0), kept, first.expand(heads.keys, -1))
+    at_q, at_k, at_v = (_places(channels, heads.size) for channels in by_head)
+    rows = torch.cat((at_q, at_k + heads.rows[0], at_v + sum(heads.rows[:2])))
+    narrow = torch.cat((q.weight[at_q].double(), k.weight[at_k].double(), values.weight))
+    offset = torch.zeros_like(bias)
+    offset[rows] = torch.cat((q.bias[at_q], k.bias[at_k], values.bias.to(bias.dtype)))
+    out, start = [], 0
+    for writer in layer.writers:
+        inside = (rows >= start) & (rows < start + writer.shape[0])
+        placement = Placement((rows[inside] - start).to(INDEX), writer.shape[0])
+        own = None if biases[writer.name] is None else offset[start : start + writer.shape[0]]
+        out.append(_narrowed(job, writer, Product((placement, Dense(narrow[inside]))), own))
+        start += writer.shape[0]
+    read = _places(first.expand(heads.queries, -1), heads.size)
+    reader = Product((Dense(values.out), Selection(read.to(INDEX), layer.shape[1])))
+    last = _narrowed(job, layer.members[-1], reader, biases[layer.name], values.error, values.relative)
+    return [*out, last]
+
+
+def _narrowed(
+    job: Job, layer: Layer, map_: LinearMap, bias: Tensor | None, error: float = 0.0, relative: float = 0.0
+) -> Narrowed:
+    dtype = job.weight_dtype(layer.name)
+    return Narrowed(layer, Fit(map_.to(dtype), None if bias is None else bias.to(dtype), error, relative))
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of queries, keys or values: their weights, biases, inputs, and how many heads they are of."""
+
+    weight: Tensor
+    bias: Tensor
+    inputs: Moments
+    heads: int
+
+    def moments(self) -> Tensor:
+        """Return the second moment of every head."""
+        return output_moments(self.weight, self.bias, self.inputs.mean, self.inputs.second, self.heads)
+
+
+def _inputs(known: Known, layer: Layer, dense: dict[str, Tensor]) -> list[Moments]:
+    """Return the moments of what queries, keys and values are made of."""
+    out = []
+    for writer in layer.writers:
+        data = known.data(writer, dense[writer.name])
+        if data is None or data.inputs is None:
+            raise _unreached(layer)
+        out.append(data.inputs)
+    return out if len(out) == 3 else out * 3
+
+
+def _places(channels: Tensor, size: int) -> Tensor:
+    """Return places among the rows of all heads, given the channels (heads, count) of each."""
+    return (channels + size * torch.arange(channels.shape[0], device=channels.device)[:, None]).flatten()
+
+
+def _unreached(layer: Layer) -> EckartError:
+    return EckartError(f"the calibration texts never reach {layer.name}, so it cannot be fitted")
+
+
+def foreseen(job: Job, layers: list[Layer], known: Known, chosen: dict[str, Option]) -> dict[str, Option]:
+    """Return chosen options with their predicted losses, which an allocation did without."""
+    out = dict(chosen)
+    for layer, weight in weights(job, layers):
+        option = chosen[layer.name]
+        metric = None if option.structure == DENSE else known.metric(layer, weight)
+        if metric is None:
+            continue
+        family = job.recipe.family(option.structure)
+        if layer.writers:
+            loss = fit_narrowed(job, known, layer, option)[-1].fit.relative
+        elif family is None:
+            loss = float(predicted(known, regress(weight, metric))[option.rank])
+        else:
+            loss = fitted_loss(job, known, weight, metric, family, option.rank)
+        out[layer.name] = replace(option, loss=loss)
+    return out
