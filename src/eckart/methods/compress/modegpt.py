@@ -9,9 +9,9 @@
     share removed of block b:  B R softmax(-BI / epsilon)_b,    BI_b = 1 - E cos(x_b, x_(b+1))
 
 Fewer hidden units are narrow `nn.Linear` modules: nothing is multiplied twice, nothing gathered, at run time. A class
-of transformers reshapes by one head size and rotates all channels of a head, so the layers around heads keep their outer
-sizes: they store and multiply the paper's narrow matrices, and place their rows among zeros. The parameters and the
-operations of the projections are the paper's; the attention itself, and the cache of keys and values, cost as before.
+of transformers reshapes by one head size and rotates all channels of a head, so the layers around heads keep their
+outer sizes: they store and multiply the paper's narrow matrices, and place their rows among zeros. The parameters and
+the operations of the projections are the paper's; attention itself, and the cache of keys and values, cost as before.
 
 Deviations from the paper. lambda is given over the mean square of the units. Shares are cut off where nothing is left
 and R rises until the budget is met. Layers around units or heads that cannot be found become low-rank maps, each under

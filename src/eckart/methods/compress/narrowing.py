@@ -84,7 +84,9 @@ def _fit_heads(
     """Fit the layers around heads with `count` channels per head."""
     writers = [writer.name for writer in layer.writers]
     weight = torch.cat([dense[name] for name in writers])
-    bias = torch.cat([weight.new_zeros(dense[w].shape[0]) if biases[w] is None else biases[w] for w in writers])
+    given = {name: weight.new_zeros(dense[name].shape[0]) for name in writers}
+    given |= {name: bias for name in writers if (bias := biases[name]) is not None}
+    bias = torch.cat([given[name] for name in writers])
     q, k, v = (
         _Rows(*part)
         for part in zip(

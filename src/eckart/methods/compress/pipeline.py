@@ -16,6 +16,8 @@ from eckart.files.card import inherited, model_card
 from eckart.files.writing import LayerRecord, Partial, check_output, layer_entries, publish, write_folder
 from eckart.methods.compress.allocate import Allocation, allocate, plan_from, plan_of
 from eckart.methods.compress.check import BrokenOutputError, Expected, check_reload
+from eckart.methods.compress.collect import collect
+from eckart.methods.compress.corrections import corrected
 from eckart.methods.compress.elastic import ElasticSweep, check_elastic, chosen_of, ordered, sizes_of
 from eckart.methods.compress.job import Job, Request, open_job, statistics_store, trim_cache
 from eckart.methods.compress.layers import Known, Layer, check_layers, layers_of, surveyed
@@ -25,7 +27,7 @@ from eckart.methods.compress.slicing import measured_folder, principal_axes, res
 from eckart.methods.compress.sweep import Sweep
 from eckart.methods.compress.table import recipe_of, settings_of, summary_of
 from eckart.progress import Progress, silent
-from eckart.stats import Store, collect_gradients, collect_inputs
+from eckart.stats import Store
 
 
 def compress(
@@ -143,8 +145,8 @@ def _compressed(
 ) -> tuple[Outcome, Expected]:
     """Do all the work of a job up to its last finished part; return the outcome and what to expect of the reload."""
     store = statistics_store(job, None if cache else partial.folder)
-    _collect(job, store, Store(partial.folder / "boundaries"), progress)
-    known = Known(job, store)
+    collect(job, store, Store(partial.folder / "boundaries"), progress)
+    known = corrected(job, layers, Known(job, store), partial.folder, progress)
     measured: Measured | None
     if job.recipe.learner is not None:
         found, measured, expected = Learning(job, known, layers, partial.folder, progress).run(partial)
@@ -214,8 +216,8 @@ def plan(
     check_layers(job, layers)
     with tempfile.TemporaryDirectory(prefix="eckart-") as scratch:
         store = statistics_store(job, None if cache else Path(scratch))
-        _collect(job, store, Store(Path(scratch) / "boundaries"), progress)
-        known = Known(job, store)
+        collect(job, store, Store(Path(scratch) / "boundaries"), progress)
+        known = corrected(job, layers, Known(job, store), Path(scratch), progress)
         if job.recipe.learner is not None:
             found = Learning(job, known, layers, Path(scratch), progress).plan()
         else:
@@ -239,33 +241,6 @@ def _request(
         given["keep"] = recipe_of(method, settings).usual_keep
     keep = given.pop("keep")
     return Request(Path(model), method, keep, text, samples, length, seed, dict(settings or {}), **given)
-
-
-def _collect(job: Job, store: Store, boundaries: Store, progress: Progress) -> None:
-    """Gather the statistics that the recipe reads and the store does not have yet."""
-    count, recipe = len(job.parts.blocks), job.recipe
-    kinds = [f"gradients-{job.objective.name}"] if recipe.uses_gradients else []
-    kinds += [f"weight-gradients-{job.objective.name}"] if recipe.uses_weight_gradients else []
-    ends = store.has(f"ends-{job.objective.name}", 1)
-    wants_gradients = bool(kinds) and not (ends and all(store.has(kind, count) for kind in kinds))
-    has_inputs = store.has("inputs", count) and (job.parts.head is None or store.has("head-inputs", 1))
-    has_inputs = has_inputs and store.has("influence", count)
-    if wants_gradients or ((recipe.uses_inputs or recipe.allocation == "influence") and not has_inputs):
-        collect_inputs(
-            job.runner, job.calibration, store, boundaries=boundaries if wants_gradients else None, progress=progress
-        )
-    if wants_gradients:
-        collect_gradients(
-            job.runner,
-            job.calibration,
-            job.objective,
-            store,
-            boundaries,
-            seed=job.request.seed,
-            weights=recipe.uses_weight_gradients,
-            progress=progress,
-        )
-    boundaries.clear()
 
 
 def _as_stored(job: Job, layers: list[Layer], allocation: Allocation, records: list[LayerRecord]) -> Plan:

@@ -98,6 +98,8 @@ class Recipe:
         gamma: weight of the depth factor of "calibrated".
         score: scores for "threshold" and "zero-sum".
         floor: share of the break-even rank below which "zero-sum" truncates no layer while others can be.
+        corrections: of "zero-sum": how often the truncated weights take a step towards the original ones and all are
+            truncated again.
         temperature: of "influence"; the larger, the more even the shares.
         ridge: of the leverage scores that hidden units are kept by, over their mean square.
         sharing: which layers have one right factor together; None where every layer has its own.
@@ -147,6 +149,7 @@ class Recipe:
     clip: bool = True
     scale_rank: int = 0
     floor: float = 0.0
+    corrections: int = 0
     temperature: float = 0.1
     ridge: float = 1.0
     learner: Learner | None = None
@@ -172,6 +175,8 @@ class Recipe:
         self._check_coding()
         if self.allocation == "zero-sum" and not self.uses_weight_gradients:
             raise EckartError("allocation=zero-sum needs the gradients of the weights, which zs-svd collects")
+        if self.corrections and self.allocation != "zero-sum":
+            raise EckartError(f"allocation={self.allocation} does not go with corrections; use zero-sum, or 0 of them")
         if self.uses_weight_gradients and self.embeddings:
             raise EckartError("zero-sum scores know linear layers only; leave embeddings=false")
         self._check_narrowing()

@@ -169,7 +169,7 @@ class Sweep:
                 cross = self._cross(block, compressed, group[0], name, index, pairs) if self._needs_cross else None
                 for layer in [inside[member] for member in group if inside[member].writers]:
                     records += self._narrow(layer, compressed, name, cross)
-                for layer, weight in weights(job, [inside[m] for m in group if not inside[m].writers]):
+                for layer, weight in weights(self.known.job, [inside[m] for m in group if not inside[m].writers]):
                     inner = layer.name.removeprefix(f"{name}.")
                     bias = offset_of(block.get_submodule(inner))
                     fit = self.groups.fit(layer, bias) or fit_layer(

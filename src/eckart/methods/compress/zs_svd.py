@@ -7,12 +7,15 @@ One by one, from the tail of every layer, the value of least |change| is dropped
 back to zero, until the budget is met; layers left above their break-even rank stay dense. The change is that of
 removing the rank-one part u_i sigma_i v_i^T L^(-1) of W, whatever root of E[x x^T] is taken.
 
-The authors' scripts also have int8 storage, and for all models but one further stages, each a projected gradient step
-and another truncation; neither is part of the method's definition, and neither is here. They take the gradient of one
-sample; here it is that of all.
+Then, several times: the truncated weights W_r are corrected, and all are scored and truncated again,
+
+    W <- W_r + < g, W_0 - W_r > / |g|^2  g,    g = dL/dW at W_r,  W_0 the original weights
+
+The authors correct five times, for all models but LLaMA-1. They take gradients of one sample, here of all. Their int8
+storage is `bits`.
 
 Structure: low rank or dense. Metric: input second moment. Budget: zero-sum heap on first-order changes of the loss.
-Solver: SVD. Trained: nothing.
+Solver: SVD, projected gradient steps between. Trained: nothing.
 
 Source: Abbasi et al. 2026, "Zero Sum SVD: Balancing loss sensitivity for low rank LLM compression"; the floor of 0.1 of
 the break-even rank as in mint-vu/Zero-Sum-SVD.
@@ -22,7 +25,7 @@ from torch import Tensor
 
 from eckart.errors import EckartError
 from eckart.fit import Regression
-from eckart.methods.compress.recipe import LayerData, Recipe, check_share, input_moment
+from eckart.methods.compress.recipe import LayerData, Recipe, check_least, check_share, input_moment
 
 
 def first_order_change(data: LayerData, regression: Regression) -> Tensor:
@@ -40,13 +43,15 @@ def first_order_change(data: LayerData, regression: Regression) -> Tensor:
     return out
 
 
-def zs_svd(*, floor: float = 0.1) -> Recipe:
+def zs_svd(*, floor: float = 0.1, corrections: int = 5) -> Recipe:
     """SVD of the whitened weight, values dropped so that first-order changes of the loss cancel.
 
     Args:
         floor: share of the break-even rank below which no layer is truncated while others can be.
+        corrections: how often the truncated weights take a projected gradient step and all are truncated again.
     """
     check_share("floor", floor)
+    check_least("corrections", corrections, 0)
     return Recipe(
         metric=input_moment,
         allocation="zero-sum",
@@ -55,4 +60,5 @@ def zs_svd(*, floor: float = 0.1) -> Recipe:
         labels="observed",
         score=first_order_change,
         floor=floor,
+        corrections=corrections,
     )
