@@ -27,6 +27,7 @@ FEWER = {
     "maestro": {"steps": 3, "tune": 2},
     "acip": {"steps": 4, "tune": 2, "rate": 0.1},
     "dobi-svd": {"steps": 2, "batch": 2},
+    "zs-svd": {"corrections": 1},
 }
 
 

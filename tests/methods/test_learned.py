@@ -8,6 +8,7 @@ from torch.nn import functional as F
 import eckart
 from eckart.errors import EckartError
 from eckart.fit import metric
+from eckart.fit.subspace import SubspaceSum
 from eckart.hosts import map_of
 from eckart.methods.compress.acip import MaskedSVD
 from eckart.methods.compress.dobi_svd import CutOutputs
@@ -172,6 +173,21 @@ def test_positions_begin_where_all_layers_meet_the_budget():
     assert (layer.scores().diff() < 0).all()
 
 
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_a_weight_is_projected_on_what_leading_outputs_of_sequences_share(rank):
+    w, x = matrix(5, 7), matrix(18, 7, 1).view(3, 6, 7)
+    total, expected = SubspaceSum(5, rank), torch.zeros(5, 5)
+    total.add((x @ w.mT)[:2])
+    total.add((x @ w.mT)[2:])
+    for y in x @ w.mT:
+        v = torch.linalg.svd(y, full_matrices=False).Vh[:rank]
+        expected += v.mT @ v
+    axes = torch.linalg.eigh(expected).eigenvectors[:, -rank:]
+    factors = total.factors(w)
+    torch.testing.assert_close(factors.up.mT @ factors.up, torch.eye(rank), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(factors.dense(), axes @ axes.mT @ w, atol=1e-4, rtol=1e-4)
+
+
 # What they do to a model
 
 QUICK = {"samples": 4, "length": 48, "keep": 0.7}
@@ -186,7 +202,12 @@ def compressed_matrices(folder) -> dict[str, torch.Tensor]:
 def test_output_pca_and_an_untrained_start_on_inputs_are_the_optimum_of_svd_llm(demo, text, tmp_path):
     """The paper's own claim for the first, with all methods at the same ranks."""
     uniform = {"allocation": "uniform"}
-    runs = {"svd-llm": {"update": False}, "pela": {"start": "inputs", "tune": 0}, "dobi-svd": {"steps": 1, **uniform}}
+    tokens = {"steps": 1, "components": "tokens", **uniform}
+    runs = {
+        "svd-llm": {"update": False},
+        "pela": {"start": "inputs", "tune": 0},
+        "dobi-svd": tokens,
+    }
     held = {}
     for method, settings in runs.items():
         arguments = {**QUICK, "method": method, "settings": settings, "calibration": text}
@@ -194,6 +215,21 @@ def test_output_pca_and_an_untrained_start_on_inputs_are_the_optimum_of_svd_llm(
     for method in ("pela", "dobi-svd"):
         for name, wanted in held["svd-llm"].items():
             assert (held[method][name] - wanted).norm() < 2e-3 * wanted.norm(), (method, name)
+
+
+def test_searched_layers_are_stored_in_codes_and_trained_ones_are_not(demo, text, tmp_path):
+    settings = {"steps": 2, "batch": 2, "components": "tokens"}
+    arguments = {**QUICK, "method": "dobi-svd", "calibration": text}
+    outcomes = {
+        bits: eckart.compress(demo, tmp_path / str(bits), settings={**settings, "bits": bits}, **arguments)
+        for bits in (0, 8)
+    }
+    assert {layer.structure for layer in outcomes[8].plan.layers} <= {"lowrank int8", "int8"}
+    assert outcomes[8].plan.parameters_after == outcomes[0].plan.parameters_after
+    assert outcomes[8].plan.bytes_after < 0.6 * outcomes[0].plan.bytes_after
+    assert outcomes[8].measured.after == pytest.approx(outcomes[0].measured.after, abs=0.05)
+    with pytest.raises(EckartError, match="trains the numbers it stores"):
+        eckart.plan(demo, **{**arguments, "settings": {**settings, "bits": 8, "tune": 2}})
 
 
 @pytest.mark.parametrize(

@@ -69,8 +69,8 @@ def test_heads_are_those_of_the_formula(folder, demo, text, quick):
         for ids in open_job(request, silent).calibration:
             dense(ids)
     x, size = torch.cat(seen), before.head_dim
-    old = {name: getattr(before, f"{name}_proj").weight.double() for name in "qkvo"}
-    new = {name: map_of(getattr(after, f"{name}_proj")).dense().double() for name in "qkvo"}
+    old = {name: getattr(before, f"{name}_proj").weight.detach().double() for name in "qkvo"}
+    new = {name: map_of(getattr(after, f"{name}_proj")).dense().detach().double() for name in "qkvo"}
     q, k = ((x @ old[name].mT).view(len(x), -1, 2, size // 2) for name in "qk")
     keys, shared = k.shape[1], q.shape[1] // k.shape[1]
     power_q, power_k = (part.square().mean(0).sum(1) for part in (q, k))  # (heads, pairs)

@@ -11,6 +11,8 @@ import eckart
 from eckart.errors import EckartError
 from eckart.files.inspect import show
 from eckart.fit import regress
+from eckart.methods.compress.allocate import allocate
+from eckart.methods.compress.corrections import corrected
 from eckart.methods.compress.job import Request, open_job, statistics_store
 from eckart.methods.compress.layers import Known, layers_of, weights
 from eckart.methods.compress.recipe import COMMON, LayerData, Recipe, normalized_spectrum, overridden
@@ -298,6 +300,33 @@ def test_the_update_of_svd_llm_fits_what_the_compressed_model_sees(demo, text, t
     before, after = (load_file(tmp_path / str(u) / "model.safetensors") for u in (False, True))
     torch.testing.assert_close(before[first], after[first], atol=1e-3, rtol=1e-3)
     assert loss[True] < loss[False] - 0.05
+
+
+def test_corrections_step_along_the_gradient_at_the_truncated_weights(demo, text, tmp_path):
+    """The step is the projection of the way back on the gradient of the whole model with all layers truncated."""
+    known = known_of(demo, text, "zs-svd", tmp_path, corrections=1)
+    job, layers = known.job, layers_of(known.job)
+    last = corrected(job, layers, known, tmp_path / "work", silent)
+    chosen = allocate(job, layers, known, predict=False, progress=silent).chosen
+    cut = [layer for layer in layers if chosen[layer.name].structure != "dense"]
+    assert len(cut) > 0
+    model, kept = AutoModelForCausalLM.from_pretrained(demo, dtype=torch.float32).eval(), {}
+    for layer, weight in weights(job, cut):
+        rank = chosen[layer.name].rank
+        kept[layer.name] = regress(weight, known.metric(layer, weight)).factors(rank).dense().float()
+        model.get_submodule(layer.name).weight.data.copy_(kept[layer.name])
+    sum(job.objective.scalar(model(ids), ids, None) for ids in job.calibration).backward()
+    for (layer, original), (_, found) in zip(weights(job, cut), weights(last.job, cut), strict=True):
+        g, way = model.get_submodule(layer.name).weight.grad, original - kept[layer.name]
+        expected, step = (way * g).sum() / g.square().sum() * g, found - kept[layer.name]
+        assert (step - expected).norm() < 0.01 * expected.norm() + 1e-6 * original.norm(), layer.name
+    rest = [layer for layer in layers if layer not in cut]
+    for (_, original), (_, found) in zip(weights(job, rest), weights(last.job, rest), strict=True):
+        assert torch.equal(original, found)
+    again = corrected(job, layers, known, tmp_path / "work", silent)  # goes on behind what is complete
+    for (_, one), (_, other) in zip(weights(last.job, layers), weights(again.job, layers), strict=True):
+        assert torch.equal(one, other)
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["correction-01"]
 
 
 def test_zero_sum_scores_are_the_first_order_change_of_the_loss(demo, text, tmp_path):

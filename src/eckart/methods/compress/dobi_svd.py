@@ -2,22 +2,28 @@
 
     Y = X W^T = U diag(s) V^T,   Y' = U diag(s_i (tanh(beta (gamma - i)) + 1) / 2) V^T,   beta = 10
     min over one gamma per layer of  perplexity + 200 | size(gamma) / full - keep | + range penalty
-    then  W' = P_k W,  P_k the projector on the top k principal components of the outputs, k nearest to gamma
+    then  W' = P_k P_k^T W,    P_k the top k eigenvectors of  sum_s V_s V_s^T,    k nearest to gamma,
+    V_s the k leading right singular vectors of the outputs on sequence s
 
-Positions shift together by what separates their size from the budget. The paper finds P_k by incremental PCA over
-sequences; streamed second moments of the inputs give the same PCA, every token weighted alike, which is SVD-LLM's
-optimum: what is left of the method is its ranks. Its remapping to 8 bits is quantization, and not done here.
+Positions shift together by what separates their size from the budget. The paper finds P_k by incremental PCA over the
+V_s, here it is exact, and of the original model's outputs. With `components=tokens` it is the PCA of the outputs
+themselves, which streamed second moments of the inputs give: SVD-LLM's optimum, by theory no worse on the calibration
+texts; then ranks are all that is left of the method.
 
-Structure: low rank. Metric: input second moment. Budget: learned. Solver: AdamW on the positions alone, closed form for
-the maps. Trained: the positions. Scaled to minutes: 60 steps of 4 windows, all tokens of a step in one Y, and a rate of
-0.01 of full rank per step, falling to four fifths as in the paper (20 epochs of 256 windows of 2,048 tokens).
+Its remapping stores as many numbers of both factors as the shorter side has in 8 bits and the rest in 16, k max(m, n)
+words of 16 bits in all. With `bits=8` all are stored in 8 bits, k (m + n) / 2 such words, no more than that;
+`storage=pivoted` has ranks up to the full one, as the remapping has.
+
+Structure: low rank. Metric: leading outputs of sequences. Budget: learned. Solver: AdamW on the positions alone, closed
+form for the maps. Trained: the positions. Scaled to minutes: 60 steps of 4 windows, all tokens of a step in one Y, and
+a rate of 0.01 of full rank per step, falling to four fifths as in the paper (20 epochs of 256 windows of 2,048 tokens).
 
 Source: Wang et al. 2025, "Dobi-SVD: differentiable SVD for LLM compression", sections 3.1-3.3; settings as in
 wangqinsi1/Dobi-SVD.
 """
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +109,14 @@ class PositionLearner(Learner):
 
 
 def dobi_svd(
-    *, steps: int = 60, tune: int = 0, rate: float = 0.01, batch: int = 4, beta: float = 10.0, penalty: float = 200.0
+    *,
+    steps: int = 60,
+    tune: int = 0,
+    rate: float = 0.01,
+    batch: int = 4,
+    beta: float = 10.0,
+    penalty: float = 200.0,
+    components: Literal["sequences", "tokens"] = "sequences",
 ) -> Recipe:
     """Output PCA with ranks learned by gradient descent through the singular values of the outputs.
 
@@ -114,6 +127,7 @@ def dobi_svd(
         batch: windows per step.
         beta: steepness of the cut.
         penalty: weight of the size's distance from the budget.
+        components: whether the leading outputs of every sequence weigh alike, or those of every token.
     """
     check_least("penalty", penalty, 0)
     check_least("beta", beta, 0)
@@ -122,6 +136,7 @@ def dobi_svd(
         search=course(steps, rate, batch, final=0.8),
         tuning=course(tune, rate / 10, batch),
         any_size=False,
+        by_sequence=components == "sequences",
         beta=beta,
         penalty=penalty,
     )

@@ -17,12 +17,13 @@ from torch.nn import functional as F
 
 from eckart.budget import Option
 from eckart.files.writing import TRAINING, LayerRecord, Partial
-from eckart.fit import error_of
+from eckart.fit import coded, error_of
+from eckart.fit.subspace import SubspaceSum
 from eckart.hosts import host, is_conv1d, map_of, offset_of, replace
-from eckart.maps import LinearMap, storage
+from eckart.maps import Dense, LinearMap, storage
 from eckart.methods.compress.allocate import Allocation, allocate, budget_of, choose, is_dense
 from eckart.methods.compress.check import Expected, expectation_of
-from eckart.methods.compress.fitting import fit_layer, loss_of
+from eckart.methods.compress.fitting import fit_layer, loss_of, structure_name
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import Known, Layer, layer_candidates, weights
 from eckart.methods.compress.learner import LearnedLayer, Learner
@@ -163,19 +164,38 @@ class Learning:
             scores = layers[layer.name].scores().double()
             table.append(layer_candidates(self.job, layer, torch.cat((scores, scores.new_zeros(1)))))
         chosen, maps = choose(self.job, self.layers, self.known, table, budget), {}
+        shared = self._shared_outputs(model, chosen) if self.learner.by_sequence else {}
+        recipe = self.job.recipe
         for layer in self.layers:
             option, learned = chosen[layer.name], layers[layer.name]
-            if is_dense(option):
+            if is_dense(option) and recipe.coding is None:
                 continue
             matrix = learned.matrix()
-            seen = self.job.recipe.metric(LayerData(matrix, moments[layer.name]))
-            factors = learned.factors(option.rank, seen)
-            built = storage(self.job.recipe.storage).build(factors).to(torch.float32)
+            seen = recipe.metric(LayerData(matrix, moments[layer.name]))
+            bias = None if learned.bias is None else learned.bias.detach().clone()
+            built: LinearMap = Dense(matrix)
+            if not is_dense(option):
+                outputs = shared.get(layer.name)
+                factors = outputs.factors(matrix) if outputs else learned.factors(option.rank, seen)
+                built = storage(recipe.storage).build(factors).to(torch.float32)
+            if recipe.coding is not None:
+                built = coded(built, matrix, seen, recipe.coding, self.job.weight_dtype(layer.name)).to(torch.float32)
             whole = error_of(matrix, torch.zeros_like(matrix), seen)
             error = error_of(matrix, built.dense(), seen)
-            bias = None if learned.bias is None else learned.bias.detach().clone()
             maps[layer.name] = (built, bias, error / whole if whole > 0 else 0.0)
         return Allocation(chosen, table, fixed), maps
+
+    def _shared_outputs(self, model: nn.Module, chosen: dict[str, Option]) -> dict[str, SubspaceSum]:
+        """Return what the leading outputs of all samples have in common, for layers that do not stay dense."""
+        inside = {layer.name: layer for layer in self.layers if not is_dense(chosen[layer.name])}
+        modules = {name: model.get_submodule(name) for name in inside}
+        sums = {
+            name: SubspaceSum(layer.shape[0], chosen[name].rank, self.samples.device) for name, layer in inside.items()
+        }
+        with torch.no_grad(), hooked(modules, lambda name, x: sums[name].add(map_of(modules[name])(x))):
+            for batch in self.text.batches:
+                model(input_ids=batch.to(self.samples.device), use_cache=False)
+        return sums
 
     def _moments(self, model: nn.Module) -> dict[str, Moments]:
         """Return the moments of all layers' inputs in the model as it is."""
@@ -262,7 +282,7 @@ class Learning:
                     records.append(
                         LayerRecord.of(
                             layer.name, map_of(module).to(dtype), bias, losses[layer.name],
-                            planned=(option.structure, option.rank),
+                            planned=(structure_name(option, self.job.recipe.coding), option.rank),
                         )
                     )  # fmt: skip
             partial.save_block(index, tensors, records)

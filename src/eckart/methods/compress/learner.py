@@ -67,6 +67,8 @@ class Learner:
         departure: weight of the mean relative squared distance between the layers' matrices and the original's, in the
             tuning.
         any_size: whether the search does not depend on the budget, so that one serves all of them.
+        by_sequence: whether searched layers are projected on what the leading outputs of single sequences have in
+            common, instead of fitted under the recipe's metric.
     """
 
     search: Course | None = None
@@ -75,6 +77,7 @@ class Learner:
     features: float = 0.0
     departure: float = 0.0
     any_size: bool = True
+    by_sequence: bool = False
 
     @property
     def windows(self) -> int:

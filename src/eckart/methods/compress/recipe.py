@@ -98,8 +98,8 @@ class Recipe:
         gamma: weight of the depth factor of "calibrated".
         score: scores for "threshold" and "zero-sum".
         floor: share of the break-even rank below which "zero-sum" truncates no layer while others can be.
-        corrections: of "zero-sum": how often the truncated weights take a step towards the original ones and all are
-            truncated again.
+        corrections: how often the truncated weights take a step towards the original ones, along the gradients of the
+            weights, and all are truncated again.
         temperature: of "influence"; the larger, the more even the shares.
         ridge: of the leverage scores that hidden units are kept by, over their mean square.
         sharing: which layers have one right factor together; None where every layer has its own.
@@ -175,8 +175,8 @@ class Recipe:
         self._check_coding()
         if self.allocation == "zero-sum" and not self.uses_weight_gradients:
             raise EckartError("allocation=zero-sum needs the gradients of the weights, which zs-svd collects")
-        if self.corrections and self.allocation != "zero-sum":
-            raise EckartError(f"allocation={self.allocation} does not go with corrections; use zero-sum, or 0 of them")
+        if self.corrections and not self.uses_weight_gradients:
+            raise EckartError("corrections need the gradients of the weights, which zs-svd collects")
         if self.uses_weight_gradients and self.embeddings:
             raise EckartError("zero-sum scores know linear layers only; leave embeddings=false")
         self._check_narrowing()
@@ -219,7 +219,7 @@ class Recipe:
             raise EckartError("embeddings=true does not go with this method, which trains linear layers only")
         if self.heal:
             raise EckartError("heal does not go with this method, which trains the whole model; set its own steps")
-        if self.bits:
+        if self.bits and (learner.search is None or learner.tuning is not None):
             raise EckartError("bits does not go with this method, which trains the numbers it stores; leave it at 0")
         known = ("uniform", "uniform-rank", "threshold") if learner.search else ("uniform", "uniform-rank", "knapsack")
         if self.allocation not in known:
