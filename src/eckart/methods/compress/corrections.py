@@ -2,9 +2,10 @@
 
     W_r the truncated weights,  g = dLoss/dW at W_r,    W <- W_r + < g, W_0 - W_r > / |g|^2  g,    W_0 the original ones
 
-Every layer takes the projection of its way back onto its gradient, all at once. Then moments, gradients and ranks are
-found anew, on the corrected weights. Layers that stay dense keep the original weights. What a correction leaves is on
-disk, block by block: a run that was stopped goes on behind the last complete one.
+Every layer takes the projection of its way back onto its gradient, all at once; the gradients are those of one sample,
+drawn at random. Then moments, gradients and ranks are found anew, on the corrected weights. Layers that stay dense keep
+the original weights. What a correction leaves is on disk, block by block: a run that was stopped goes on behind the
+last complete one.
 
 Source: Abbasi et al. 2026, "Zero Sum SVD", as in mint-vu/Zero-Sum-SVD.
 """
@@ -67,7 +68,7 @@ def corrected(job: Job, layers: Sequence[Layer], known: Known, folder: Path, pro
         truncated = Store(folder / "truncated", job.runner.device)
         truncated.clear()
         _truncate(job, list(layers), known, truncated, progress)
-        _correct(job, list(layers), _known(job, truncated, progress), store)
+        _correct(job, list(layers), _known(_one_sample(job, i), truncated, progress), store)
         if i:
             stores[i - 1].clear()
         truncated.clear()
@@ -104,6 +105,16 @@ def projected(way: Tensor, gradient: Tensor) -> Tensor:
     g, length = gradient.double(), gradient.double().square().sum()
     share = (way.double() * g).sum() / length if length > 0 else torch.zeros_like(length)
     return (share * g).to(way.dtype)
+
+
+def _one_sample(job: Job, number: int) -> Job:
+    """Return a job with one of its calibration samples, drawn for a correction."""
+    if job.samples is None:
+        raise AssertionError("a job with gradients has a text")
+    windows = [sample for batch in job.calibration for sample in batch.split(1)]
+    generator = torch.Generator().manual_seed(job.request.seed + number)
+    drawn = windows[int(torch.randint(len(windows), (1,), generator=generator))]
+    return replace(job, samples=replace(job.samples, batches=[drawn]))
 
 
 def _save(job: Job, parts: list[dict[str, Tensor]], store: Store) -> None:

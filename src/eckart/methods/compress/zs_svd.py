@@ -11,8 +11,8 @@ Then, several times: the truncated weights W_r are corrected, and all are scored
 
     W <- W_r + < g, W_0 - W_r > / |g|^2  g,    g = dL/dW at W_r,  W_0 the original weights
 
-The authors correct five times, for all models but LLaMA-1. They take gradients of one sample, here of all. Their int8
-storage is `bits`.
+with the gradient of one sample, drawn at random. The authors correct five times, for all models but LLaMA-1. They take
+that of one sample for the scores as well, here it is that of all. Their int8 storage is `bits`.
 
 Structure: low rank or dense. Metric: input second moment. Budget: zero-sum heap on first-order changes of the loss.
 Solver: SVD, projected gradient steps between. Trained: nothing.
