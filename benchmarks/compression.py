@@ -45,12 +45,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "kfac": ("kfac", {}),
     "aa-svd": ("aa-svd", {"heal": 0}),
     "zs-svd": ("zs-svd", {}),
+    "zs-svd, no corrections": ("zs-svd", {"corrections": 0}),
     "cospadi": ("cospadi", {}),
     "cospadi, pairs": ("cospadi", {"group": 2}),
     "compot": ("compot", {}),
     "rocket": ("rocket", {}),
     "oats": ("oats", {}),
     "modegpt": ("modegpt", {}),
+    "modegpt, low-rank attention": ("modegpt", {"heads": False}),
     "slicegpt": ("slicegpt", {}),
     "slicegpt, untied": ("slicegpt", {"untie": True}),
     "eckart": ("eckart", {}),
@@ -64,10 +66,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "maestro trained": ("maestro", {"steps": 100, "tune": 50, "batch": 2}),
     "acip trained": ("acip", {"steps": 100, "tune": 50, "batch": 2, "rate": 2e-3, "growth": 1.1}),
     "dobi-svd": ("dobi-svd", {"steps": 20, "batch": 2}),
+    "dobi-svd, by tokens": ("dobi-svd", {"steps": 20, "batch": 2, "components": "tokens"}),
 }
 LEARNED = (
     *("aa-svd healed", "eckart healed", "svd-llm trained", "pela trained", "trp trained", "maestro trained"),
-    *("acip trained", "dobi-svd"),
+    *("acip trained", "dobi-svd", "dobi-svd, by tokens"),
 )
 
 
