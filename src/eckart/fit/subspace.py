@@ -30,9 +30,10 @@ class SubspaceSum:
         self._sum = torch.zeros(size, size, dtype=torch.float64, device=device)
 
     def add(self, outputs: Tensor) -> None:
-        """Add outputs (sequences, t, m); a sequence shorter than k adds all its directions."""
-        for y in outputs.double():
-            axes = top_eigen(y.mT @ y, min(self.rank, *y.shape)).vectors[:, : min(self.rank, *y.shape)]
+        """Add outputs (sequences, t, m), or (t, m) of one sequence; one shorter than k adds all its directions."""
+        for y in outputs.double().reshape(-1, *outputs.shape[-2:]):
+            count = min(self.rank, *y.shape)
+            axes = top_eigen(y.mT @ y, count).vectors[:, :count]
             self._sum += axes @ axes.mT
 
     def factors(self, weight: Tensor) -> LowRank:

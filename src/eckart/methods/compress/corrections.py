@@ -90,13 +90,14 @@ def _truncate(job: Job, layers: list[Layer], known: Known, store: Store, progres
 
 def _correct(job: Job, layers: list[Layer], truncated: Known, store: Store) -> None:
     """Write the corrected weights of the truncated layers."""
-    held = truncated.job.model
-    changed = held.changed if isinstance(held, ChangedModel) else {}
-    inside = [layer for layer in layers if f"{layer.name}.weight" in changed]
+    written = {name for index in range(len(job.parts.blocks)) for name in truncated.store.load(WEIGHTS, index)}
+    inside = [layer for layer in layers if f"{layer.name}.weight" in written]
     parts: list[dict[str, Tensor]] = [{} for _ in job.parts.blocks]
     for (layer, original), (_, kept) in zip(weights(job, inside), weights(truncated.job, inside), strict=True):
-        known = weight_gradients_of(truncated.store, job.objective, layer.block, [layer.name])
-        parts[layer.block][layer.name] = kept + projected(original - kept, known[layer.name])
+        gradients = weight_gradients_of(truncated.store, job.objective, layer.block, [layer.name])
+        if layer.name in gradients:  # the sample may not reach every layer
+            kept = kept + projected(original - kept, gradients[layer.name])
+        parts[layer.block][layer.name] = kept
     _save(job, parts, store)
 
 
