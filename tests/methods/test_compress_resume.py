@@ -87,7 +87,7 @@ class Case:
         return f"{self.method}-file-{self.kill_in_file}" if self.kill_in_file else f"{self.method}-{self.largest_file}"
 
 
-SETTINGS = {"aa-svd": {"heal": 1}, "acip": {"steps": 60, "tune": 60, "batch": 1}}
+SETTINGS = {"aa-svd": {"heal": 1}, "acip": {"steps": 60, "tune": 60, "batch": 1}, "zs-svd": {"corrections": 2}}
 ELASTIC = {"elastic": {"method": "eckart", "elastic": True}}
 KILLED = [
     Case("eckart", ["forward", 0]),
@@ -118,6 +118,8 @@ KILLED = [
     Case("acip", ["tune", 57]),
     Case("acip", ["write", 0]),
     Case("acip", kill_in_file=2),
+    # truncated weights, their gradients, corrected weights, their statistics; then those of the second correction
+    *(Case("zs-svd", kill_in_file=n) for n in (31, 55, 64, 80, 120, 150)),
 ]
 # bytes: nothing fits; statistics fit, but hidden states do not; blocks fit, but the output does not
 FULL = [Case("eckart", largest_file=size) for size in (300, 20_000, 700_000)]
@@ -136,6 +138,7 @@ USUAL = {
     "basis-sharing-file-10",
     "acip-train-53",
     "acip-tune-57",
+    "zs-svd-file-120",
 }
 
 
