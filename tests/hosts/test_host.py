@@ -20,9 +20,11 @@ from eckart.maps import (
     Masked,
     Permutation,
     Pivoted,
+    Placement,
     Product,
     RowNormalized,
     Scaled,
+    Selection,
     Sparse,
     Sum,
     bitmap,
@@ -49,6 +51,8 @@ def maps() -> dict[str, object]:
         "pivoted-columns": pivot(lowrank(), "columns"),
         "diagonal": Diagonal(torch.randn(M)),
         "permutation": Permutation(torch.randperm(M).to(torch.int32)),
+        "selection": Selection(torch.tensor([0, 2, 3], dtype=torch.int32), N),
+        "placement": Placement(torch.tensor([0, 2, 3], dtype=torch.int32), M),
         "sparse": sparse(weight * (torch.rand(M, N) > 0.7)),
         "2:4": n_of_m(weight, 2, 4),
         "bitmap": bitmap(weight, 5),
@@ -109,7 +113,9 @@ def test_state_dict_round_trip(map_):
     module = host(map_, torch.randn(map_.shape[0]))
     blank = (
         host(map_.apply(torch.zeros_like), torch.zeros(map_.shape[0]))
-        if not isinstance(map_, (Pivoted, Permutation, Sparse, NM, Bitmap, Masked, RowNormalized, Product))
+        if not isinstance(
+            map_, (Pivoted, Permutation, Selection, Placement, Sparse, NM, Bitmap, Masked, RowNormalized, Product)
+        )
         else host(map_.apply(torch.clone), torch.zeros(map_.shape[0]))
     )  # index tensors of zeros are no such map
     blank.load_state_dict(module.state_dict())
