@@ -238,6 +238,19 @@ def open_model(folder: Path) -> OpenModel:
     return OpenModel(folder, config, model, names or {name: name for name in held or {}}, tensors, parameters, held)
 
 
+def with_config(model: OpenModel, raw: dict[str, Any]) -> PreTrainedModel:
+    """Return a skeleton of a model's class made from another config.json, its parameters on the meta device.
+
+    Raises:
+        EckartError: if no model can be made from it.
+    """
+    try:
+        config = type(model.config).from_dict(raw)
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise EckartError(f"no {type(model.model).__name__} can be made with that change: {_reason(error)}") from error
+    return _skeleton(type(model.model), config, model.folder).float().eval()
+
+
 def _reason(error: Exception) -> str:
     """Return the message of another library's error on one line of bounded length."""
     return " ".join(str(error).split())[:200] or type(error).__name__

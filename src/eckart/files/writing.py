@@ -6,7 +6,8 @@ While it runs, a job's parts lie in a hidden folder beside the output, `.<name>.
     embedding.safetensors      the compressed embedding, if any; head.safetensors likewise
     block-0000.safetensors     every tensor of a finished block; the layers' specs are in the metadata
     elastic-*.safetensors      the components of an elastic folder, part by part, and their order
-    search.safetensors         the state of a training run, of methods that have one; tune.safetensors likewise
+    search.safetensors         the state of a training run, of methods that have one; tune, fuse-* and lora-* likewise
+    healed.safetensors         tensors of finished blocks that were changed by healing the whole model
     folder/                    the output, being written; renamed to the output at the very end
 """
 
@@ -34,8 +35,8 @@ from eckart.hosts import host
 from eckart.maps import LinearMap, LowRank, Pivoted
 from eckart.progress import Progress
 
-# Parts that hold the state of a training run.
-TRAINING = ("search", "tune")
+# How the parts that hold the state of a training run are named.
+TRAINING = ("search", "tune", "fuse", "lora")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,7 @@ class Partial:
 
     def worth_keeping(self) -> bool:
         """Tell whether hours of work may be in here: a finished block, or the state of a training run."""
-        return self.blocks_done() > 0 or any(self.has(part) for part in TRAINING)
+        return self.blocks_done() > 0 or any(next(self.folder.glob(f"{part}*.safetensors"), None) for part in TRAINING)
 
     def save(self, part: str, tensors: Mapping[str, Tensor], records: Sequence[LayerRecord]) -> None:
         """Write a finished part: tensors by full name, and the records of its compressed layers."""

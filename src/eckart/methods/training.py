@@ -6,7 +6,7 @@ safetensors file written atomically; a run that was killed goes on from the last
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +86,8 @@ class Step:
 StepLoss = Callable[[Step], tuple[Tensor, Tensor]]
 # Called behind the update; returns True to end the run.
 After = Callable[[Step], bool]
+# Share of the learning rate by parameter name.
+Share = Callable[[str], float]
 
 
 def train(
@@ -98,6 +100,7 @@ def train(
     seed: int,
     stage: str = "train",
     after: After | None = None,
+    share: Share = lambda name: 1.0,
     progress: Progress,
 ) -> None:
     """Train a module in place, or put it where an earlier run of the same call left it.
@@ -111,6 +114,7 @@ def train(
         seed: seed of order and draws.
         stage: what the run is called in progress and errors.
         after: called behind every update.
+        share: of the learning rate that a parameter of that name has.
         progress: told of the stage.
 
     Raises:
@@ -120,14 +124,15 @@ def train(
     if accelerator.num_processes > 1:
         raise EckartError("training runs in one process; start the command without a launcher")
     parameters = {name: p for name, p in trained.named_parameters() if p.requires_grad}
-    optimizer = accelerator.prepare(torch.optim.AdamW(list(parameters.values()), lr=course.rate, weight_decay=0.0))
+    groups = _groups(parameters, share)
+    optimizer = accelerator.prepare(torch.optim.AdamW(groups, lr=course.rate, weight_decay=0.0))
     run = _Run(trained, parameters, optimizer, state)
     index, finished, first = run.restore()
     while index < course.steps and not finished:
         progress(stage, index, course.steps)
         step = _step(samples, course, index, seed)
         for group in optimizer.param_groups:
-            group["lr"] = step.rate
+            group["lr"] = step.rate * group["share"]
         with torch.enable_grad(), _seeded(samples.device, seed * STRIDE + index):
             total, task = loss(step)
         value = float(task.detach())
@@ -148,6 +153,14 @@ def train(
         run.save(index, True, first or 0.0)
     optimizer.zero_grad(set_to_none=True)
     progress(stage, course.steps, course.steps)
+
+
+def _groups(parameters: Mapping[str, nn.Parameter], share: Share) -> list[dict[str, Any]]:
+    """Return the optimizer's groups: parameters with one share of the learning rate together."""
+    groups: dict[float, dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault(share(name), {"params": [], "share": share(name)})["params"].append(parameter)
+    return list(groups.values())
 
 
 def _diverged(stage: str, index: int, value: float, first: float, state: Path) -> EckartError:

@@ -142,7 +142,7 @@ def _check_files(job: Job, folder: Path, plan: Plan) -> tuple[int, int]:
     """Hold the sizes of the files and layers to the plan; return the floating numbers and the bytes of other tensors,
     which are indices and codes.
     """
-    if not job.recipe.sliced:  # which may give a tied head a matrix that was none
+    if not job.recipe.plain:  # slicing may give a tied head a matrix that was none
         _check_layers(job, folder, plan)
     tensors, buffers = tensor_file(folder), job.model.buffers()
     numbers = floating = whole = 0

@@ -56,7 +56,7 @@ def sizes_of(limit: Limit, least: float) -> tuple[float, ...]:
 def check_elastic(job: Job) -> None:
     """Raise an `EckartError` unless the components of a recipe can be ordered."""
     recipe = job.recipe
-    other = recipe.families or recipe.narrows or recipe.sliced or recipe.sharing is not None or recipe.bits
+    other = recipe.families or recipe.narrows or recipe.plain or recipe.sharing is not None or recipe.bits
     changed = (
         recipe.update or recipe.heal or recipe.centred or recipe.uses_weight_gradients or recipe.learner is not None
     )

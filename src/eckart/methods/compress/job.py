@@ -149,6 +149,11 @@ def open_job(request: Request, progress: Progress) -> Job:
             f"{request.method} trains on predicting the next token, which {type(model.model).__name__} in "
             f"{request.model} does not do; choose a method that is not trained"
         )
+    if recipe.heals_by_lora and not causal:
+        raise EckartError(
+            f"heal_kind=lora trains on predicting the next token, which {type(model.model).__name__} in "
+            f"{request.model} does not do; leave heal_kind=blockwise"
+        )
     samples = None if documents is None else _samples(request, recipe, model, documents, causal)
     labels = recipe.labels if recipe.uses_gradients or recipe.uses_weight_gradients else "sampled"
     goal = objective(labels, parts.head is not None, causal)
@@ -189,7 +194,7 @@ def _check_budget(request: Request, recipe: Recipe) -> None:
         raise EckartError(f"{method} drops singular values by what they count in parameters; give keep, not {limit}")
     if limit.option != "keep" and recipe.learner is not None:
         raise EckartError(f"{method} trains towards a number of parameters; give keep, not {limit}")
-    unknown = recipe.bits or recipe.sharing is not None or recipe.sliced
+    unknown = recipe.bits or recipe.sharing is not None or recipe.plain
     if limit.option in ("flops", "latency") and (unknown or (limit.option == "latency" and recipe.narrows)):
         what = "codes, which bits asks for," if recipe.bits else method
         raise EckartError(f"{limit.option} of {what} cannot be told beforehand; give keep or bytes instead")

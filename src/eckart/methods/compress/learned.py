@@ -37,7 +37,7 @@ from eckart.stats import Moments, MomentSum, content_key, hooked
 
 Maps = dict[str, tuple[LinearMap, Tensor | None, float]]  # map, bias and relative error by layer name
 
-SEARCH, TUNE = TRAINING
+SEARCH, TUNE = TRAINING[:2]
 
 
 class Learning:

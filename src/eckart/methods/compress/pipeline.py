@@ -15,6 +15,7 @@ from eckart.errors import EckartError
 from eckart.files.card import inherited, model_card
 from eckart.files.writing import LayerRecord, Partial, check_output, layer_entries, publish, write_folder
 from eckart.methods.compress.allocate import Allocation, allocate, plan_from, plan_of
+from eckart.methods.compress.blocks import measured_stack, short_plan, shortened, write_short
 from eckart.methods.compress.check import BrokenOutputError, Expected, check_reload
 from eckart.methods.compress.collect import collect
 from eckart.methods.compress.corrections import corrected
@@ -87,7 +88,7 @@ def compress(
     if elastic:
         request = replace(request, sizes=sizes_of(request.limit, least))
     job = _opened(request, progress)
-    run = _sliced if job.recipe.sliced else _by_layers
+    run = _plain if job.recipe.plain else _by_layers
     outcome = run(job, target, cache, check, progress)
     return replace(outcome, seconds=time.perf_counter() - started)
 
@@ -120,24 +121,40 @@ def _by_layers(job: Job, target: Path, cache: bool, check: bool, progress: Progr
     return replace(outcome, checked=checked)
 
 
-def _sliced(job: Job, target: Path, cache: bool, check: bool, progress: Progress) -> Outcome:
-    """Write a sliced model, beside the target while it is made, then in one rename; it has no statistics to cache."""
-    partial, axis = _partial(job, target), residual_axis(job)
-    kept, planned = sliced_plan(job, axis)
-    partial.begin({"out": str(target), "settings": _described(job)})
+def _plain(job: Job, target: Path, cache: bool, check: bool, progress: Progress) -> Outcome:
+    """Write an ordinary smaller model, beside the target while it is made; it has no statistics to cache."""
+    partial, make = _partial(job, target), _sliced if job.recipe.sliced else _shortened
     try:
-        basis = principal_axes(job, axis, progress)[:, :kept]
-        folder = partial.fresh_folder()
-        write_sliced(job, axis, basis, folder, progress)
-        measured, expected = measured_folder(job, folder)
+        partial.begin({"out": str(target), "settings": _described(job)})
+        folder, planned, measured, expected = make(job, partial, progress)
         outcome = Outcome(planned, target, measured, 0.0, _peak_memory(), _described(job))
         for name, text in _texts(job, outcome, expected.promise if check else None).items():
             write_text(folder / name, text)
         checked = _checked(job, folder, planned, expected if check else None, progress)
         publish(folder, target)
-    finally:
-        partial.discard()
+    except EckartError as error:
+        if not partial.worth_keeping() or isinstance(error, BrokenOutputError):
+            partial.discard()
+        raise
+    partial.discard()
     return replace(outcome, checked=checked)
+
+
+def _sliced(job: Job, partial: Partial, progress: Progress) -> tuple[Path, Plan, Measured, Expected]:
+    """Write a model with fewer residual coordinates."""
+    axis = residual_axis(job)
+    kept, planned = sliced_plan(job, axis)
+    basis = principal_axes(job, axis, progress)[:, :kept]
+    folder = partial.fresh_folder()
+    write_sliced(job, axis, basis, folder, progress)
+    return folder, planned, *measured_folder(job, folder)
+
+
+def _shortened(job: Job, partial: Partial, progress: Progress) -> tuple[Path, Plan, Measured, Expected]:
+    """Write a model with fewer blocks."""
+    stack, folder = shortened(job, partial.folder, progress), partial.fresh_folder()
+    write_short(stack, folder, progress)
+    return folder, short_plan(job, stack.kept), *measured_stack(stack)
 
 
 def _compressed(
@@ -212,6 +229,9 @@ def plan(
     job = open_job(_request(model, method, budget, calibration, samples, length, seed, settings), progress)
     if job.recipe.sliced:
         return sliced_plan(job, residual_axis(job))[1]
+    if job.recipe.removal is not None:
+        with tempfile.TemporaryDirectory(prefix="eckart-") as scratch:
+            return short_plan(job, shortened(job, Path(scratch), progress, last=False).kept)
     layers = layers_of(job)
     check_layers(job, layers)
     with tempfile.TemporaryDirectory(prefix="eckart-") as scratch:

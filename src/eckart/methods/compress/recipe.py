@@ -20,6 +20,7 @@ from eckart.fit import metric as build_metric
 from eckart.fit.families import Family
 from eckart.fit.quantize import Levels, Rounding
 from eckart.methods.compress.learner import Learner
+from eckart.methods.compress.removal import Removal
 from eckart.methods.compress.sharing import Sharing
 from eckart.stats import CrossMoments, Gradients, Moments
 
@@ -35,6 +36,7 @@ Allocation = Literal[
     "influence",
 ]
 Labels = Literal["sampled", "observed"]
+HealKind = Literal["blockwise", "lora"]
 StorageName = Literal["lowrank", "pivoted"]
 # Share of the parameters that remains if nothing is said.
 USUAL_KEEP = 0.6
@@ -81,6 +83,7 @@ class Recipe:
         neurons: whether the layers of an MLP get fewer hidden units instead of maps.
         heads: whether the layers of an attention get fewer channels per head instead of maps.
         sliced: whether the whole model gets fewer residual coordinates; nothing else is done then.
+        removal: how whole blocks are removed; nothing else is done then. None where all stay.
         untie: whether slicing gives a tied head a matrix of its own.
         embeddings: whether token embedding and output head may be compressed as well.
         round_to: ranks are multiples of this.
@@ -93,8 +96,11 @@ class Recipe:
         centred: whether compressed layers get a fitted bias.
         sequential: whether each layer is fitted on the inputs it sees in the already compressed model.
         update: whether the up factor is refitted by least squares on those inputs (SVD-LLM).
-        heal: epochs of blockwise reconstruction after each block is compressed; 0 for none.
+        heal: epochs of healing; 0 for none.
+        heal_kind: "blockwise", reconstruction of each block after it is compressed, or "lora", low-rank updates of the
+            factors on the loss of the whole model after all are.
         heal_rate: its learning rate, per AdamW step.
+        heal_rank: of those updates.
         gamma: weight of the depth factor of "calibrated".
         score: scores for "threshold" and "zero-sum".
         floor: share of the break-even rank below which "zero-sum" truncates no layer while others can be.
@@ -123,6 +129,7 @@ class Recipe:
     neurons: bool = False
     heads: bool = False
     sliced: bool = False
+    removal: Removal | None = None
     untie: bool = False
     embeddings: bool = False
     round_to: int = 1
@@ -136,7 +143,9 @@ class Recipe:
     sequential: bool = False
     update: bool = False
     heal: int = 0
+    heal_kind: HealKind = "blockwise"
     heal_rate: float = 1e-4
+    heal_rank: int = 8
     gamma: float = 0.0
     score: Score | None = None
     sharing: Sharing | None = None
@@ -180,6 +189,7 @@ class Recipe:
         if self.uses_weight_gradients and self.embeddings:
             raise EckartError("zero-sum scores know linear layers only; leave embeddings=false")
         self._check_narrowing()
+        self._check_healing()
         if self.sharing is not None:
             self._check_sharing()
 
@@ -199,13 +209,23 @@ class Recipe:
         if self.heads and (self.sequential or not self.uses_inputs):
             raise EckartError("heads are fitted under the moments of their original inputs only")
         answers = self.allocation, self.storage, self.embeddings, self.heal
-        if self.bits and (self.narrows or self.sliced):
+        if self.bits and (self.narrows or self.plain):
             raise EckartError("narrower layers are not stored in codes; leave bits at 0")
-        if self.sliced and answers != ("uniform", "lowrank", False, 0):
-            raise EckartError("slicing changes the whole model at once: leave allocation, storage, embeddings and heal")
+        if self.plain and answers != ("uniform", "lowrank", False, 0):
+            what = "slicing" if self.sliced else "removing blocks"
+            raise EckartError(f"{what} changes the whole model at once: leave allocation, storage, embeddings and heal")
         for name in ("temperature", "ridge"):
             if not getattr(self, name) > 0:
                 raise EckartError(f"{name} must be positive, got {getattr(self, name)}")
+
+    def _check_healing(self) -> None:
+        if self.heal_rank < 1:
+            raise EckartError(f"heal_rank must be at least 1, got {self.heal_rank}")
+        if self.heals_by_lora and (self.families or self.neurons or self.bits):
+            raise EckartError(
+                "heal_kind=lora trains the factors of low-rank and pivoted maps, stored as they are; for other "
+                "structures and for bits leave heal_kind=blockwise"
+            )
 
     def _check_coding(self) -> None:
         Coding(self.bits or 8, self.group_size)  # refuses what cannot be
@@ -249,6 +269,21 @@ class Recipe:
         return USUAL_KEEP if self.reduces else 1.0
 
     @property
+    def plain(self) -> bool:
+        """Whether the result is an ordinary smaller model, without maps."""
+        return self.sliced or self.removal is not None
+
+    @property
+    def heals_blocks(self) -> bool:
+        """Whether every block is healed once it is compressed."""
+        return self.heal > 0 and self.heal_kind == "blockwise"
+
+    @property
+    def heals_by_lora(self) -> bool:
+        """Whether the compressed model is healed as a whole."""
+        return self.heal > 0 and self.heal_kind == "lora"
+
+    @property
     def scores(self) -> bool:
         """Whether its allocation compares scores instead of predicted losses."""
         return self.allocation in ("threshold", "zero-sum")
@@ -258,13 +293,14 @@ class Recipe:
         """Whether the recipe cannot run without calibration text."""
         measured = self.allocation in ("sensitivity", "calibrated", "log-loss", "influence")
         gradients = self.uses_gradients or self.uses_weight_gradients
-        trained = self.heal > 0 or self.learner is not None
+        trained = self.heal > 0 or self.learner is not None or self.removal is not None
         return self.uses_inputs or gradients or self.sequential or self.update or trained or measured
 
 
 # Answers that may be overridden for any method, beside the method's own settings.
 COMMON = (
-    *("allocation", "storage", "embeddings", "round_to", "heal", "heal_rate", "gamma"),
+    *("allocation", "storage", "embeddings", "round_to", "gamma"),
+    *("heal", "heal_kind", "heal_rate", "heal_rank"),
     *("bits", "group_size", "rounding", "levels", "symmetric", "clip"),
 )
 

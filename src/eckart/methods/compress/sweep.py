@@ -9,7 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -98,7 +98,7 @@ class Sweep:
         self.groups = GroupFits(job, known, found.shared, partial.folder)
         self.streams = Store(partial.folder)
         recipe = job.recipe
-        self.learns = recipe.sequential or recipe.update or recipe.heal > 0
+        self.learns = recipe.sequential or recipe.update or recipe.heals_blocks
         self.held_out = [_drawn(job)] if job.samples is None else job.samples.held_out
 
     def run(self) -> tuple[Measured | None, Expected]:
@@ -116,7 +116,8 @@ class Sweep:
         self.progress("compress", count, count)
         heads = self._heads(swaps, pairs)
         expected = expectation(self.job, self.held_out, pairs["held-out"].compressed.hidden, heads)
-        return self._measure(pairs, heads), expected
+        held_out = pairs["held-out"]
+        return measured(self.job, held_out.original.hidden, held_out.compressed.hidden, heads), expected
 
     def _embedding(self) -> dict[str, nn.Module]:
         """Compress the token embedding, if planned; return it by name."""
@@ -181,7 +182,7 @@ class Sweep:
                     records.append(LayerRecord.of(layer.name, fit.map, fit.bias, loss, planned=planned, shared=taken))
             targets = self._advance_originals(block, index, pairs)
         # before the first compressed layer the error is zero, and healing would only decay the weights
-        if job.recipe.heal and any(layer.block <= index for layer in self.layers):
+        if job.recipe.heals_blocks and any(layer.block <= index for layer in self.layers):
             self._heal(compressed, index, pairs["calibration"], targets)
         if job.recipe.scale_rank:
             records = self._learned(name, compressed, inside, records)
@@ -339,19 +340,28 @@ class Sweep:
             raise AssertionError("a job with calibration samples has batches")
         return total
 
-    def _measure(self, pairs: dict[str, Pair], heads: dict[str, nn.Module]) -> Measured | None:
-        samples = self.job.samples
-        if samples is None:
-            return None
-        pair, runner, batches = pairs["held-out"], self.job.runner, samples.held_out
-        tokens = sum(batch.numel() for batch in batches)
-        if self.job.causal:
-            before = next_token_loss(runner, batches, pair.original.hidden)
-            after = next_token_loss(runner, batches, pair.compressed.hidden, heads)
-            return Measured("loss", before, after, tokens, samples.disjoint)
-        moved = divergence(runner, batches, pair.original.hidden, pair.compressed.hidden, heads)
-        name = "distance" if self.job.parts.head is None else "divergence"
-        return Measured(name, 0.0, moved, tokens, samples.disjoint)
+
+def measured(
+    job: Job, original: Sequence[Tensor], compressed: Sequence[Tensor], heads: Mapping[str, nn.Module]
+) -> Measured | None:
+    """Return the loss before and after, if there is a text.
+
+    Args:
+        job: the job.
+        original: the original's last hidden states of the held-out samples, (b, t, d) per batch.
+        compressed: those of the compressed model.
+        heads: modules in place of the model's head.
+    """
+    samples = job.samples
+    if samples is None:
+        return None
+    runner, batches = job.runner, samples.held_out
+    tokens = sum(batch.numel() for batch in batches)
+    if job.causal:
+        before = next_token_loss(runner, batches, original)
+        return Measured("loss", before, next_token_loss(runner, batches, compressed, heads), tokens, samples.disjoint)
+    moved = divergence(runner, batches, original, compressed, heads)
+    return Measured("distance" if job.parts.head is None else "divergence", 0.0, moved, tokens, samples.disjoint)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from eckart.methods.compress.cospadi import cospadi
 from eckart.methods.compress.dobi_svd import dobi_svd
 from eckart.methods.compress.eckart import eckart
 from eckart.methods.compress.eckart_mixed import eckart_mixed
+from eckart.methods.compress.fusegpt import fusegpt
 from eckart.methods.compress.fwsvd import fwsvd
 from eckart.methods.compress.gptq import gptq
 from eckart.methods.compress.kfac import kfac
@@ -32,6 +33,7 @@ from eckart.methods.compress.pela import pela
 from eckart.methods.compress.recipe import COMMON, Recipe, overridden
 from eckart.methods.compress.rocket import rocket
 from eckart.methods.compress.rtn import rtn
+from eckart.methods.compress.shortgpt import shortgpt
 from eckart.methods.compress.slicegpt import slicegpt
 from eckart.methods.compress.svd import svd
 from eckart.methods.compress.svd_llm import svd_llm
@@ -67,6 +69,8 @@ METHODS: dict[str, Page] = {
     "lrq": lrq,
     "modegpt": modegpt,
     "slicegpt": slicegpt,
+    "shortgpt": shortgpt,
+    "fusegpt": fusegpt,
     "eckart": eckart,
     "eckart-mixed": eckart_mixed,
     # These train the whole model.
