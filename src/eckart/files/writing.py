@@ -37,6 +37,8 @@ from eckart.progress import Progress
 
 # How the parts that hold the state of a training run are named.
 TRAINING = ("search", "tune", "fuse", "lora")
+# The part with the tensors that healing the whole model has changed.
+HEALED = "healed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,9 +203,9 @@ def check_output(out: Path) -> None:
 
 
 def _stored(partial: Partial) -> dict[str, Source]:
-    """Return the tensors of the finished parts by name."""
+    """Return the tensors of the finished parts by name, as healed if they are."""
     out = {}
-    for part in partial.parts():
+    for part in (*partial.parts(), *([HEALED] if partial.has(HEALED) else [])):
         path = partial.path(part)
         with safe_open(path, "pt") as handle:
             for name in handle.keys():  # noqa: SIM118

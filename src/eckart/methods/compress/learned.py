@@ -27,7 +27,7 @@ from eckart.methods.compress.fitting import fit_layer, loss_of, structure_name
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import Known, Layer, layer_candidates, weights
 from eckart.methods.compress.learner import LearnedLayer, Learner
-from eckart.methods.compress.measure import LOGITS
+from eckart.methods.compress.measure import whole_losses
 from eckart.methods.compress.outcome import Measured
 from eckart.methods.compress.recipe import LayerData
 from eckart.methods.compress.sweep import rounded
@@ -84,7 +84,7 @@ class Learning:
             found = allocate(self.job, self.layers, self.known, predict=False, progress=self.progress)
             maps = self._closed_form(found.chosen)
         with self.job.runner.whole() as model:
-            before = self._loss(model)
+            before = whole_losses(model, self.text.held_out)
             self._enter(model)
             if searches:
                 found, maps = self._searched(model)
@@ -94,7 +94,8 @@ class Learning:
                 self._tune(model, originals, maps)
             losses = {name: loss for name, (_, _, loss) in maps.items()}
             self._write(model, found.chosen, losses, partial)
-            after, expected = self._loss(model), expectation_of(self.job, self.text.held_out, model)
+            held_out = self.text.held_out
+            after, expected = whole_losses(model, held_out), expectation_of(self.job, held_out, model)
             for name, module in dense.items():  # the skeleton is what everybody else goes by
                 replace(model, name, module)
         tokens = sum(batch.numel() for batch in self.text.held_out)
@@ -256,18 +257,6 @@ class Learning:
         pairs = list(zip(outputs.hidden_states, wanted, strict=True))[1:]
         far = [(got - want).square().sum() / want.square().sum() for got, want in pairs]
         return task, torch.stack(far).mean()
-
-    @torch.no_grad()
-    def _loss(self, model: nn.Module) -> float:
-        """Return the next-token loss on the held-out samples, nats per token."""
-        total, count = 0.0, 0
-        for batch in self.text.held_out:
-            step = max(1, LOGITS // (batch.shape[1] * int(self.job.model.config.vocab_size)))
-            for ids in batch.to(self.samples.device).split(step):
-                logits = cast(Any, model(input_ids=ids, use_cache=False)).logits.float()[:, :-1].flatten(0, 1)
-                each = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
-                total, count = total + float(each.sum(dtype=torch.float64)), count + each.numel()
-        return total / max(count, 1)
 
     def _write(self, model: nn.Module, chosen: dict[str, Option], losses: dict[str, float], partial: Partial) -> None:
         """Round everything to the dtypes it is stored in, and write the blocks."""

@@ -71,3 +71,22 @@ def divergence(
             total += float((p.exp() * (p - q)).sum(-1).sum(dtype=torch.float64))
             count += ids.numel()
     return total / max(count, 1)
+
+
+def whole_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """Return the mean loss of predicting each next token, in nats, of a decoder in memory; ids (b, t)."""
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+    return F.cross_entropy(logits, ids[:, 1:].flatten())
+
+
+@torch.no_grad()
+def whole_losses(model: Any, samples: Sequence[Tensor]) -> float:
+    """Return the mean loss of predicting each next token of all samples, in nats, of a decoder in memory."""
+    total, count = 0.0, 0
+    for batch in samples:
+        step = max(1, LOGITS // (batch.shape[1] * int(model.config.vocab_size)))
+        for ids in batch.to(model.device).split(step):
+            logits = model(input_ids=ids, use_cache=False).logits.float()[:, :-1].flatten(0, 1)
+            each = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
+            total, count = total + float(each.sum(dtype=torch.float64)), count + each.numel()
+    return total / max(count, 1)

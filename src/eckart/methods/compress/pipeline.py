@@ -13,7 +13,7 @@ from typing import Any
 from eckart.atomic import write_text
 from eckart.errors import EckartError
 from eckart.files.card import inherited, model_card
-from eckart.files.writing import LayerRecord, Partial, check_output, layer_entries, publish, write_folder
+from eckart.files.writing import HEALED, LayerRecord, Partial, check_output, layer_entries, publish, write_folder
 from eckart.methods.compress.allocate import Allocation, allocate, plan_from, plan_of
 from eckart.methods.compress.blocks import measured_stack, short_plan, shortened, write_short
 from eckart.methods.compress.check import BrokenOutputError, Expected, check_reload
@@ -23,6 +23,7 @@ from eckart.methods.compress.elastic import ElasticSweep, check_elastic, chosen_
 from eckart.methods.compress.job import Job, Request, open_job, statistics_store, trim_cache
 from eckart.methods.compress.layers import Known, Layer, check_layers, layers_of, surveyed
 from eckart.methods.compress.learned import Learning
+from eckart.methods.compress.lora import heal_by_lora
 from eckart.methods.compress.outcome import Checked, Measured, Outcome, Plan
 from eckart.methods.compress.slicing import measured_folder, principal_axes, residual_axis, sliced_plan, write_sliced
 from eckart.methods.compress.sweep import Sweep
@@ -175,6 +176,10 @@ def _compressed(
     else:
         found = allocate(job, layers, known, predict=False, progress=progress)
         measured, expected = Sweep(job, known, layers, found, partial, progress).run()
+        if job.recipe.heals_by_lora and measured is not None and partial.records():
+            partial.path(HEALED).unlink(missing_ok=True)  # of a run that was stopped: its base is the finished blocks
+            folder = _written(job, partial, {}, {}, silent)
+            measured, expected = heal_by_lora(job, partial, folder, measured, progress)
     if cache:
         trim_cache(store)
     planned = _as_stored(job, layers, found, partial.records())
@@ -185,14 +190,20 @@ def _publish(
     job: Job, partial: Partial, outcome: Outcome, expected: Expected | None, progress: Progress
 ) -> Checked | None:
     """Write the finished parts as a model folder, check it unless nothing is expected, and give it its name."""
-    head = job.parts.head if job.parts.tied else None
-    entries = layer_entries(partial.records(), job.parts.embedding, head)
-    made_by, promised = _made_by(outcome), None if expected is None else expected.promise
-    texts, sizes = _texts(job, outcome, promised), job.request.sizes
-    folder = write_folder(partial, job.model, job.parts.blocks, entries, made_by, texts, progress, sizes)
+    texts = _texts(job, outcome, None if expected is None else expected.promise)
+    folder = _written(job, partial, _made_by(outcome), texts, progress)
     checked = _checked(job, folder, outcome.plan, expected, progress)
     publish(folder, outcome.out)
     return checked
+
+
+def _written(
+    job: Job, partial: Partial, made_by: Mapping[str, Any], texts: Mapping[str, str], progress: Progress
+) -> Path:
+    """Write the finished parts as a model folder inside the partial one."""
+    head = job.parts.head if job.parts.tied else None
+    entries = layer_entries(partial.records(), job.parts.embedding, head)
+    return write_folder(partial, job.model, job.parts.blocks, entries, made_by, texts, progress, job.request.sizes)
 
 
 def _checked(job: Job, folder: Path, plan: Plan, expected: Expected | None, progress: Progress) -> Checked | None:
