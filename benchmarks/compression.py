@@ -62,7 +62,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "aa-svd healed": ("aa-svd", {"heal": 25}),
     "eckart healed": ("eckart", {"heal": 25}),
     "svd-llm healed": ("svd-llm", {"heal": 25}),
-    "svd-llm, LoRA": ("svd-llm", {"heal": 10, "heal_kind": "lora", "heal_rate": 1e-3}),
+    "svd-llm, LoRA": ("svd-llm", {"heal": 2, "heal_kind": "lora", "heal_rate": 1e-3}),
     "fusegpt": ("fusegpt", {"epochs": 5}),
     # About 150 steps of 512 tokens each, which take a minute on one core; dobi-svd trains ranks only.
     "svd-llm trained": ("pela", {"start": "inputs", "features": 0.0, "departure": 0.0, "tune": 150, "batch": 2}),

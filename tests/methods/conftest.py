@@ -21,6 +21,7 @@ FEWER = {
     "compot": {"iterations": 2},
     "oats": {"iterations": 2},
     "lrq": {"heal": 1},
+    "fusegpt": {"epochs": 1},
     "eckart-mixed": {"iterations": 1},
     "trp": {"steps": 4, "interval": 2},
     "pela": {"tune": 3},

@@ -41,7 +41,8 @@ def test_the_budget_is_met(method, compressed):
     outcome = compressed(method)
     held = load_file(outcome.out / "model.safetensors")
     stored = sum(t.numel() for t in held.values() if t.is_floating_point())
-    least = 0.62 if method == "slicegpt" else 0.69  # widths are multiples of the eight heads: steps of an eighth
+    # widths are multiples of the eight heads: steps of an eighth; blocks go whole, of five
+    least = {"slicegpt": 0.62, "shortgpt": 0.52, "fusegpt": 0.52}.get(method, 0.69)
     assert least <= outcome.plan.kept <= 0.7
     assert stored == outcome.plan.parameters_after
     assert outcome.plan.parameters_before == 260032

@@ -87,8 +87,14 @@ class Case:
         return f"{self.method}-file-{self.kill_in_file}" if self.kill_in_file else f"{self.method}-{self.largest_file}"
 
 
-SETTINGS = {"aa-svd": {"heal": 1}, "acip": {"steps": 60, "tune": 60, "batch": 1}, "zs-svd": {"corrections": 2}}
-ELASTIC = {"elastic": {"method": "eckart", "elastic": True}}
+SETTINGS = {
+    "aa-svd": {"heal": 1},
+    "acip": {"steps": 60, "tune": 60, "batch": 1},
+    "zs-svd": {"corrections": 2},
+    "fusegpt": {"epochs": 60},  # of one batch
+    "lora": {"heal": 60, "heal_kind": "lora"},
+}
+OTHERS = {"elastic": {"method": "eckart", "elastic": True}, "lora": {"method": "svd"}}
 KILLED = [
     Case("eckart", ["forward", 0]),
     Case("eckart", ["forward", 3]),
@@ -120,6 +126,14 @@ KILLED = [
     Case("acip", kill_in_file=2),
     # truncated weights, their gradients, corrected weights, their statistics; then those of the second correction
     *(Case("zs-svd", kill_in_file=n) for n in (31, 55, 64, 80, 120, 150)),
+    Case("fusegpt", ["fuse", 7]),
+    Case("fusegpt", ["fuse", 113]),
+    Case("fusegpt", ["write", 0]),
+    Case("fusegpt", kill_in_file=2),
+    Case("lora", ["lora", 53]),
+    Case("lora", ["lora", 117]),
+    Case("lora", ["write", 0]),
+    Case("lora", kill_in_file=13),
 ]
 # bytes: nothing fits; statistics fit, but hidden states do not; blocks fit, but the output does not
 FULL = [Case("eckart", largest_file=size) for size in (300, 20_000, 700_000)]
@@ -139,6 +153,8 @@ USUAL = {
     "acip-train-53",
     "acip-tune-57",
     "zs-svd-file-120",
+    "fusegpt-fuse-113",
+    "lora-lora-117",
 }
 
 
@@ -171,7 +187,7 @@ class Runs:
             "out": str(folder / "work" / "out"),
             "cache": str(folder / "cache"),
             "answer": str(folder / which),
-            "arguments": arguments | {"settings": SETTINGS.get(method, {})} | ELASTIC.get(method, {}),
+            "arguments": arguments | {"settings": SETTINGS.get(method, {})} | OTHERS.get(method, {}),
             **limits,
         }
 
@@ -213,6 +229,12 @@ def test_what_was_finished_is_not_done_again(case, runs):
     first = {name: n for name, n, _ in reversed(steps)}  # the first step of every stage
     if stage == "forward":
         assert first["forward"] == done
+        return
+    if case.method in ("fusegpt", "lora"):
+        at = done if stage in ("fuse", "lora") else 120
+        start = at // 60 * 60 + at % 60 // 50 * 50  # two runs of 60 steps, a state every 50
+        again = {n for name, n, _ in steps if name in ("fuse", "lora")} - {0, 60, 120}
+        assert all(n >= start for n in again)
         return
     assert "forward" not in first or first["forward"] == 5
     if case.method == "acip":

@@ -21,8 +21,12 @@ from eckart.progress import silent
 from eckart.stats import CrossSum, Store, collect_gradients, collect_inputs
 
 NAMES = list(METHODS)
-# The others find their maps by training.
-CLOSED_FORM = [name for name in NAMES if (learner := recipe_of(name).learner) is None or learner.search is None]
+# The others find their maps by training, or remove blocks and have none.
+CLOSED_FORM = [
+    name
+    for name in NAMES
+    if recipe_of(name).removal is None and ((learner := recipe_of(name).learner) is None or learner.search is None)
+]
 
 
 @pytest.mark.parametrize("method", NAMES)
@@ -83,6 +87,13 @@ def test_published_defaults():
         ("gptq", {"bits": 0}, "bits=0 leaves this method nothing to do; give 2, 3, 4 or 8"),
         ("modegpt", {"allocation": "knapsack"}, "allocation=knapsack does not know hidden units; use uniform or infl"),
         ("slicegpt", {"storage": "pivoted"}, "slicing changes the whole model at once: leave allocation, storage"),
+        ("fusegpt", {"embeddings": True}, "removing blocks changes the whole model at once: leave allocation, storage"),
+        ("fusegpt", {"bits": 4}, "narrower layers are not stored in codes; leave bits at 0"),
+        ("fusegpt", {"base_rate": 0.0}, "base_rate must be positive, got 0.0"),
+        ("svd", {"heal_kind": "lora", "heal": 1, "bits": 4}, "heal_kind=lora trains the factors of low-rank and pivot"),
+        ("modegpt", {"heal_kind": "lora", "heal": 1}, "for other structures and for bits leave heal_kind=blockwise"),
+        ("cospadi", {"heal_kind": "lora", "heal": 1}, "for other structures and for bits leave heal_kind=blockwise"),
+        ("svd", {"heal_rank": 0}, "heal_rank must be at least 1, got 0"),
         ("modegpt", {"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ("svd", {"allocation": "zero-sum"}, "allocation=zero-sum needs the gradients of the weights, which zs-svd"),
         ("zs-svd", {"embeddings": True}, "zero-sum scores know linear layers only; leave embeddings=false"),
@@ -234,6 +245,7 @@ OVERRIDES = [
     {"embeddings": True, "storage": "pivoted", "allocation": "knapsack"},
     {"round_to": 8},
     {"heal": 1},
+    {"heal": 1, "heal_kind": "lora"},
     {"bits": 8},
     {"bits": 4, "heal": 1},
     {"bits": 4, "embeddings": True, "storage": "pivoted"},

@@ -248,7 +248,9 @@ def with_config(model: OpenModel, raw: dict[str, Any]) -> PreTrainedModel:
         config = type(model.config).from_dict(raw)
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise EckartError(f"no {type(model.model).__name__} can be made with that change: {_reason(error)}") from error
-    return _skeleton(type(model.model), config, model.folder).float().eval()
+    made = _skeleton(type(model.model), config, model.folder).float().eval()
+    made.tie_weights()
+    return made
 
 
 def _reason(error: Exception) -> str:

@@ -260,24 +260,29 @@ def check_order(stack: Stack) -> None:
     parts = anatomy(model)
     origin = dict(zip(parts.blocks, (job.parts.blocks[index] for index in stack.kept), strict=False))
 
-    def load(module: nn.Module, name: str) -> None:
-        block = next((new for new in origin if name == new or name.startswith(f"{new}.")), None)
-        job.model.load(module, name if block is None else origin[block] + name.removeprefix(block))
+    def before(name: str) -> str:
+        block = next((new for new in origin if f"{name}.".startswith(f"{new}.")), None)
+        return name if block is None else origin[block] + name.removeprefix(block)
 
-    if len(parts.blocks) == len(stack.kept):
+    def load(module: nn.Module, name: str) -> None:
+        job.model.load(module, before(name))
+
+    shapes = {before(name): tuple(p.shape) for name, p in model.named_parameters()}
+    same = {name: shape for name, shape in job.model.parameters.items() if block_of(job, name) in (None, *stack.kept)}
+    if shapes == same:
         runner, sample = Blockwise(model, parts, load, job.runner.device), [job.calibration[0][:1]]
-        before, after = enter(job.runner, sample), enter(runner, sample)
-        x, differences = before.hidden[0], [0.0]
+        original, short = enter(job.runner, sample), enter(runner, sample)
+        x, differences = original.hidden[0], [0.0]
         for new, old in enumerate(stack.kept):
             with job.runner.resident(job.parts.blocks[old]) as block, runner.resident(parts.blocks[new]) as moved:
-                wanted = job.runner.run(block, x, before.calls[0][old])
-                found = runner.run(moved, x, after.calls[0][new])
+                wanted = job.runner.run(block, x, original.calls[0][old])
+                found = runner.run(moved, x, short.calls[0][new])
             differences.append(float((found - wanted).norm() / wanted.norm()))
             x = wanted
         if max(differences) <= TOLERANCE:
             return
     raise EckartError(
-        f"what a block of {type(model).__name__} does depends on how many come before it, so none can be removed; use "
+        f"what a block of {type(model).__name__} is depends on how many come before it, so none can be removed; use "
         "another method"
     )
 
