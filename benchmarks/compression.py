@@ -62,8 +62,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "aa-svd healed": ("aa-svd", {"heal": 25}),
     "eckart healed": ("eckart", {"heal": 25}),
     "svd-llm healed": ("svd-llm", {"heal": 25}),
-    "svd-llm, LoRA": ("svd-llm", {"heal": 2, "heal_kind": "lora", "heal_rate": 1e-3}),
-    "fusegpt": ("fusegpt", {"epochs": 5}),
+    "svd-llm LoRA healed": ("svd-llm", {"heal": 2, "heal_kind": "lora", "heal_rate": 1e-3}),
+    "fusegpt trained": ("fusegpt", {"epochs": 5}),
     # About 150 steps of 512 tokens each, which take a minute on one core; dobi-svd trains ranks only.
     "svd-llm trained": ("pela", {"start": "inputs", "features": 0.0, "departure": 0.0, "tune": 150, "batch": 2}),
     "pela trained": ("pela", {"tune": 150, "batch": 2}),
@@ -74,7 +74,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dobi-svd, by tokens": ("dobi-svd", {"steps": 20, "batch": 2, "components": "tokens"}),
 }
 LEARNED = (
-    *("aa-svd healed", "eckart healed", "svd-llm healed", "svd-llm, LoRA", "fusegpt"),
+    *("aa-svd healed", "eckart healed", "svd-llm healed", "svd-llm LoRA healed", "fusegpt trained"),
     *("svd-llm trained", "pela trained", "trp trained", "maestro trained", "acip trained", "dobi-svd"),
     "dobi-svd, by tokens",
 )

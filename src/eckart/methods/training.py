@@ -120,12 +120,9 @@ def train(
     Raises:
         EckartError: if the loss becomes NaN, Inf or far larger than it was at first; the last good state is kept.
     """
-    accelerator = Accelerator(cpu=samples.device.type == "cpu")
-    if accelerator.num_processes > 1:
-        raise EckartError("training runs in one process; start the command without a launcher")
+    accelerator = _accelerator(samples.device)
     parameters = {name: p for name, p in trained.named_parameters() if p.requires_grad}
-    groups = _groups(parameters, share)
-    optimizer = accelerator.prepare(torch.optim.AdamW(groups, lr=course.rate, weight_decay=0.0))
+    optimizer = accelerator.prepare(torch.optim.AdamW(_groups(parameters, share), lr=course.rate, weight_decay=0.0))
     run = _Run(trained, parameters, optimizer, state)
     index, finished, first = run.restore()
     while index < course.steps and not finished:
@@ -153,6 +150,13 @@ def train(
         run.save(index, True, first or 0.0)
     optimizer.zero_grad(set_to_none=True)
     progress(stage, course.steps, course.steps)
+
+
+def _accelerator(device: torch.device) -> Accelerator:
+    accelerator = Accelerator(cpu=device.type == "cpu")
+    if accelerator.num_processes > 1:
+        raise EckartError("training runs in one process; start the command without a launcher")
+    return accelerator
 
 
 def _groups(parameters: Mapping[str, nn.Parameter], share: Share) -> list[dict[str, Any]]:

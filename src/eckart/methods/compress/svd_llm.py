@@ -4,7 +4,7 @@
     update, block by block on the inputs x^ of the compressed model:  W_u = argmin E |W x^ - W_u W_v x^|^2
 
 Structure: low rank. Metric: input second moment. Budget: uniform. Solver: SVD, least squares for the update.
-Trained: nothing (the paper's LoRA healing is separate).
+Trained: nothing; the paper's LoRA healing is `heal=2 heal_kind=lora`, for this method as for others.
 
 Source: Wang et al. 2024, "SVD-LLM", section 3; the update regresses the layer's own dense output on the compressed
 inputs, as in the authors' code (AIoT-MLSys-Lab/SVD-LLM, `local_update`).
