@@ -13,9 +13,9 @@ class LayerPlan:
         name: its module name.
         kind: "linear", "embedding" (with the head tied to it, if it is) or "head".
         shape: (out, in); (vocabulary, width) for an embedding.
-        structure: "dense", "lowrank", "pivoted", "neurons", "heads", "sliced", "removed" or the name of a family; "shared
-            lowrank" and the like where layers have one factor together, whose numbers are counted with its owner; with
-            "int4" for codes of 4 bits, "int4" alone for dense ones.
+        structure: "dense", "lowrank", "pivoted", "neurons", "heads", "sliced", "removed" or a family's name; "shared
+            lowrank" and the like where layers have one factor together, whose numbers are counted with its owner;
+            with "int4" for codes of 4 bits, "int4" alone for dense ones.
         rank: rank of the weight (full for dense), or how much there is of another structure.
         numbers: numbers stored, bias and codes included.
         dense_numbers: the same before compression.
