@@ -29,7 +29,7 @@ from eckart.methods.compress.job import Job
 from eckart.methods.compress.outcome import LayerPlan, Measured, Plan, Spent
 from eckart.methods.compress.removal import Removal
 from eckart.methods.compress.sweep import measured, rounded
-from eckart.progress import Progress
+from eckart.progress import Progress, later
 from eckart.stats import Stream, advance, enter
 
 REMOVED = "removed"
@@ -157,17 +157,13 @@ def _one_by_one(stack: Stack, needed: int, folder: Path, progress: Progress, las
                 removal,
                 state=folder / f"fuse-{done:03d}.safetensors",
                 seed=job.request.seed,
-                progress=partial(_tell, progress, before, total),
+                progress=later(progress, before, total),
             )
         stack.kept = staying
         del stack.held[removed]
         done += 1
     progress("fuse", needed * steps, needed * steps)
     return stack
-
-
-def _tell(progress: Progress, before: int, total: int, done: int) -> None:
-    progress("fuse", before + done, total)
 
 
 def _removal(job: Job) -> Removal:

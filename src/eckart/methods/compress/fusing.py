@@ -1,6 +1,6 @@
 """Grafting a removed block's weights onto the blocks around it, by training these towards what all of them gave."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from eckart.hosts import Blockwise, Call, linear_layers
 from eckart.methods.compress.removal import Removal
 from eckart.methods.compress.updates import BiasGraft, Graft, changed, fold
 from eckart.methods.training import Course, Step, train
+from eckart.progress import Progress
 from eckart.stats import Stream
 
 
@@ -29,7 +30,7 @@ def graft(
     *,
     state: Path,
     seed: int,
-    progress: Callable[[int], None],
+    progress: Progress,
 ) -> None:
     """Change the blocks of a group in place so that they give without the removed block what they gave with it.
 
@@ -41,7 +42,7 @@ def graft(
         removal: how they are trained.
         state: file of the run's state.
         seed: seed of order and draws.
-        progress: called with the number of steps done.
+        progress: told of the stage "fuse".
 
     Raises:
         EckartError: if the loss diverges; the last good state is kept.
@@ -67,7 +68,7 @@ def graft(
         seed=seed,
         stage="fuse",
         share=lambda name: 1.0 if "coefficients" in name else removal.base_rate / removal.rate,
-        progress=lambda _, done, __: progress(done),
+        progress=progress,
     )
     fold(staying.values())
 

@@ -28,7 +28,7 @@ from eckart.methods.compress.measure import whole_loss, whole_losses
 from eckart.methods.compress.outcome import Measured
 from eckart.methods.compress.updates import LowRankUpdate, changed, fold
 from eckart.methods.training import Course, Step, train
-from eckart.progress import Progress
+from eckart.progress import Progress, later
 
 ALPHA = 16.0
 # Windows of text per step.
@@ -60,16 +60,18 @@ def heal_by_lora(
     windows = torch.cat(job.samples.batches).to(job.runner.device)
     steps = job.recipe.heal * -(-len(windows) // BATCH)
     sides = sides_of(model, job.parts.blocks)
+
+    def loss(step: Step) -> tuple[Tensor, Tensor]:
+        found = whole_loss(model, step.samples)
+        return found, found
+
     for number, leaves in enumerate(sides):
+        if not leaves:  # all are shared
+            continue
         generator = torch.Generator().manual_seed(job.request.seed)
         for leaf in leaves.values():
             rank = job.recipe.heal_rank
             changed(leaf, "weight", LowRankUpdate(leaf.get_parameter("weight"), rank, ALPHA / rank, generator))
-
-        def loss(step: Step) -> tuple[Tensor, Tensor]:
-            found = whole_loss(model, step.samples)
-            return found, found
-
         train(
             nn.ModuleList(leaves.values()),
             windows,
@@ -78,7 +80,7 @@ def heal_by_lora(
             state=partial.path(f"lora-{number}"),
             seed=job.request.seed + number,
             stage="lora",
-            progress=lambda _, done, __, start=number * steps: progress("lora", start + done, 2 * steps),  # type: ignore[misc]
+            progress=later(progress, number * steps, 2 * steps),
         )
         fold(leaves.values())
     healed = _rounded(folder, {name: leaf for leaves in sides for name, leaf in leaves.items()})
