@@ -189,10 +189,10 @@ def _removals(job: Job) -> int:
     """Return how many blocks have to go if the first do.
 
     Raises:
-        EckartError: if the budget is less than the smallest block and all around the blocks.
+        EckartError: if the budget is less than one block and all around the blocks.
     """
     count = len(job.parts.blocks)
-    if not any(fits(job, [index]) for index in range(count)):
+    if not all(fits(job, [index]) for index in range(count)):  # whichever would be the last to stay
         limit = job.request.limit
         whole = job.model.nbytes if limit.measure == BYTES else job.model.numel
         raise EckartError(
