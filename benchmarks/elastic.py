@@ -17,8 +17,8 @@ from harness import load, require_shared, save
 
 MODELS = ("stories3m", "stories260k")
 LARGEST, LEAST = 0.9, 0.5
-# Beside the sizes that components are fitted at, some between them.
-KEEP = (0.9, 0.8, 0.7, 0.6, 0.5, 0.75, 0.55)
+# The sizes that components are fitted at, and some halfway between them.
+KEEP = (0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.725, 0.675, 0.525)
 
 
 def bytes_of(folder: Path) -> int:

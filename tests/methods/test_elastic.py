@@ -21,7 +21,7 @@ from transformers import (
 
 import eckart
 from eckart.errors import EckartError
-from eckart.files.elastic import nearest, read_order
+from eckart.files.elastic import ElasticLayer, coded_downs, nearest, read_order
 from eckart.fit import metric, regress
 from eckart.fit.refit import refit_down
 from eckart.maps import LowRank
@@ -89,6 +89,24 @@ def test_refitted_down_factors_are_the_least_squares_solution_and_nested(m, n, s
     expected = torch.linalg.solve(up.mT @ b @ up, up.mT @ b @ weight @ other.cross @ other.shifted.inverse())
     torch.testing.assert_close(down, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(refit_down(weight, up[:, :1], other), down[:1])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=4), st.integers(1, 9), st.integers(0, 1 << 16))
+def test_down_factors_are_read_back_to_within_half_a_step(grown, n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ranks = [1 + sum(grown[: i + 1]) for i in range(len(grown))] + [0]  # dense at the largest size
+    layer = ElasticLayer("l", "linear", (20, n), "block-0000", 0, None, True, False, tuple(ranks), 4)
+    whole = torch.randn(max(ranks), n, dtype=torch.float64, generator=generator)
+    noise = [0.1 * torch.randn(rank, n, dtype=torch.float64, generator=generator) for rank in ranks]
+    downs = [whole[:rank] + each for rank, each in zip(ranks, noise, strict=True)]
+    tensors, read = coded_downs(layer, downs, torch.float32)
+    # one dense-sized tensor, and codes for every smaller size
+    assert sum(t.is_floating_point() and t.ndim == 2 for t in tensors.values()) == 1
+    assert all(len(t) == ranks[int(name.rpartition(".")[2])] for name, t in tensors.items() if name != "l.down")
+    for i, (down, back) in enumerate(zip(downs, read, strict=True)):
+        scale = tensors[f"l.scale.{i}"][:, None] if f"l.scale.{i}" in tensors else torch.zeros(len(down), 1)
+        assert bool(((down - back).abs() <= 0.5001 * scale + 1e-6).all())
 
 
 @pytest.mark.parametrize("keep", KEEPS)

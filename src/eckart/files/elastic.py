@@ -4,20 +4,24 @@ Beside what every compressed folder holds, at its largest size, lies
 
     elastic/order.safetensors      "steps" (s, 2) int32 and "losses" (s,) float64; the layers as JSON in the metadata
     elastic/NAME.safetensors       for one part of the model (embedding, block-0000, ..., head), the components of its
-                                   layers: "<layer>.up" (k, m), one row per component, and "<layer>.down" (k, n), or
-                                   "<layer>.down.i" for the i-th size that the components were fitted at
+                                   layers: "<layer>.up" (k, m) and "<layer>.down" (k, n), one row per component, and
+                                   for the i-th size but the largest that the layer has components at,
+                                   "<layer>.codes.i" (k_i, ceil(6 n / 8)) uint8 and "<layer>.scale.i" (k_i,) float32
 
 Components are ordered by importance: rank r is the first r rows. A step (l, r) says that layer l goes to rank r, or is
 left dense where r is 0; the first step of every layer is its least rank, and the others are in the order of the
 predicted loss they save per number, over all layers. A size is the longest prefix of the steps that fits.
 
 The up factors are shared by all sizes. The down factors also undo what the layers before have lost, which differs from
-size to size; a size uses those fitted at the nearest one.
+size to size; a size uses those fitted at the nearest one. They differ little from one fitted size to the next, so only
+the difference is held, in codes of six bits (packed as in `eckart.maps.Quantized`):
+
+    V_i = V_(i+1) + scale_i (codes_i - 32),    with the first k_i rows of V_(i+1)
 """
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +34,12 @@ from eckart.atomic import write_tensors
 from eckart.errors import EckartError
 from eckart.files.entries import EMBEDDING
 from eckart.hosts import EmbeddingHost, host, map_of, offset_of
-from eckart.maps import LinearMap, LowRank, storage, stored
+from eckart.maps import LinearMap, LowRank, pack, storage, stored, unpack
 
 FOLDER, ORDER, KEY = "elastic", "order", "eckart_elastic"
+LAYOUT = 2
+# Bits of a difference between two sizes: eight lose no more than six, four up to a tenth of a percent (docs/LOG.md).
+BITS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +74,15 @@ class ElasticLayer:
     def table(self) -> bool:
         """Whether it is an embedding."""
         return self.kind == EMBEDDING
+
+    def changes(self, near: int) -> list[int]:
+        """Return the sizes whose differences lead from the down factors held to those of a size, in that order."""
+        return [] if self.shared else [i for i in self.held if i >= near][-2::-1]
+
+    @property
+    def held(self) -> list[int]:
+        """The sizes at which it is cut, ascending."""
+        return [i for i, rank in enumerate(self.ranks) if rank]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +174,21 @@ class Elastic:
         path = self.folder / FOLDER / f"{layer.part}.safetensors"
         try:
             with safe_open(path, "pt") as handle:
-                up = handle.get_slice(f"{name}.up")[:rank]
-                down = handle.get_slice(f"{name}.down" if layer.shared else f"{name}.down.{near}")[:rank]
+                up, held = (handle.get_slice(f"{name}.{part}")[:rank] for part in ("up", "down"))
+                changes = [
+                    (handle.get_slice(f"{name}.codes.{i}")[:rank], handle.get_slice(f"{name}.scale.{i}")[:rank])
+                    for i in layer.changes(near)
+                ]
         except (SafetensorError, OSError) as error:
             raise EckartError(f"{path} is missing, damaged or incomplete ({error}); copy the folder again") from error
-        if up.shape != (up.shape[0], layer.shape[0]) or down.shape != (up.shape[0], layer.shape[1]):
-            came = f"{tuple(up.shape)} and {tuple(down.shape)}"
+        (m, n), k = layer.shape, len(up)  # fewer than asked for if the layer itself has no more
+        came = [tuple(t.shape) for t in (up, held, *(t for change in changes for t in change))]
+        if came != [(k, m), (k, n), *(len(changes) * [(k, -(-n * BITS // 8)), (k,)])]:
             raise EckartError(f"the components of {name} in {path} are {came}, not those of a {layer.shape} layer")
-        return built_map(up, down, self.stored, table=layer.table)
+        down = held.double()
+        for codes, scale in changes:
+            down = _changed(down, codes, scale)
+        return built_map(up, down.to(held.dtype), self.stored, table=layer.table)
 
     def entry(self, name: str, map_: LinearMap) -> dict[str, Any]:
         """Return the entry of a cut layer in config.json."""
@@ -192,6 +215,39 @@ def built_map(up: Tensor, down: Tensor, storage_name: str, *, table: bool) -> Li
         table: whether it is an embedding.
     """
     return stored(LowRank(up.mT.double(), down.double()), storage_name, table=table).to(up.dtype)
+
+
+def coded_downs(
+    layer: ElasticLayer, downs: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Return the tensors that hold a layer's down factors, and the factors as they are read back.
+
+    Args:
+        layer: the layer.
+        downs: (k_i, n) float64 for every size, ascending; k_i never falls, but is 0 where the layer is dense.
+        dtype: of the numbers stored.
+    """
+    sizes, name = layer.held, layer.name
+    read = [down.to(dtype) for down in downs]
+    tensors = {f"{name}.down": read[sizes[-1]]}
+    now = read[sizes[-1]].double()
+    for i in reversed(sizes[:-1]):
+        now = now[: len(downs[i])]
+        change = downs[i] - now
+        scale = (change.abs().amax(1) / (2 ** (BITS - 1) - 1)).float()
+        steps = (change / scale.double().clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round()
+        limit = 2 ** (BITS - 1)
+        codes = pack((steps.clamp(1 - limit, limit - 1) + limit).to(torch.uint8), BITS)
+        now = _changed(now, codes, scale)
+        tensors |= {f"{name}.codes.{i}": codes, f"{name}.scale.{i}": scale}
+        read[i] = now.to(dtype)
+    return tensors, read
+
+
+def _changed(down: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """Return the down factors (k, n) float64 of the next smaller size."""
+    steps: Tensor = unpack(codes, down.shape[1], BITS).double() - 2 ** (BITS - 1)
+    return torch.addcmul(down, scale.double()[:, None], steps)
 
 
 def module_of(map_: LinearMap, layer: ElasticLayer, bias: Tensor | None) -> nn.Module:
@@ -227,7 +283,7 @@ def nearest(sizes: tuple[float, ...], keep: float) -> int:
 def write_order(elastic: Elastic, path: Path) -> None:
     """Write the order of the components."""
     plain = {key: getattr(elastic, key) for key in ("sizes", "parameters", "fixed", "stored", "unit", "tied_head")}
-    text = json.dumps({"format": 1, **plain, "layers": [asdict(layer) for layer in elastic.layers]})
+    text = json.dumps({"format": LAYOUT, **plain, "layers": [asdict(layer) for layer in elastic.layers]})
     write_tensors(path, {"steps": elastic.steps, "losses": elastic.losses}, {"format": "pt", KEY: text})
 
 
@@ -255,8 +311,9 @@ def read_order_file(path: Path, folder: Path) -> Elastic:
         with safe_open(path, "pt") as handle:
             values: Mapping[str, Any] = json.loads(handle.metadata()[KEY])
             steps, losses = handle.get_tensor("steps"), handle.get_tensor("losses")
-        if values["format"] != 1:
-            raise EckartError(f"{path} has format {values['format']}, but this version reads 1; update eckart")
+        if values["format"] != LAYOUT:
+            came = f"{path} has format {values['format']}, but this version reads {LAYOUT}"
+            raise EckartError(f"{came}; make the folder again or use the version of eckart that made it")
         layers = tuple(
             ElasticLayer(**{**layer, "shape": tuple(layer["shape"]), "ranks": tuple(layer["ranks"])})
             for layer in values["layers"]

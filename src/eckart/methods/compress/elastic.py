@@ -20,7 +20,16 @@ from torch import Tensor, nn
 from eckart.atomic import write_tensors
 from eckart.budget import Candidates, Option, hull, upgrades
 from eckart.errors import EckartError
-from eckart.files.elastic import FOLDER, ORDER, Elastic, ElasticLayer, built_map, read_order_file, write_order
+from eckart.files.elastic import (
+    FOLDER,
+    ORDER,
+    Elastic,
+    ElasticLayer,
+    built_map,
+    coded_downs,
+    read_order_file,
+    write_order,
+)
 from eckart.files.writing import LayerRecord, Partial
 from eckart.fit import regress
 from eckart.fit.refit import refit_down
@@ -35,7 +44,7 @@ from eckart.progress import Progress
 from eckart.stats import CrossMoments, CrossSum, Stream, advance, enter, load_hidden, save_hidden
 
 # Components are fitted at the largest size and at every multiple of this below it.
-STEP = 0.1
+STEP = 0.05
 
 
 def sizes_of(limit: Limit, least: float) -> tuple[float, ...]:
@@ -109,7 +118,7 @@ def _ordered(job: Job, layers: Sequence[Layer], table: Sequence[Candidates]) -> 
         for name, found in ranks.items():
             cuts = [plan[name].rank for plan in plans]
             # between a rank and dense, what is nearest below dense may be chosen
-            found.append(0 if not any(cuts) else max(cuts) if all(cuts) else last[name])
+            found.append(0 if not any(cuts) else max([*cuts, *found]) if all(cuts) else last[name])
     exact = []
     for layer in first.layers:
         most = largest[layer.name].rank
@@ -190,10 +199,11 @@ class ElasticSweep(Sweep):
             downs = [down] * len(self.plans)
         else:
             downs = []
-            for i, (cross, rank) in enumerate(zip(crosses[1:], described.ranks, strict=True)):
+            for cross, rank in zip(crosses[1:], described.ranks, strict=True):
                 seen = self.known.metric(layer, weight, cross) or metric
-                downs.append(refit_down(weight, factors.up[:, :rank], seen).to(dtype))
-                held[f"{name}.down.{i}"] = downs[-1]
+                downs.append(refit_down(weight, factors.up[:, :rank], seen))
+            tensors, downs = coded_downs(described, downs, dtype)
+            held |= tensors
         cuts = [plan[name].rank for plan in self.plans]
         return [
             built_map(up[:k], down[:k], self.elastic.stored, table=layer.kind == EMBEDDING) if k else None
