@@ -12,6 +12,8 @@ from eckart import _autoload
 from eckart.errors import EckartError as EckartError
 
 if TYPE_CHECKING:
+    from eckart.files.attention import AdaptiveAttention as AdaptiveAttention
+    from eckart.files.attention import load_attention as load_attention
     from eckart.files.delta import Restored as Restored
     from eckart.files.delta import restore as restore
     from eckart.files.delta import show_delta as show_delta
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from eckart.maps import Blocks as Blocks
     from eckart.maps import Dense as Dense
     from eckart.maps import Diagonal as Diagonal
+    from eckart.maps import Gated as Gated
     from eckart.maps import LinearMap as LinearMap
     from eckart.maps import LowRank as LowRank
     from eckart.maps import Masked as Masked
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
     from eckart.maps import linear_map as linear_map
     from eckart.maps import pivot as pivot
     from eckart.maps import simplify as simplify
+    from eckart.methods.attention import adaptive_attention as adaptive_attention
     from eckart.methods.compress.outcome import LayerPlan as LayerPlan
     from eckart.methods.compress.outcome import Outcome as Outcome
     from eckart.methods.compress.outcome import Plan as Plan
@@ -71,6 +75,8 @@ PUBLIC: dict[str, str] = {
         "eckart.methods.compress.outcome": ("Plan", "LayerPlan", "Outcome"),
         "eckart.methods.compress.table": ("METHODS",),
         "eckart.methods.evaluate": ("evaluate", "Evaluation"),
+        "eckart.methods.attention": ("adaptive_attention",),
+        "eckart.files.attention": ("AdaptiveAttention", "load_attention"),
         "eckart.methods.delta.ere": ("delta",),
         "eckart.methods.delta.outcome": ("Delta", "TensorDelta"),
         "eckart.files.delta": ("restore", "Restored", "show_delta"),
@@ -84,6 +90,7 @@ PUBLIC: dict[str, str] = {
             "FAMILIES", "LinearMap", "linear_map", "simplify", "pivot",
             "Dense", "LowRank", "Pivoted", "Diagonal", "Permutation", "Selection", "Placement", "Sparse", "NM",
             "Bitmap", "Quantized", "Scattered", "Sum", "Product", "Scaled", "Blocks", "RowNormalized", "Masked",
+            "Gated",
         ),
     }.items()
     for name in names

@@ -18,6 +18,7 @@ from eckart.maps.dense import Diagonal as Diagonal
 from eckart.maps.facts import Fact as Fact
 from eckart.maps.facts import facts as facts
 from eckart.maps.facts import rank_bound as rank_bound
+from eckart.maps.gated import Gated as Gated
 from eckart.maps.lowrank import LowRank as LowRank
 from eckart.maps.lowrank import lowrank_numbers as lowrank_numbers
 from eckart.maps.lowrank import random_lowrank as random_lowrank
