@@ -2,24 +2,26 @@
 
     python benchmarks/attention.py [--models stories3m ...] [--samples 16] [--time-only]
 
-Ranks are calibrated on windows of the training split, as long as the model reads at most, and measured on windows of the
-validation split. The loss is that of every token but a window's first. Times are of the attention function alone, on
+Ranks are calibrated on windows of the training split, as long as the model reads at most, and measured on windows of
+the validation split. The loss is that of every token but a window's first. Times are of the attention function alone on
 random queries and keys: exact, and at a fixed share of the head dimension with the errors that a policy would see.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
 from eckart.files.attention import adaptive_forward, install
 from eckart.files.text import load_tokenizer, read_documents, windows
 from eckart.hosts.attention import FixedRank, RankGate
 from eckart.methods.attention import POLICIES, gated, measured, policies
 from harness import load, medians, require_shared, save
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 MODELS = ("stories3m", "babyllama105")
 SHARES = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
@@ -76,7 +78,8 @@ def times() -> list[dict[str, Any]]:
             contenders[name].add_module("eckart_rank", RankGate(map_, FixedRank(map_.ranks.index(rank))))
         for module in contenders.values():
             module.is_causal = True  # type: ignore[assignment]
-        found = medians({n: lambda m=m: adaptive_forward(m, q, k, v, None) for n, m in contenders.items()}, runs=7)
+        calls = {name: partial(adaptive_forward, each, q, k, v, None) for name, each in contenders.items()}
+        found = medians(calls, runs=7)
         row = {"kind": "time", "heads": heads, "tokens": tokens, "dimension": d, "exact": found["exact"]}
         rows.append(row | {name: found[name] / found["exact"] for name in ranks})
         print(rows[-1], flush=True)

@@ -155,6 +155,7 @@ def pages() -> dict[Path, str]:
         "constants": results("constants"),
         "sparse_coding": results("sparse_coding"),
         "elastic": results("elastic"),
+        "attention": results("attention"),
         "equal_bytes": results("equal_bytes"),
         "delta": results("delta"),
     }
