@@ -55,7 +55,14 @@ def quality(shared: Path, name: str, samples: int) -> list[dict[str, Any]]:
             made = policies(policy, seen, share)
             adapted = install(model, {n: RankGate(layer.map, made[n]) for n, layer in seen.items()})
             found, own = loss(model, held_out), [gate.total / gate.calls for gate in adapted.gates.values()]
-            row = {"kind": "loss", "model": name, "length": length, "policy": policy, "share": share}
+            row = {
+                "kind": "loss",
+                "model": name,
+                "length": length,
+                "windows": samples,
+                "policy": policy,
+                "share": share,
+            }
             row |= {"mean": adapted.mean_rank(), "layers": own, "loss": found, "dense loss": dense}
             adapted.remove()
             rows.append(row)
