@@ -1,6 +1,6 @@
 """Elastic folders against direct compression: what the model still knows at each size, and what the folder weighs.
 
-    python benchmarks/elastic.py [--models stories3m ...] [--keep 0.8 ...] [--again]
+    python benchmarks/elastic.py [--models stories3m ...] [--keep 0.8 ...] [--again] [--folder DIR]
 
 One folder is made per model, elastic from 0.9 to 0.5, and cut to every size; the rival is compressed to that size with
 the same text. Calibration is on the training split, the loss on text A of benchmarks/compression.py.
@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--keep", nargs="+", type=float, default=list(KEEP))
     parser.add_argument("--again", action="store_true", help="measure rows anew that are there already")
+    parser.add_argument("--folder", type=Path, help="elastic folder of the one model, made before with the same text")
     given = parser.parse_args()
     shared = require_shared()
     text = shared / "data/tinystories/train.txt.gz"
@@ -42,8 +43,9 @@ def main() -> None:
             continue
         dense = shared / "models" / model
         with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "elastic"
-            eckart.compress(dense, folder, keep=LARGEST, calibration=text, elastic=True, least=LEAST)
+            folder = given.folder or Path(scratch) / "elastic"
+            if given.folder is None:
+                eckart.compress(dense, folder, keep=LARGEST, calibration=text, elastic=True, least=LEAST)
             sizes = {"elastic bytes": bytes_of(folder), "dense bytes": bytes_of(dense), "dense loss": measure(dense)}
             for keep in wanted:
                 cut, direct = Path(scratch) / f"cut-{keep}", Path(scratch) / f"direct-{keep}"
