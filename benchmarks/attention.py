@@ -26,7 +26,7 @@ from harness import load, medians, require_shared, save
 MODELS = ("stories3m", "babyllama105")
 SHARES = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 # (heads, tokens, head dimension)
-CALLS = ((8, 1024, 64), (8, 4096, 64))
+CALLS = ((8, 1024, 64), (8, 4096, 64), (4, 4096, 128))
 
 
 @torch.no_grad()
