@@ -100,7 +100,8 @@ class AdaptiveAttention:
             policies[name]["ranks"] = list(gate.ranks)
             tensors |= {f"{name}.{key}": tensor for key, tensor in more.items()}
         plain = {key: t.detach().float().cpu().contiguous() for key, t in tensors.items()}
-        write_tensors(Path(path), plain, {"format": "pt", KEY: json.dumps({"format": LAYOUT, "layers": policies})})
+        # One entry only: the order of several is drawn at random, and the bytes with it.
+        write_tensors(Path(path), plain, {KEY: json.dumps({"format": LAYOUT, "layers": policies})})
 
 
 def install(model: PreTrainedModel, gates: Mapping[str, RankGate]) -> AdaptiveAttention:
