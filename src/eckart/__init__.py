@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from eckart.maps import Dense as Dense
     from eckart.maps import Diagonal as Diagonal
     from eckart.maps import Gated as Gated
+    from eckart.maps import Interleaved as Interleaved
     from eckart.maps import LinearMap as LinearMap
     from eckart.maps import LowRank as LowRank
     from eckart.maps import Masked as Masked
@@ -89,8 +90,8 @@ PUBLIC: dict[str, str] = {
         "eckart.maps": (
             "FAMILIES", "LinearMap", "linear_map", "simplify", "pivot",
             "Dense", "LowRank", "Pivoted", "Diagonal", "Permutation", "Selection", "Placement", "Sparse", "NM",
-            "Bitmap", "Quantized", "Scattered", "Sum", "Product", "Scaled", "Blocks", "RowNormalized", "Masked",
-            "Gated",
+            "Bitmap", "Quantized", "Scattered", "Sum", "Product", "Scaled", "Blocks", "Interleaved",
+            "RowNormalized", "Masked", "Gated",
         ),
     }.items()
     for name in names

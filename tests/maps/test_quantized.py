@@ -68,7 +68,7 @@ def test_bits_behind_the_last_code_are_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bits": 5}, "got 5 bits"),
+        ({"bits": 7}, "got 7 bits"),
         ({"group": 0}, "groups of 0"),
         ({"axis": "both"}, "axis 'both'"),
         ({"width": 10}, "Quantized codes"),

@@ -7,6 +7,7 @@ ranks at once, come from the regression instead (fit/regression.py).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,16 +30,30 @@ class Family:
         numbers: (shape, size) -> floating numbers stored; rises with the size.
         index_bytes: (shape, size) -> bytes of index tensors.
         largest: (shape) -> the largest size.
-        fit: (W (m, n), metric, size) -> the fitted map, float64.
+        fitter: (W (m, n), metric) -> what gives the fitted map, float64, at any size.
         example: (shape, size, device) -> a map of that size with random numbers, for what depends on sizes alone.
+        code_bytes: where numbers are codes, (shape, size, bytes per scale) -> the most bytes stored in all.
+        offered: the sizes offered, where they are not those nearest to `SHARES`.
     """
 
     name: str
     numbers: Callable[[tuple[int, int], int], int]
     index_bytes: Callable[[tuple[int, int], int], int]
     largest: Callable[[tuple[int, int]], int]
-    fit: Callable[[Tensor, Metric, int], LinearMap]
+    fitter: Callable[[Tensor, Metric], Callable[[int], LinearMap]]
     example: Callable[[tuple[int, int], int, torch.device], LinearMap]
+    code_bytes: Callable[[tuple[int, int], int, int], int] | None = None
+    offered: tuple[int, ...] = ()
+
+    def fit(self, weight: Tensor, metric: Metric, size: int) -> LinearMap:
+        """Return the map fitted to W (m, n) at a size, float64."""
+        return self.fitter(weight, metric)(size)
+
+    def nbytes(self, shape: tuple[int, int], size: int, itemsize: int) -> int:
+        """Return the bytes stored at a size, given those of a number."""
+        if self.code_bytes is not None:
+            return self.code_bytes(shape, size, itemsize)
+        return self.numbers(shape, size) * itemsize + self.index_bytes(shape, size)
 
     def size_within(self, shape: tuple[int, int], numbers: float) -> int:
         """Return the largest size that stores at most that many numbers, 0 if none does."""
@@ -50,8 +65,17 @@ class Family:
 
     def sizes(self, shape: tuple[int, int]) -> list[int]:
         """Return the sizes offered where each has to be fitted to know its error, ascending."""
+        if self.offered:
+            return list(self.offered)
         found = {self.size_within(shape, share * math.prod(shape)) for share in SHARES}
         return sorted(found - {0})
+
+
+def fitter_of(
+    fit: Callable[[Tensor, Metric, int], LinearMap],
+) -> Callable[[Tensor, Metric], Callable[[int], LinearMap]]:
+    """Return the fitter of a family whose sizes have nothing in common."""
+    return lambda weight, metric: partial(fit, weight, metric)
 
 
 def dictionary_family(learner: Learner, ratio: float = 2.0, name: str = "dictionary") -> Family:
@@ -88,7 +112,7 @@ def dictionary_family(learner: Learner, ratio: float = 2.0, name: str = "diction
         codes = bitmap(torch.randn(shape[0], atoms, device=device), nonzeros)
         return Product((codes, Dense(torch.randn(atoms, shape[1], device=device))))
 
-    return Family(name, numbers, index_bytes, largest, fit, example)
+    return Family(name, numbers, index_bytes, largest, fitter_of(fit), example)
 
 
 def sparse_plus_lowrank_family(share: float = 0.25, iterations: int = 80, name: str = "sparse + lowrank") -> Family:
@@ -118,4 +142,4 @@ def sparse_plus_lowrank_family(share: float = 0.25, iterations: int = 80, name: 
         entries = bitmap(torch.randn(shape, device=device), size)
         return Sum((random_lowrank(shape, rank(shape, size), device), entries))
 
-    return Family(name, numbers, index_bytes, lambda shape: shape[1], fit, example)
+    return Family(name, numbers, index_bytes, lambda shape: shape[1], fitter_of(fit), example)

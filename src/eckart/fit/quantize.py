@@ -38,7 +38,7 @@ class Coding:
     """How numbers are stored as codes.
 
     Attributes:
-        bits: per code: 2, 3, 4 or 8.
+        bits: per code: 2, 3, 4, 5, 6 or 8.
         group: entries that share a scale.
         rounding: "nearest", or "feedback" of every column's error into the later ones (GPTQ).
         levels: "uniform", or "learned" per row by k-means (any4).

@@ -2,7 +2,7 @@
 
 A table E (V, d) of rank k is B F with B (V, k) looked up row by row. `LowRank(up=B, down=F)` and the column-pivoted
 `Pivoted`, in which k of the d coordinates of every token are stored and the others are combinations of them, both have
-this form. So has a product whose first factor is `Quantized`: its rows of codes are looked up. A tied head computes the
+this form. So has a product whose first factor is `Quantized`, or rows of several such: its codes are looked up. A tied head computes the
 logits h E^T with the same tensors.
 """
 
@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from eckart.errors import EckartError
 from eckart.hosts.decoding import EXTRA_CALLS, NUMBERS_PER_CALL, TemporaryDense
-from eckart.hosts.host import host, leaf, map_of
-from eckart.maps import LinearMap, LowRank, Pivoted, Product, Quantized, inverse_order
+from eckart.hosts.host import InterleavedHost, host, leaf, map_of
+from eckart.maps import Interleaved, LinearMap, LowRank, Pivoted, Product, Quantized, inverse_order
 
 
 class EmbeddingHost(TemporaryDense):
@@ -109,7 +109,7 @@ class EmbeddingHost(TemporaryDense):
 
 
 class QuantizedEmbeddingHost(EmbeddingHost):
-    """An embedding table that is `Quantized`, or a product of which the first factor is.
+    """An embedding table that is `Quantized`, or `Interleaved` of such, or a product of which the first factor is.
 
     Attributes:
         table: host of the codes, one row per token.
@@ -119,7 +119,7 @@ class QuantizedEmbeddingHost(EmbeddingHost):
     def __init__(self, map_: LinearMap, padding_idx: int | None = None) -> None:
         TemporaryDense.__init__(self)
         table, *rest = map_.maps if isinstance(map_, Product) else (map_,)
-        if not isinstance(table, Quantized) or table.axis != "rows":
+        if not has_rows_of_codes(table):
             raise EckartError(f"a quantized embedding needs one row of codes per token, got {map_!r}")
         self.num_embeddings, self.embedding_dim = map_.shape
         self.padding_idx = padding_idx
@@ -132,11 +132,19 @@ class QuantizedEmbeddingHost(EmbeddingHost):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look up tokens: ids (...) int -> (..., d); only their own codes are dequantized."""
-        rows = cast(Quantized, map_of(self.table)).select(ids)
+        table = self.table
+        rows = table.select(ids) if isinstance(table, InterleavedHost) else cast(Quantized, map_of(table)).select(ids)
         return rows if self.rest is None else map_of(self.rest).T(rows)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return cast(Tensor, self.table(hidden if self.rest is None else self.rest(hidden)))
+
+
+def has_rows_of_codes(map_: LinearMap) -> bool:
+    """Tell whether rows of a map can be looked up as codes."""
+    if isinstance(map_, Interleaved):
+        return all(isinstance(m, Quantized) and m.axis == "rows" for m in map_.maps)
+    return isinstance(map_, Quantized) and map_.axis == "rows"
 
 
 def embedding_host(map_: LinearMap, padding_idx: int | None = None) -> EmbeddingHost:
@@ -146,7 +154,7 @@ def embedding_host(map_: LinearMap, padding_idx: int | None = None) -> Embedding
         EckartError: for a map without rows of numbers or codes to look up.
     """
     first = map_.maps[0] if isinstance(map_, Product) else map_
-    made = QuantizedEmbeddingHost if isinstance(first, Quantized) else EmbeddingHost
+    made = QuantizedEmbeddingHost if isinstance(first, Quantized | Interleaved) else EmbeddingHost
     return made(map_, padding_idx)
 
 

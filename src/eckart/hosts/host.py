@@ -20,6 +20,7 @@ from eckart.maps import (
     Bitmap,
     Blocks,
     Dense,
+    Interleaved,
     LinearMap,
     LowRank,
     Pivoted,
@@ -30,6 +31,7 @@ from eckart.maps import (
     by_compressed_rows,
     compressed_rows,
     expands,
+    interleaving,
     multiply_compressed_rows,
     multiply_pivoted,
     require,
@@ -172,6 +174,46 @@ class BlocksHost(Host):
         return y if self.offset is None else y + self.offset
 
 
+class InterleavedHost(Host):
+    """The maps as children "0", "1", ..., whose each row is as a buffer; the order that spells is remembered until it
+    changes.
+    """
+
+    which: Tensor
+
+    def __init__(self, map_: Interleaved, bias: Tensor | None = None) -> None:
+        super().__init__(map_.shape)
+        _add_children(self, map_.maps)
+        self.register_buffer("which", map_.which)
+        self.register_parameter("bias", _parameter(bias))
+        self._order: tuple[tuple[int, int], Tensor] | None = None
+
+    def held_map(self) -> LinearMap:
+        return Interleaved(tuple(map_of(child) for child in self.children()), self.which)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to the last axis."""
+        y = torch.cat([child(x) for child in self.children()], dim=-1).index_select(-1, self.order())
+        return y if self.offset is None else y + self.offset
+
+    def select(self, rows: Tensor) -> Tensor:
+        """Return some rows of matrices of codes: indices (...) int -> (..., n)."""
+        return cast(Interleaved, self.held_map()).select(rows, self.order())
+
+    def order(self) -> Tensor:
+        """Return where each row is found among the rows of all maps, one map after the other, (m,) int32."""
+        if torch.compiler.is_compiling() or self.which.is_inference():
+            return interleaving(self.which)
+        state = self.which.data_ptr(), self.which._version
+        if self._order is None or self._order[0] != state:
+            self._order = state, interleaving(self.which)
+        return self._order[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the remembered order out of copies."""
+        return {**self.__dict__, "_order": None}
+
+
 class BitmapHost(Host):
     """The values as a parameter, the bits as a buffer; the indices they spell are remembered until the bits change."""
 
@@ -288,6 +330,7 @@ HOSTS: dict[type[LinearMap], type[Host]] = {
     Product: ProductHost,
     Scaled: ScaledHost,
     Blocks: BlocksHost,
+    Interleaved: InterleavedHost,
 }
 
 

@@ -19,6 +19,8 @@ from eckart.maps.facts import Fact as Fact
 from eckart.maps.facts import facts as facts
 from eckart.maps.facts import rank_bound as rank_bound
 from eckart.maps.gated import Gated as Gated
+from eckart.maps.interleaved import Interleaved as Interleaved
+from eckart.maps.interleaved import interleaving as interleaving
 from eckart.maps.lowrank import LowRank as LowRank
 from eckart.maps.lowrank import lowrank_numbers as lowrank_numbers
 from eckart.maps.lowrank import random_lowrank as random_lowrank
@@ -59,6 +61,6 @@ FAMILIES: dict[str, type[LinearMap]] = {
     cls.__name__: cls
     for cls in (
         Dense, LowRank, Pivoted, Diagonal, Permutation, Selection, Placement, Sparse, NM,
-        Bitmap, Scattered, Quantized, Sum, Product, Scaled, Blocks, RowNormalized, Masked,
+        Bitmap, Scattered, Quantized, Sum, Product, Scaled, Blocks, Interleaved, RowNormalized, Masked,
     )
 }  # fmt: skip

@@ -15,12 +15,12 @@ from torch.nn import functional as F
 from eckart.maps.base import LinearMap, linear_map, require, require_shape
 from eckart.maps.bitmap import packed, unpacked
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 
 
 @linear_map
 class Quantized(LinearMap):
-    """A matrix of which every entry is a code of 2, 3, 4 or 8 bits.
+    """A matrix of which every entry is a code of 2, 3, 4, 5, 6 or 8 bits.
 
     A code is a number of the model, however few its bits: `numbers` is the number of entries, as of a dense matrix.
     Scales, zero points and levels only say how codes are read; they are counted in `nbytes`. What follows is said of

@@ -16,6 +16,7 @@ from eckart.maps import (
     Blocks,
     Dense,
     Diagonal,
+    Interleaved,
     LinearMap,
     LowRank,
     Masked,
@@ -172,6 +173,8 @@ def _quantized(normal: Normal, generator: Generator) -> Made:
         (4, 11, 3, 4, "levels"),
         (2, 4, 2, 4, "levels and zero"),
         (3, 4, 8, 3, "zero"),
+        (4, 3, 5, 2, "plain"),
+        (3, 5, 6, 5, "zero"),
         (1, 1, 2, 1, "plain"),
         (2, 3, 4, 5, "no codes"),
     ):
@@ -242,6 +245,17 @@ def _blocks(normal: Normal, generator: Generator) -> Made:
     yield "of numbers", Blocks(((Dense(c[:1]),),)), c[:1]
 
 
+def _interleaved(normal: Normal, generator: Generator) -> Made:
+    a, b, up, down = normal(2, 3), normal(1, 3), normal(3, 1), normal(1, 3)
+    low = up @ down
+    held = Interleaved((Dense(a), Dense(b), LowRank(up, down)), torch.tensor([2, 0, 1, 2, 2, 0], dtype=torch.uint8))
+    yield "of three", held, torch.stack((low[0], a[0], b[0], low[1], low[2], a[1]))
+    wide = Interleaved((Dense(b), Scaled(Dense(a[:1]), 2.0)), torch.tensor([1, 0], dtype=torch.uint8))
+    yield "wide", wide, torch.stack((2 * a[0], b[0]))
+    yield "one map without rows", Interleaved((Dense(a[:0]), Dense(a)), torch.ones(2, dtype=torch.uint8)), a
+    yield "1x1", Interleaved((Dense(b[:, :1]),), torch.zeros(1, dtype=torch.uint8)), b[:, :1]
+
+
 def _row_normalized(normal: Normal, generator: Generator) -> Made:
     w, up, down, size = normal(4, 3), normal(4, 2), normal(2, 3), normal(4)
 
@@ -304,6 +318,7 @@ MAKERS: dict[str, Callable[[Normal, Generator], Made]] = {
     "Product": _product,
     "Scaled": _scaled,
     "Blocks": _blocks,
+    "Interleaved": _interleaved,
     "RowNormalized": _row_normalized,
     "Masked": _masked,
     "nested": _nested,

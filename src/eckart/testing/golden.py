@@ -15,6 +15,7 @@ from eckart.maps import (
     Blocks,
     Dense,
     Diagonal,
+    Interleaved,
     LinearMap,
     LowRank,
     Masked,
@@ -63,6 +64,7 @@ def golden_maps() -> dict[str, LinearMap]:
         "Product": Product((dense, Diagonal(_grid(2)))),
         "Scaled": Scaled(dense, 0.1),
         "Blocks": Blocks(((dense, lowrank), (dense, Dense(_grid(3, 2) + 1)))),
+        "Interleaved": Interleaved((dense, lowrank), torch.tensor([1, 0, 0, 1, 0, 1], dtype=torch.uint8)),
         "RowNormalized": RowNormalized(_grid(3) + 4, Sum((dense, lowrank))),
         "Masked": Masked(dense, mask),
     }

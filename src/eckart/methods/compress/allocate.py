@@ -81,7 +81,7 @@ def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, prog
     allocation = job.recipe.allocation
     # The errors of low-rank maps come together, those of other structures one by one: then only for what is chosen.
     compares = job.recipe.scores or allocation in ("knapsack", "calibrated")
-    errors = compares or (predict and not (job.recipe.families or job.recipe.narrows))
+    errors = compares or (predict and not (job.families or job.recipe.narrows))
     measure = job.request.limit.measure
     groups = groups_of(job, layers, known, _share(job, layers))
     grouped = {layer.name for group in groups for layer in group.members}

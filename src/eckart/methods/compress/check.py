@@ -152,7 +152,7 @@ def _check_files(job: Job, folder: Path, plan: Plan) -> tuple[int, int]:
             whole += count * dtype.itemsize
             if dtype.is_floating_point:
                 numbers, floating = numbers + count, floating + count * dtype.itemsize
-    if job.recipe.coding is None:  # plans count codes as numbers, and not what says how to read them
+    if not job.stores_codes:  # plans count codes as numbers, and not what says how to read them
         _check_equal("numbers in its files", numbers, plan.parameters_after)
     _check_equal("bytes in its files", whole, plan.bytes_after)
     return numbers, whole - floating

@@ -7,14 +7,18 @@ Metric, anchor and sequential re-measuring are those of `eckart`; losses of the 
 form, so they are fitted at every size offered. Codes come from orthogonal atoms (hard thresholding and Procrustes in
 turn, far faster than K-SVD for most of its gain), atoms from the closed form under the whole metric.
 
-Structure: pivoted low rank, dictionary with sparse codes, low rank plus sparse, or dense, embeddings included. Budget:
-knapsack on predicted loss. Trained: nothing.
+Under a budget over bytes, codes take the place of these families: every row of every matrix gets 2, 3, 4, 5, 6 or 8
+bits (fit/widths.py), so that one knapsack says how many bits each layer gets, and another which of its rows get them.
+
+Structure: pivoted low rank, dictionary with sparse codes, low rank plus sparse, or dense, or rows of codes; embeddings
+included. Budget: knapsack on predicted loss. Trained: nothing.
 """
 
 import dataclasses
 
 from eckart.fit.dictionary import orthogonal_learner
 from eckart.fit.families import dictionary_family, sparse_plus_lowrank_family
+from eckart.maps import BITS
 from eckart.methods.compress.eckart import eckart
 from eckart.methods.compress.recipe import Recipe, check_least
 
@@ -37,4 +41,4 @@ def eckart_mixed(
     learner = orthogonal_learner(iterations)
     families = tuple(dictionary_family(learner, ratio, f"dictionary {ratio:g}:1") for ratio in RATIOS)
     sparse = sparse_plus_lowrank_family(iterations=iterations)
-    return dataclasses.replace(recipe, families=(*families, sparse), mixed=True)
+    return dataclasses.replace(recipe, families=(*families, sparse), mixed=True, widths=BITS, symmetric=True)

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from eckart.budget import BYTES
 from eckart.errors import EckartError
 from eckart.files.folder import OpenModel, check_finite, check_model_folder, open_model
 from eckart.files.text import WINDOWS, Samples, load_tokenizer, read_documents, sentences, windows
+from eckart.fit.families import Family
 from eckart.hosts import Anatomy, Blockwise, anatomy
 from eckart.methods.compress.limits import Limit, limit_of
 from eckart.methods.compress.recipe import Recipe
@@ -94,6 +96,19 @@ class Job:
     objective: Objective
     causal: bool
     model_hash: str
+
+    @property
+    def families(self) -> tuple[Family, ...]:
+        """What layers may become beside low-rank maps: codes of several widths where bytes are counted and the recipe
+        has them. At equal bytes these leave nothing to whole numbers, and factors of codes win below two bits only.
+        """
+        codes = self.recipe.codes if self.request.limit.measure == BYTES else None
+        return self.recipe.families if codes is None else (codes,)
+
+    @property
+    def stores_codes(self) -> bool:
+        """Whether numbers may be stored as codes."""
+        return self.recipe.coding is not None or any(family.code_bytes for family in self.families)
 
     @property
     def key(self) -> str:

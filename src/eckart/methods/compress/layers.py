@@ -24,7 +24,7 @@ from eckart.fit import Metric, Regression, error_of, regress
 from eckart.fit import metric as build_metric
 from eckart.fit.families import Family
 from eckart.hosts import Heads, Neurons, heads_of, is_conv1d, linear_layers, map_of, neurons_of, offset_of
-from eckart.maps import Storage, storage
+from eckart.maps import LinearMap, Storage, storage
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.recipe import LayerData
 from eckart.stats import (
@@ -294,7 +294,7 @@ def surveyed(
         if metric is None:
             out.append(layer_candidates(job, layer, [0.0]))
             continue
-        fitted = _fitted_options(job, known, layer, weight, metric) if layer.kind == LINEAR else []
+        fitted = _fitted_options(job, known, layer, weight, metric)
         if fitted and not job.recipe.mixed:
             out.append(_with_options(layer_candidates(job, layer, [0.0]), fitted))
             continue
@@ -305,9 +305,9 @@ def surveyed(
 
 
 def _with_options(layer: Candidates, more: list[Option]) -> Candidates:
-    """Return candidates with further options; those no smaller than dense, in numbers or bytes, are left out."""
+    """Return candidates with further options; those with more numbers than dense, or as many bytes, are left out."""
     dense = layer.dense
-    smaller = [o for o in (*layer.options[:-1], *more) if o.numbers < dense.numbers and o.nbytes < dense.nbytes]
+    smaller = [o for o in (*layer.options[:-1], *more) if o.numbers <= dense.numbers and o.nbytes < dense.nbytes]
     smaller.sort(key=lambda option: (option.numbers, option.loss))
     return replace(layer, options=(*smaller, layer.dense))
 
@@ -317,18 +317,26 @@ def _fitted_options(job: Job, known: Known, layer: Layer, weight: Tensor, metric
     itemsize = job.weight_dtype(layer.name).itemsize
     own = layer.bias or (layer.shape[0] if job.recipe.centred else 0)
     options, step = [], job.recipe.round_to
-    for family in job.recipe.families:
+    for family in families_of(job, layer):
+        fitted = family.fitter(weight, metric)
         for size in sorted({size // step * step for size in family.sizes(layer.shape)} - {0}):
             numbers = family.numbers(layer.shape, size) + own
-            nbytes = numbers * itemsize + family.index_bytes(layer.shape, size)
-            loss = fitted_loss(job, known, weight, metric, family, size)
+            nbytes = family.nbytes(layer.shape, size, itemsize) + own * itemsize
+            loss = map_loss(job, known, weight, metric, fitted(size))
             options.append(Option(family.name, size, numbers, nbytes, loss))
     return options
 
 
-def fitted_loss(job: Job, known: Known, weight: Tensor, metric: Metric, family: Family, size: int) -> float:
-    """Return the predicted loss of a family at a size, in the unit of `unit_of`."""
-    error = error_of(weight, family.fit(weight, metric, size).dense(), metric)
+def families_of(job: Job, layer: Layer) -> tuple[Family, ...]:
+    """Return the families a layer may become: linear layers any, what narrows with others none, tables those that store rows of codes."""
+    if layer.writers:
+        return ()
+    return job.families if layer.kind == LINEAR else tuple(f for f in job.families if f.code_bytes)
+
+
+def map_loss(job: Job, known: Known, weight: Tensor, metric: Metric, map_: LinearMap) -> float:
+    """Return the predicted loss of a fitted map, in the unit of `unit_of`."""
+    error = error_of(weight, map_.dense(), metric)
     if job.recipe.output_metric:
         return error * known.scale()
     zero = error_of(weight, torch.zeros_like(weight), metric)
@@ -357,7 +365,7 @@ def layer_candidates(
     """Return the ranks (or sizes of the recipe's one family) a layer may have; None for losses nobody will read."""
     if layer.writers:
         return _narrower(job, layer)
-    families = job.recipe.families if layer.kind == LINEAR else ()
+    families = families_of(job, layer)
     stored = stored or (families[0] if families else storage(job.recipe.storage))
     found = candidates(
         layer.name,

@@ -20,7 +20,7 @@ from eckart.fit.neurons import fit_neurons
 from eckart.hosts import Heads
 from eckart.maps import Dense, LinearMap, Placement, Product, Selection
 from eckart.methods.compress.job import Job
-from eckart.methods.compress.layers import INDEX, Known, Layer, bias_of, fitted_loss, predicted, weights
+from eckart.methods.compress.layers import INDEX, Known, Layer, bias_of, map_loss, predicted, weights
 from eckart.stats import CrossMoments, Moments
 
 
@@ -174,6 +174,6 @@ def foreseen(job: Job, layers: list[Layer], known: Known, chosen: dict[str, Opti
         elif family is None:
             loss = float(predicted(known, regress(weight, metric))[option.rank])
         else:
-            loss = fitted_loss(job, known, weight, metric, family, option.rank)
+            loss = map_loss(job, known, weight, metric, family.fit(weight, metric, option.rank))
         out[layer.name] = replace(option, loss=loss)
     return out

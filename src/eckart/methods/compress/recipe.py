@@ -19,6 +19,7 @@ from eckart.fit import Coding, Metric, Regression
 from eckart.fit import metric as build_metric
 from eckart.fit.families import Family
 from eckart.fit.quantize import Levels, Rounding
+from eckart.fit.widths import widths_family
 from eckart.methods.compress.learner import Learner
 from eckart.methods.compress.removal import Removal
 from eckart.methods.compress.sharing import Sharing
@@ -110,6 +111,8 @@ class Recipe:
         ridge: of the leverage scores that hidden units are kept by, over their mean square.
         sharing: which layers have one right factor together; None where every layer has its own.
         reduces: whether fewer parameters remain; a method that only stores them in fewer bits runs at keep 1.
+        widths: bits per number among which every row of every layer may choose under a budget over bytes, instead of
+            the families; only where `bits` is 0.
         bits: bits per number of every compressed layer, dense ones among them; 0 to store numbers as they were.
         group_size: numbers that share a scale.
         rounding: "nearest", or "feedback" of errors into what is not rounded yet (GPTQ).
@@ -150,6 +153,7 @@ class Recipe:
     score: Score | None = None
     sharing: Sharing | None = None
     reduces: bool = True
+    widths: tuple[int, ...] = ()
     bits: int = 0
     group_size: int = 128
     rounding: Rounding = "feedback"
@@ -229,10 +233,13 @@ class Recipe:
 
     def _check_coding(self) -> None:
         Coding(self.bits or 8, self.group_size)  # refuses what cannot be
+        _ = self.codes  # likewise
+        if self.widths and self.allocation != "knapsack":
+            raise EckartError(f"allocation={self.allocation} cannot choose among widths of codes; use knapsack")
         if self.scale_rank and self.levels != "uniform":
             raise EckartError("codes are learned for uniform levels only; give levels=uniform")
         if not self.reduces and not self.bits:
-            raise EckartError("bits=0 leaves this method nothing to do; give 2, 3, 4 or 8")
+            raise EckartError("bits=0 leaves this method nothing to do; give 2, 3, 4, 5, 6 or 8")
 
     def _check_learner(self, learner: Learner) -> None:
         if self.embeddings:
@@ -249,14 +256,25 @@ class Recipe:
 
     def family(self, name: str) -> Family | None:
         """Return the family of that name, None for low-rank maps and dense layers."""
-        return next((f for f in self.families if f.name == name), None)
+        codes = self.codes
+        return next((f for f in (*self.families, *([codes] if codes else [])) if f.name == name), None)
+
+    @property
+    def codes(self) -> Family | None:
+        """The family of codes whose width differs from row to row; None if the recipe has no `widths` or has `bits`."""
+        if not self.widths or self.bits:
+            return None
+        return widths_family([self._coding(bits) for bits in self.widths])
 
     @property
     def coding(self) -> Coding | None:
         """How the numbers of compressed layers are stored, or None if as they were."""
         if not self.bits:
             return None
-        return Coding(self.bits, self.group_size, self.rounding, self.levels, self.symmetric, self.clip)
+        return self._coding(self.bits)
+
+    def _coding(self, bits: int) -> Coding:
+        return Coding(bits, self.group_size, self.rounding, self.levels, self.symmetric, self.clip)
 
     @property
     def narrows(self) -> bool:
