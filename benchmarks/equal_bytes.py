@@ -1,4 +1,4 @@
-"""Loss at equal bytes: quantizers, and structure with its numbers quantized, on one small real model.
+"""Loss at equal bytes: quantizers, structure with its numbers quantized, rows of several widths; one small real model.
 
     python benchmarks/equal_bytes.py [--variants "eckart int8" ...] [--again]
 
@@ -16,16 +16,16 @@ from compression import Subject, subjects
 from eckart.files.inspect import show
 from harness import load, require_shared, save
 
-MODEL = "stories3m"
+MODEL, PARAMETERS = "stories3m", 3_148_224
 QUANTIZERS = {
-    f"{method} int{bits} g{group}": (method, None, {"bits": bits, "group_size": group})
+    f"{method} int{bits} g{group}": (method, {}, {"bits": bits, "group_size": group})
     for method in ("rtn", "gptq", "any4")
     for bits in (4, 3)
     for group in (64, 128)
 }
 # Keep is chosen so that the bytes of these rows are near 4.5, 4, 3.5 and 3 bits per weight.
 STRUCTURES = {
-    f"{method} int{bits} keep {keep:g}": (method, keep, {"bits": bits})
+    f"{method} int{bits} keep {keep:g}": (method, {"keep": keep}, {"bits": bits})
     for method, bits, keeps in (
         ("eckart", 8, (0.52, 0.46, 0.4, 0.34)),
         ("eckart", 4, (1.0, 0.9, 0.8, 0.7)),
@@ -34,19 +34,24 @@ STRUCTURES = {
     for keep in keeps
 }
 COMBINED = {
-    f"gptq int{bits} g128, clipped": ("gptq", None, {"bits": bits, "group_size": 128, "clip": True}) for bits in (4, 3)
+    f"gptq int{bits} g128, clipped": ("gptq", {}, {"bits": bits, "group_size": 128, "clip": True}) for bits in (4, 3)
 }
-VARIANTS: dict[str, tuple[str, float | None, dict[str, Any]]] = {**QUANTIZERS, **COMBINED, **STRUCTURES}
+# Bits per number of the original: one between the others, and as many as int3 and int4 with groups of 128 take.
+WIDTHS = {
+    f"eckart-mixed {bits:g} bits": ("eckart-mixed", {"bytes": int(bits * PARAMETERS / 8)}, {})
+    for bits in (4.29, 3.5, 3.29, 3.0)
+}
+VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {**QUANTIZERS, **COMBINED, **STRUCTURES, **WIDTHS}
 
 
 def row_of(subject: Subject, variant: str, scratch: Path) -> dict[str, Any]:
     """Compress, reload and measure."""
-    method, keep, settings = VARIANTS[variant]
+    method, budget, settings = VARIANTS[variant]
     settings = {**settings, "embeddings": True}
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         out = Path(folder) / "out"
         outcome = eckart.compress(
-            subject.folder, out, method=method, keep=keep, calibration=subject.calibration, settings=settings
+            subject.folder, out, method=method, calibration=subject.calibration, settings=settings, **budget
         )
         return {
             "model": MODEL,

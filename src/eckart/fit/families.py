@@ -32,6 +32,7 @@ class Family:
         largest: (shape) -> the largest size.
         fitter: (W (m, n), metric) -> what gives the fitted map, float64, at any size.
         example: (shape, size, device) -> a map of that size with random numbers, for what depends on sizes alone.
+        finish: (W, metric, map) -> a better map of the same size, where that takes too long to compare sizes by.
         code_bytes: where numbers are codes, (shape, size, bytes per scale) -> the most bytes stored in all.
         offered: the sizes offered, where they are not those nearest to `SHARES`.
     """
@@ -42,12 +43,14 @@ class Family:
     largest: Callable[[tuple[int, int]], int]
     fitter: Callable[[Tensor, Metric], Callable[[int], LinearMap]]
     example: Callable[[tuple[int, int], int, torch.device], LinearMap]
+    finish: Callable[[Tensor, Metric, LinearMap], LinearMap] | None = None
     code_bytes: Callable[[tuple[int, int], int, int], int] | None = None
     offered: tuple[int, ...] = ()
 
     def fit(self, weight: Tensor, metric: Metric, size: int) -> LinearMap:
         """Return the map fitted to W (m, n) at a size, float64."""
-        return self.fitter(weight, metric)(size)
+        map_ = self.fitter(weight, metric)(size)
+        return map_ if self.finish is None else self.finish(weight, metric, map_)
 
     def nbytes(self, shape: tuple[int, int], size: int, itemsize: int) -> int:
         """Return the bytes stored at a size, given those of a number."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from eckart.errors import EckartError
+from eckart.fit.descent import descend
 from eckart.fit.families import Family
 from eckart.fit.metric import Metric, weighted_rows
 from eckart.fit.quantize import Coding, blank_quantized, quantize
@@ -61,6 +62,7 @@ def widths_family(codings: Sequence[Coding], name: str = "codes") -> Family:
         lambda shape: HUNDREDTHS * most,
         fitter,
         example,
+        finish=descend if first.rounding == "feedback" else None,
         code_bytes=code_bytes,
         offered=tuple(range(HUNDREDTHS * least, HUNDREDTHS * most + 1, STEP)),
     )
