@@ -12,10 +12,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from eckart.fit.dictionary import Learner, fit_dictionary
+from eckart.fit.dictionary import Learner, fit_dictionary, keep_largest
 from eckart.fit.metric import Metric
+from eckart.fit.pruned import improve_entries, pruner
 from eckart.fit.sparse_plus_lowrank import fit_sparse_plus_lowrank
-from eckart.maps import Dense, LinearMap, Product, Sum, bitmap, random_lowrank
+from eckart.maps import Dense, LinearMap, Product, Sum, bitmap, n_of_m, random_lowrank
 
 # Shares of a layer's dense numbers at which a family is offered where its error has to be measured by fitting it.
 SHARES = (0.1, 0.16, 0.22, 0.28, 0.34, 0.4, 0.46, 0.52, 0.58, 0.64, 0.7, 0.76, 0.82, 0.88, 0.94)
@@ -116,6 +117,51 @@ def dictionary_family(learner: Learner, ratio: float = 2.0, name: str = "diction
         return Product((codes, Dense(torch.randn(atoms, shape[1], device=device))))
 
     return Family(name, numbers, index_bytes, largest, fitter_of(fit), example)
+
+
+def sparse_family(name: str = "sparse") -> Family:
+    """Return the family of matrices with s entries in every row, at size s.
+
+    Args:
+        name: as plans show it.
+    """
+
+    def fitter(weight: Tensor, metric: Metric) -> Callable[[int], LinearMap]:
+        prune = pruner(weight, metric)
+        return lambda size: bitmap(prune(lambda matrix: keep_largest(matrix, size)), size)
+
+    return Family(
+        name,
+        lambda shape, size: size * shape[0],
+        lambda shape, size: shape[0] * -(-shape[1] // 8),
+        lambda shape: shape[1],
+        fitter,
+        lambda shape, size, device: bitmap(torch.randn(shape, device=device), size),
+        finish=improve_entries,
+    )
+
+
+def n_of_m_family(period: int) -> Family:
+    """Return the family of N entries in every M of a row, at size N, as the sparse units of GPUs want.
+
+    Args:
+        period: M, at most 256; rows that it does not divide are not offered any.
+    """
+
+    def largest(shape: tuple[int, int]) -> int:
+        return 0 if shape[1] % period else period
+
+    def numbers(shape: tuple[int, int], size: int) -> int:
+        return shape[0] * shape[1] // period * size
+
+    def fitter(weight: Tensor, metric: Metric) -> Callable[[int], LinearMap]:
+        prune = pruner(weight, metric)
+        return lambda size: n_of_m(prune(lambda matrix: n_of_m(matrix, size, period).dense()), size, period)
+
+    def example(shape: tuple[int, int], size: int, device: torch.device) -> LinearMap:
+        return n_of_m(torch.randn(shape, device=device), size, period)
+
+    return Family(f"N:{period}", numbers, numbers, largest, fitter, example, finish=improve_entries)
 
 
 def sparse_plus_lowrank_family(share: float = 0.25, iterations: int = 80, name: str = "sparse + lowrank") -> Family:

@@ -17,28 +17,38 @@ included. Budget: knapsack on predicted loss. Trained: nothing.
 import dataclasses
 
 from eckart.fit.dictionary import orthogonal_learner
-from eckart.fit.families import dictionary_family, sparse_plus_lowrank_family
+from eckart.fit.families import dictionary_family, n_of_m_family, sparse_family, sparse_plus_lowrank_family
+from eckart.fit.pruned import improve_entries
 from eckart.maps import BITS
 from eckart.methods.compress.eckart import eckart
 from eckart.methods.compress.recipe import Recipe, check_least
 
-RATIOS = (2.0, 3.0)
+# Atoms per non-zero of the dictionaries.
+RATIO = 2.0
 
 
 def eckart_mixed(
-    *, anchor: float = 0.3, input_shrinkage: float = 0.01, output_shrinkage: float = 0.03, iterations: int = 10
+    *,
+    anchor: float = 0.3,
+    input_shrinkage: float = 0.01,
+    output_shrinkage: float = 0.03,
+    iterations: int = 10,
+    period: int = 0,
 ) -> Recipe:
-    """Pivoted maps, dictionaries, and low rank plus sparse in one knapsack, on the metric of eckart.
+    """Pivoted maps, dictionaries, sparse maps, low rank plus sparse, and rows of codes in one knapsack.
 
     Args:
         anchor: share of the original output in the target of a layer; the rest is its own output on what it sees.
         input_shrinkage: share of the isotropic moment in the input moments.
         output_shrinkage: share of the isotropic moment in the output-gradient moment.
         iterations: rounds of learning codes, or entries, and what they multiply.
+        period: if not 0, M of the maps N:M that are offered as well; those with 4 are what GPUs have units for.
     """
     check_least("iterations", iterations, 1)
     recipe = eckart(anchor=anchor, input_shrinkage=input_shrinkage, output_shrinkage=output_shrinkage)
     learner = orthogonal_learner(iterations)
-    families = tuple(dictionary_family(learner, ratio, f"dictionary {ratio:g}:1") for ratio in RATIOS)
-    sparse = sparse_plus_lowrank_family(iterations=iterations)
-    return dataclasses.replace(recipe, families=(*families, sparse), mixed=True, widths=BITS, symmetric=True)
+    families = dictionary_family(learner, RATIO), sparse_plus_lowrank_family(iterations=iterations), sparse_family()
+    if period:
+        families = *families, n_of_m_family(period)
+    families = tuple(dataclasses.replace(family, finish=improve_entries) for family in families)
+    return dataclasses.replace(recipe, families=families, mixed=True, widths=BITS, symmetric=True)
