@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from eckart.maps import Diagonal as Diagonal
     from eckart.maps import Gated as Gated
     from eckart.maps import Interleaved as Interleaved
+    from eckart.maps import Kronecker as Kronecker
     from eckart.maps import LinearMap as LinearMap
     from eckart.maps import LowRank as LowRank
     from eckart.maps import Masked as Masked
@@ -89,7 +90,7 @@ PUBLIC: dict[str, str] = {
         "eckart.linalg": ("top_eigen", "truncated_svd"),
         "eckart.maps": (
             "FAMILIES", "LinearMap", "linear_map", "simplify", "pivot",
-            "Dense", "LowRank", "Pivoted", "Diagonal", "Permutation", "Selection", "Placement", "Sparse", "NM",
+            "Dense", "LowRank", "Pivoted", "Diagonal", "Permutation", "Selection", "Placement", "Sparse", "NM", "Kronecker",
             "Bitmap", "Quantized", "Scattered", "Sum", "Product", "Scaled", "Blocks", "Interleaved",
             "RowNormalized", "Masked", "Gated",
         ),

@@ -28,7 +28,7 @@ DENSE = 4 * 260_032
         ("lord", "600KiB", {}),
         ("rocket", 780_000, {}),
         ("eckart", 620_000, {}),
-        ("eckart-mixed", "0.78MB", {}),
+        ("eckart-mixed", "0.15MB", {}),
         ("svd", 150_000, {"bits": 4, "embeddings": True}),
         ("svd-llm-v2", 620_000, {}),
         ("basis-sharing", 620_000, {}),

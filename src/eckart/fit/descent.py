@@ -88,7 +88,8 @@ def _sweep(rows: _Rows, slope: Tensor, second: Tensor, outputs: Tensor | None) -
     b = torch.ones(m, dtype=slope.dtype, device=slope.device) if outputs is None else outputs
     curvature = b.diagonal() if coupled else b
     steps = rows.spread(rows.scale)
-    groups = [torch.arange(i, m, GROUPS, device=slope.device) for i in range(GROUPS)] if coupled else [slice(None)]
+    every = torch.arange(m, device=slope.device)
+    groups = [torch.arange(i, m, GROUPS, device=slope.device) for i in range(min(GROUPS, m))] if coupled else [every]
     for start in range(0, n, BLOCK):
         end = min(start + BLOCK, n)
         local, change = slope[:, start:end].clone(), torch.zeros_like(slope[:, start:end])

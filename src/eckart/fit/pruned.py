@@ -13,7 +13,6 @@ Legend: W (m, n), W* the unconstrained optimum of the metric, G the moment of wh
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,8 +25,6 @@ from eckart.maps import NM, Bitmap, Dense, LinearMap, LowRank, Product, Sum
 # Rounds of ADMM, and of conjugate gradients; the error hardly falls after these.
 ROUNDS = 20
 STEPS = 15
-Entries = TypeVar("Entries", Bitmap, NM)
-
 TINY = torch.finfo(torch.float64).tiny
 
 
@@ -90,8 +87,8 @@ def improve_entries(weight: Tensor, metric: Metric, map_: LinearMap) -> LinearMa
 
 
 def _refitted(
-    entries: Entries, target: Tensor, metric: Metric, atoms: Tensor | None = None, steps: int = STEPS
-) -> Entries:
+    entries: Bitmap | NM, target: Tensor, metric: Metric, atoms: Tensor | None = None, steps: int = STEPS
+) -> Bitmap | NM:
     """Return entries of least error under the whole metric, by preconditioned conjugate gradients."""
     columns = _columns(entries)
     mask = torch.zeros(entries.shape, dtype=target.dtype, device=target.device).scatter(1, columns, 1.0)

@@ -1,6 +1,6 @@
 """Codes of several widths in one matrix: every row gets as many bits as rounding it less is worth.
 
-    min over b_1, ..., b_m of  sum_i B_ii e_i(b_i),    sum_i b_i <= m b,    e_i(b) = | row i less its codes of b bits |^2_G
+    min over b_1, ..., b_m of  sum_i B_ii e_i(b_i),  sum_i b_i <= m b,  e_i(b) = | row i less its codes of b bits |^2_G
 
 Rows are rounded apart from each other, so that the matrix rounded once at every width gives all e_i(b), and maps of any
 mean width b from them. Rows of a token table differ most: what is rare may be coarse.

@@ -2,8 +2,8 @@
 
 A table E (V, d) of rank k is B F with B (V, k) looked up row by row. `LowRank(up=B, down=F)` and the column-pivoted
 `Pivoted`, in which k of the d coordinates of every token are stored and the others are combinations of them, both have
-this form. So has a product whose first factor is `Quantized`, or rows of several such: its codes are looked up. A tied head computes the
-logits h E^T with the same tensors.
+this form. So has a product whose first factor is `Quantized`, or rows of several such: its codes are looked up. A tied
+head computes the logits h E^T with the same tensors.
 """
 
 from typing import cast

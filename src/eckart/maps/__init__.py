@@ -21,6 +21,9 @@ from eckart.maps.facts import rank_bound as rank_bound
 from eckart.maps.gated import Gated as Gated
 from eckart.maps.interleaved import Interleaved as Interleaved
 from eckart.maps.interleaved import interleaving as interleaving
+from eckart.maps.kronecker import Kronecker as Kronecker
+from eckart.maps.kronecker import arranged as arranged
+from eckart.maps.kronecker import rearranged as rearranged
 from eckart.maps.lowrank import LowRank as LowRank
 from eckart.maps.lowrank import lowrank_numbers as lowrank_numbers
 from eckart.maps.lowrank import random_lowrank as random_lowrank
@@ -60,7 +63,7 @@ from eckart.maps.storage import stored as stored
 FAMILIES: dict[str, type[LinearMap]] = {
     cls.__name__: cls
     for cls in (
-        Dense, LowRank, Pivoted, Diagonal, Permutation, Selection, Placement, Sparse, NM,
+        Dense, LowRank, Pivoted, Diagonal, Permutation, Selection, Placement, Sparse, NM, Kronecker,
         Bitmap, Scattered, Quantized, Sum, Product, Scaled, Blocks, Interleaved, RowNormalized, Masked,
     )
 }  # fmt: skip

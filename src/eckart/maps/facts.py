@@ -7,6 +7,7 @@ from enum import Enum
 
 from eckart.maps.base import Blocks, LinearMap, Product, Scaled, Sum
 from eckart.maps.dense import Diagonal
+from eckart.maps.kronecker import Kronecker
 from eckart.maps.lowrank import LowRank
 from eckart.maps.masked import Masked
 from eckart.maps.normalized import RowNormalized
@@ -61,12 +62,15 @@ def facts(map_: LinearMap) -> frozenset[Fact]:
 def rank_bound(map_: LinearMap) -> int:
     """Return the smallest r such that the structure guarantees rank W <= r.
 
-    rank(A + B) <= rank A + rank B; rank(A B) <= min(rank A, rank B); a non-zero multiple keeps the rank.
+    rank(A + B) <= rank A + rank B; rank(A B) <= min(rank A, rank B); a non-zero multiple keeps the rank;
+    rank(A (x) B) = rank A rank B.
     """
     full = min(map_.shape)
     match map_:
         case LowRank() | Pivoted():
             return min(map_.rank, full)
+        case Kronecker(left, right):
+            return min(full, left.shape[0] * min(left.shape[1:]) * min(right.shape[1:]))
         case Sum(maps):
             return min(full, sum(map(rank_bound, maps)))
         case Product(maps):

@@ -1,4 +1,4 @@
-"""A matrix whose rows come from several others in turn: those of some rows may be stored in another way than the rest."""
+"""A matrix whose rows come from several others in turn: those of some rows may be stored otherwise than the rest."""
 
 from typing import cast
 

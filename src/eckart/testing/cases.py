@@ -17,6 +17,7 @@ from eckart.maps import (
     Dense,
     Diagonal,
     Interleaved,
+    Kronecker,
     LinearMap,
     LowRank,
     Masked,
@@ -140,6 +141,14 @@ def _nm(normal: Normal, generator: Generator) -> Made:
             w[i, group * period + int(places[i, group, slot])] = values[i, group, slot]
         yield f"{m}x{n} {keep}:{period}", NM(values, places.to(torch.uint8), period), w
     yield "zero", NM(0 * normal(2, 1, 2), torch.tensor([[[0, 3]], [[1, 2]]], dtype=torch.uint8), 4), 0 * normal(2, 4)
+
+
+def _kronecker(normal: Normal, generator: Generator) -> Made:
+    for terms, left, right in ((1, (2, 3), (3, 1)), (2, (2, 1), (2, 3)), (3, (2, 2), (1, 2)), (1, (1, 1), (1, 1))):
+        a, b = normal(terms, *left), normal(terms, *right)
+        w = sum(torch.kron(p, q) for p, q in zip(a, b, strict=True))
+        yield f"{terms} x {left} {right}", Kronecker(a, b), torch.as_tensor(w)
+    yield "no terms", Kronecker(normal(0, 2, 1), normal(0, 1, 3)), 0 * normal(2, 3)
 
 
 def _bitmap(normal: Normal, generator: Generator) -> Made:
@@ -311,6 +320,7 @@ MAKERS: dict[str, Callable[[Normal, Generator], Made]] = {
     "Pivoted": _pivoted,
     "Sparse": _sparse,
     "NM": _nm,
+    "Kronecker": _kronecker,
     "Bitmap": _bitmap,
     "Scattered": _scattered,
     "Quantized": _quantized,

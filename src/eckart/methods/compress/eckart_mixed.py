@@ -47,8 +47,7 @@ def eckart_mixed(
     check_least("iterations", iterations, 1)
     recipe = eckart(anchor=anchor, input_shrinkage=input_shrinkage, output_shrinkage=output_shrinkage)
     learner = orthogonal_learner(iterations)
-    families = dictionary_family(learner, RATIO), sparse_plus_lowrank_family(iterations=iterations), sparse_family()
-    if period:
-        families = *families, n_of_m_family(period)
-    families = tuple(dataclasses.replace(family, finish=improve_entries) for family in families)
-    return dataclasses.replace(recipe, families=families, mixed=True, widths=BITS, symmetric=True)
+    families = [dictionary_family(learner, RATIO), sparse_plus_lowrank_family(iterations=iterations), sparse_family()]
+    families += [n_of_m_family(period)] if period else []
+    improved = tuple(dataclasses.replace(family, finish=improve_entries) for family in families)
+    return dataclasses.replace(recipe, families=improved, mixed=True, widths=BITS, symmetric=True)
