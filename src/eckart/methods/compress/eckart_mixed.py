@@ -1,17 +1,19 @@
 """eckart-mixed: the structure is chosen from layer to layer, by the same predicted loss.
 
-    one knapsack over all layers and all their options: every rank of a pivoted map, dictionaries with sparse codes at
-    two sparsities, and low rank plus sparse, each at fifteen sizes and with E | T (W z - W' x^) |^2 of the map fitted
+    one knapsack over all layers and all their options: every rank of a pivoted map, dictionaries with sparse codes,
+    sparse maps, and low rank plus sparse, each at fifteen sizes and with E | T (W z - W' x^) |^2 of the map fitted
 
 Metric, anchor and sequential re-measuring are those of `eckart`; losses of the other families are not known in closed
-form, so they are fitted at every size offered. Codes come from orthogonal atoms (hard thresholding and Procrustes in
-turn, far faster than K-SVD for most of its gain), atoms from the closed form under the whole metric.
+form, so they are fitted at every size offered. Places of entries come from ADMM, codes from orthogonal atoms (hard
+thresholding and Procrustes in turn, far faster than K-SVD for most of its gain); what was chosen is then improved by
+least squares on all of its entries under the whole metric (fit/pruned.py).
 
 Under a budget over bytes, codes take the place of these families: every row of every matrix gets 2, 3, 4, 5, 6 or 8
 bits (fit/widths.py), so that one knapsack says how many bits each layer gets, and another which of its rows get them.
+The codes chosen are improved column by column under the whole metric (fit/descent.py).
 
-Structure: pivoted low rank, dictionary with sparse codes, low rank plus sparse, or dense, or rows of codes; embeddings
-included. Budget: knapsack on predicted loss. Trained: nothing.
+Structure: pivoted low rank, dictionary with sparse codes, sparse, low rank plus sparse, or dense; or rows of codes.
+Embeddings are pivoted, or rows of codes. Budget: knapsack on predicted loss. Trained: nothing.
 """
 
 import dataclasses
