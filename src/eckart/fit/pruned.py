@@ -76,13 +76,13 @@ def improve_entries(weight: Tensor, metric: Metric, map_: LinearMap) -> LinearMa
         case Bitmap() | NM():
             return _refitted(map_, target, metric)
         case Sum((LowRank() as low, (Bitmap() | NM()) as entries)):
-            entries = _refitted(entries, target - low.dense(), metric)
+            kept = _refitted(entries, target - low.dense(), metric)
             if low.rank:
-                low = regress(target - entries.dense(), metric.on_seen(), rank=low.rank).factors(low.rank)
-            return Sum((low, _refitted(entries, target - low.dense(), metric)))
+                low = regress(target - kept.dense(), metric.on_seen(), rank=low.rank).factors(low.rank)
+            return Sum((low, _refitted(kept, target - low.dense(), metric)))
         case Product((Bitmap() as codes, Dense(atoms))):
-            codes = _refitted(codes, target, metric, atoms)
-            return Product((codes, Dense(best_atoms(codes.dense(), target, metric.outputs))))
+            refitted = _refitted(codes, target, metric, atoms)
+            return Product((refitted, Dense(best_atoms(refitted.dense(), target, metric.outputs))))
     return map_
 
 
