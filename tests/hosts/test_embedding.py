@@ -8,8 +8,21 @@ from accelerate import cpu_offload
 from torch import nn
 
 from eckart.errors import EckartError
-from eckart.hosts import EmbeddingHost, TiedHead, embedding_host
-from eckart.maps import Blocks, Dense, LinearMap, LowRank, Permutation, Pivoted, Product, Quantized, pack, pivot
+from eckart.fit.quantize import Coding, quantize
+from eckart.hosts import EmbeddingHost, TiedHead, embedding_host, map_of
+from eckart.maps import (
+    Blocks,
+    Dense,
+    Interleaved,
+    LinearMap,
+    LowRank,
+    Permutation,
+    Pivoted,
+    Product,
+    Quantized,
+    pack,
+    pivot,
+)
 
 VOCABULARY, WIDTH, RANK = 23, 10, 4
 
@@ -178,3 +191,23 @@ def test_quantized_tables_are_looked_up_and_tied(map_):
 def test_a_table_of_codes_by_columns_is_refused():
     with pytest.raises(EckartError, match="one row of codes per token"):
         embedding_host(codes(WIDTH, VOCABULARY, 4).T)
+
+
+def test_rows_of_several_widths_are_looked_up():
+    weight, which = torch.randn(9, 5, generator=torch.Generator().manual_seed(0)), [0, 1, 1, 0, 1, 0, 0, 1, 1]
+    chosen = torch.tensor(which, dtype=torch.uint8)
+    parts = tuple(
+        quantize(weight[chosen == i], Coding(bits, 4), axis="rows").to(torch.float32) for i, bits in enumerate((5, 2))
+    )
+    map_ = Interleaved(parts, chosen)
+    module, ids = embedding_host(map_), torch.tensor([[8, 0, 3], [3, 1, 7]])
+    assert map_of(module.table) == map_ == module.held_map()
+    torch.testing.assert_close(module(ids), map_.dense()[ids])
+    hidden = torch.randn(2, 5)
+    torch.testing.assert_close(module.logits(hidden), hidden @ map_.dense().mT)
+    with torch.no_grad():
+        torch.testing.assert_close(module.logits(hidden), hidden @ map_.dense().mT)
+        module.table.which.copy_(chosen.flip(0))
+        torch.testing.assert_close(module(ids), module.held_map().dense()[ids])
+    with pytest.raises(EckartError, match="needs one row of codes per token"):
+        embedding_host(Interleaved((parts[0].T.T, Dense(weight[:1])), torch.tensor([0, 0, 0, 0, 1], dtype=torch.uint8)))
