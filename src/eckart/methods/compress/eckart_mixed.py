@@ -18,6 +18,7 @@ Embeddings are pivoted, or rows of codes. Budget: knapsack on predicted loss. Tr
 
 import dataclasses
 
+from eckart.errors import EckartError
 from eckart.fit.dictionary import orthogonal_learner
 from eckart.fit.families import dictionary_family, n_of_m_family, sparse_family, sparse_plus_lowrank_family
 from eckart.fit.pruned import improve_entries
@@ -47,6 +48,8 @@ def eckart_mixed(
         period: if not 0, M of the maps N:M that are offered as well; those with 4 are what GPUs have units for.
     """
     check_least("iterations", iterations, 1)
+    if not (period == 0 or 2 <= period <= 256):
+        raise EckartError(f"period must be 0, for no maps N:M, or 2 to 256, got {period}")
     recipe = eckart(anchor=anchor, input_shrinkage=input_shrinkage, output_shrinkage=output_shrinkage)
     learner = orthogonal_learner(iterations)
     families = [dictionary_family(learner, RATIO), sparse_plus_lowrank_family(iterations=iterations), sparse_family()]
