@@ -90,8 +90,8 @@ PUBLIC: dict[str, str] = {
         "eckart.linalg": ("top_eigen", "truncated_svd"),
         "eckart.maps": (
             "FAMILIES", "LinearMap", "linear_map", "simplify", "pivot",
-            "Dense", "LowRank", "Pivoted", "Diagonal", "Permutation", "Selection", "Placement", "Sparse", "NM", "Kronecker",
-            "Bitmap", "Quantized", "Scattered", "Sum", "Product", "Scaled", "Blocks", "Interleaved",
+            "Dense", "LowRank", "Pivoted", "Diagonal", "Permutation", "Selection", "Placement", "Sparse", "NM",
+            "Kronecker", "Bitmap", "Quantized", "Scattered", "Sum", "Product", "Scaled", "Blocks", "Interleaved",
             "RowNormalized", "Masked", "Gated",
         ),
     }.items()

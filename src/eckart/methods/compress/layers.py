@@ -328,7 +328,7 @@ def _fitted_options(job: Job, known: Known, layer: Layer, weight: Tensor, metric
 
 
 def families_of(job: Job, layer: Layer) -> tuple[Family, ...]:
-    """Return the families a layer may become: linear layers any, what narrows with others none, tables those that store rows of codes."""
+    """Return the families a layer may become: any of linear layers, of tables those that store rows of codes."""
     if layer.writers:
         return ()
     return job.families if layer.kind == LINEAR else tuple(f for f in job.families if f.code_bytes)
