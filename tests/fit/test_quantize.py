@@ -215,6 +215,6 @@ def test_a_constant_group_is_exact_and_codings_are_checked():
     weight = torch.full((2, 8), 0.3, dtype=F64)
     torch.testing.assert_close(quantize(weight, Coding(2, 4), dtype=F64).dense(), weight)
     with pytest.raises(EckartError, match="bits must be one of 2, 3, 4, 5, 6, 8, or 0 for no codes, got 7"):
-        Coding(5)
+        Coding(7)
     with pytest.raises(EckartError, match="at least 1, got 0"):
         Coding(4, 0)
