@@ -69,10 +69,10 @@ def test_bits_behind_the_last_code_are_refused():
     ("change", "message"),
     [
         ({"bits": 7}, "got 7 bits"),
-        ({"group": 0}, "groups of 0"),
+        ({"group_size": 0}, "groups of 0"),
         ({"axis": "both"}, "axis 'both'"),
         ({"width": 10}, "Quantized codes"),
-        ({"group": 2}, "Quantized scale"),
+        ({"group_size": 2}, "Quantized scale"),
         ({"codes": torch.zeros(2, 4)}, "codes of shape"),
         ({"levels": torch.zeros(2, 8)}, "Quantized levels"),
     ],
@@ -80,7 +80,7 @@ def test_bits_behind_the_last_code_are_refused():
 def test_parts_that_do_not_fit_are_refused(change, message):
     parts = {"codes": torch.zeros(2, 4, dtype=torch.uint8), "scale": torch.ones(2, 3), "zero": None, "levels": None}
     with pytest.raises(EckartError, match=message):
-        Quantized(**{**parts, "width": 7, "bits": 4, "group": 3, **change})
+        Quantized(**{**parts, "width": 7, "bits": 4, "group_size": 3, **change})
 
 
 def test_a_host_follows_its_numbers_and_leaves_its_dense_weight_out_of_copies():

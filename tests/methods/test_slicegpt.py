@@ -14,7 +14,7 @@ from torch import nn
 import eckart
 from eckart.errors import EckartError
 from eckart.methods.compress.job import Request, open_job
-from eckart.methods.compress.slicing import principal_axes, residual_axis, write_sliced
+from eckart.methods.compress.residual_slicing import principal_axes, residual_axis, write_sliced
 from eckart.progress import silent
 
 IDS = torch.arange(1, 41).view(2, 20)

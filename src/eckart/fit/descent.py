@@ -35,18 +35,18 @@ class _Rows:
         half: (m, 1), half the number of codes of every row.
         scale: (m, groups).
         zero: (m, groups), or None.
-        group: entries per scale.
+        group_size: entries per scale.
     """
 
     codes: Tensor
     half: Tensor
     scale: Tensor
     zero: Tensor | None
-    group: int
+    group_size: int
 
     def spread(self, per_group: Tensor) -> Tensor:
         """Return a number per group as one per entry, (m, n)."""
-        return per_group.repeat_interleave(self.group, dim=1)[:, : self.codes.shape[1]]
+        return per_group.repeat_interleave(self.group_size, dim=1)[:, : self.codes.shape[1]]
 
     def values(self) -> Tensor:
         """Return W' (m, n)."""
@@ -117,7 +117,7 @@ def _rescale(rows: _Rows, target: Tensor, second: Tensor, outputs: Tensor | None
     """Improve the scales and zero points of all rows with the codes held fixed; rows are changed in place."""
     m, n = rows.codes.shape
     count = rows.scale.shape[1]
-    of = torch.arange(n, device=target.device) // rows.group
+    of = torch.arange(n, device=target.device) // rows.group_size
     inside = (of == torch.arange(count, device=target.device)[:, None]).to(target.dtype)  # (groups, n)
     design = rows.codes[:, None, :] * inside
     if rows.zero is not None:
@@ -162,7 +162,7 @@ def _spelled(parts: tuple[LinearMap, ...], which: Tensor) -> _Rows:
         scale[rows] = part.scale.double()
         if zero is not None and part.zero is not None:
             zero[rows] = part.zero.double()
-    return _Rows(codes, half, scale, zero, first.group)
+    return _Rows(codes, half, scale, zero, first.group_size)
 
 
 def _packed(map_: Quantized, rows: _Rows, chosen: Tensor) -> Quantized:

@@ -39,7 +39,7 @@ class Coding:
 
     Attributes:
         bits: per code: 2, 3, 4, 5, 6 or 8.
-        group: entries that share a scale.
+        group_size: entries that share a scale.
         rounding: "nearest", or "feedback" of every column's error into the later ones (GPTQ).
         levels: "uniform", or "learned" per row by k-means (any4).
         symmetric: whether there are no zero points.
@@ -47,7 +47,7 @@ class Coding:
     """
 
     bits: int
-    group: int = 128
+    group_size: int = 128
     rounding: Rounding = "feedback"
     levels: Levels = "uniform"
     symmetric: bool = False
@@ -56,13 +56,15 @@ class Coding:
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise EckartError(f"bits must be one of {', '.join(map(str, BITS))}, or 0 for no codes, got {self.bits}")
-        if self.group < 1:
-            raise EckartError(f"group_size is the number of entries that share a scale, at least 1, got {self.group}")
+        if self.group_size < 1:
+            raise EckartError(
+                f"group_size is the number of entries that share a scale, at least 1, got {self.group_size}"
+            )
 
     def axis(self, shape: tuple[int, int]) -> str:
         """Return along which axis groups run in a matrix (m, n): the one that needs fewer scales."""
         m, n = shape
-        return "rows" if m * -(-n // self.group) <= n * -(-m // self.group) else "columns"
+        return "rows" if m * -(-n // self.group_size) <= n * -(-m // self.group_size) else "columns"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +145,7 @@ def quantize(
     importance = _importance(w, second, outputs)
     turned, weights = (w, importance) if axis == "rows" else (w.mT, importance.mT)
     scale, zero = _scales(turned, coding, weights, dtype)
-    wide = [_spread(t, coding.group, turned.shape[1]) for t in (scale, zero)]
+    wide = [_spread(t, coding.group_size, turned.shape[1]) for t in (scale, zero)]
     levels = None
     if coding.levels == "learned":
         plain = Grid(wide[0], wide[1], None, coding.bits)
@@ -157,7 +159,7 @@ def quantize(
     data = pack(codes if axis == "rows" else codes.mT, coding.bits)
     kept = None if coding.symmetric else zero.to(dtype)
     table = None if levels is None else levels.to(dtype)
-    return Quantized(data, scale.to(dtype), kept, table, turned.shape[1], coding.bits, coding.group, axis)
+    return Quantized(data, scale.to(dtype), kept, table, turned.shape[1], coding.bits, coding.group_size, axis)
 
 
 def blank_quantized(
@@ -166,7 +168,7 @@ def blank_quantized(
     """Return what `quantize` makes of a matrix of a shape, on the meta device: its sizes without its numbers."""
     axis = axis or coding.axis(shape)
     m, n = shape if axis == "rows" else shape[::-1]
-    per_group = (m, -(-n // coding.group))
+    per_group = (m, -(-n // coding.group_size))
 
     def empty(*sizes: int) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device="meta")
@@ -174,7 +176,7 @@ def blank_quantized(
     zero = None if coding.symmetric else empty(*per_group)
     levels = empty(m, 2**coding.bits) if coding.levels == "learned" else None
     data = torch.empty((m, -(-n * coding.bits // 8)), dtype=torch.uint8, device="meta")
-    return Quantized(data, empty(*per_group), zero, levels, n, coding.bits, coding.group, axis)
+    return Quantized(data, empty(*per_group), zero, levels, n, coding.bits, coding.group_size, axis)
 
 
 def feedback(weight: Tensor, grid: Grid, second: Tensor, damping: float = DAMPING) -> Tensor:
@@ -268,8 +270,8 @@ def _learned_levels(weight: Tensor, plain: Grid, importance: Tensor) -> Tensor:
 def _scales(weight: Tensor, coding: Coding, importance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return scale and zero (m, groups) float64, rounded to the dtype, of least error among those tried."""
     m, n = weight.shape
-    pad = (0, -n % coding.group)
-    groups = F.pad(weight, pad).view(m, -(-n // coding.group), coding.group)
+    pad = (0, -n % coding.group_size)
+    groups = F.pad(weight, pad).view(m, -(-n // coding.group_size), coding.group_size)
     counts = F.pad(importance, pad).view_as(groups)  # what is padded counts nothing
     inside = F.pad(torch.ones_like(weight, dtype=torch.bool), pad).view_as(groups)
     low = torch.where(inside, groups, torch.inf).amin(2)
@@ -317,6 +319,6 @@ def _importance(weight: Tensor, second: Tensor | None, outputs: Tensor | None) -
     return out
 
 
-def _spread(per_group: Tensor, group: int, width: int) -> Tensor:
+def _spread(per_group: Tensor, group_size: int, width: int) -> Tensor:
     """Return a number per group (m, groups) as one per entry (m, n)."""
-    return per_group.repeat_interleave(group, dim=1)[:, :width]
+    return per_group.repeat_interleave(group_size, dim=1)[:, :width]

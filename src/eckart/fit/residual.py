@@ -34,12 +34,12 @@ WORTH = 0.98
 TERM_BYTES = 500
 
 
-def coding_of(bits: int, group: int) -> Coding:
+def coding_of(bits: int, group_size: int) -> Coding:
     """Return how numbers are stored at that many bits: with zero points where codes are few."""
-    return Coding(bits, group, symmetric=bits == 8)
+    return Coding(bits, group_size, symmetric=bits == 8)
 
 
-def noise(target: Tensor, regression: Regression, bits: int, group: int, dtype: torch.dtype) -> float:
+def noise(target: Tensor, regression: Regression, bits: int, group_size: int, dtype: torch.dtype) -> float:
     """Return the share q_b of its energy that a term loses by rounding, measured at the rank that holds half of it.
 
     It hardly depends on the rank.
@@ -48,7 +48,7 @@ def noise(target: Tensor, regression: Regression, bits: int, group: int, dtype: 
         target: W (m, n).
         regression: its solution.
         bits: b.
-        group: entries that share a scale.
+        group_size: entries that share a scale.
         dtype: of scales.
     """
     errors = regression.errors()
@@ -56,7 +56,7 @@ def noise(target: Tensor, regression: Regression, bits: int, group: int, dtype: 
     held = float(errors[0] - errors[rank])
     if bits == HALF or held <= 0:
         return 0.0
-    map_ = fit_terms(target, regression.metric, ((bits, rank),), group, dtype)
+    map_ = fit_terms(target, regression.metric, ((bits, rank),), group_size, dtype)
     error = error_of(target, map_.to(torch.float64).dense(), regression.metric)
     return min(max(error - float(errors[rank]), 0.0) / held, 1.0)
 
@@ -93,14 +93,14 @@ def allocations(regression: Regression, noises: Mapping[int, float]) -> list[tup
     return worth
 
 
-def fit_terms(target: Tensor, metric: Metric, terms: Terms, group: int, dtype: torch.dtype) -> LinearMap:
+def fit_terms(target: Tensor, metric: Metric, terms: Terms, group_size: int, dtype: torch.dtype) -> LinearMap:
     """Return the map of given terms, each fitted to what those before it left.
 
     Args:
         target: W (m, n).
         metric: what close means.
         terms: bits and rank of each.
-        group: entries that share a scale.
+        group_size: entries that share a scale.
         dtype: of scales.
     """
     rest, maps = target.double(), list[LinearMap]()
@@ -109,29 +109,29 @@ def fit_terms(target: Tensor, metric: Metric, terms: Terms, group: int, dtype: t
         if bits == HALF:
             maps.append(factors.to(torch.float16))
         else:
-            maps.append(coded(factors, rest, metric, coding_of(bits, group), dtype))
+            maps.append(coded(factors, rest, metric, coding_of(bits, group_size), dtype))
         rest = rest - maps[-1].to(torch.float64).dense()
     return _sum(maps)
 
 
-def blank_terms(shape: tuple[int, int], terms: Terms, group: int, dtype: torch.dtype) -> LinearMap:
+def blank_terms(shape: tuple[int, int], terms: Terms, group_size: int, dtype: torch.dtype) -> LinearMap:
     """Return what `fit_terms` makes on the meta device: its sizes without its numbers."""
 
     def blank(bits: int, rank: int) -> LinearMap:
         up, down = (torch.empty(s, dtype=torch.float16, device="meta") for s in ((shape[0], rank), (rank, shape[1])))
-        return LowRank(up, down) if bits == HALF else coded_blank(LowRank(up, down), coding_of(bits, group), dtype)
+        return LowRank(up, down) if bits == HALF else coded_blank(LowRank(up, down), coding_of(bits, group_size), dtype)
 
     return _sum([blank(bits, rank) for bits, rank in terms])
 
 
-def fit_full(target: Tensor, metric: Metric, bits: int, group: int, dtype: torch.dtype) -> LinearMap:
+def fit_full(target: Tensor, metric: Metric, bits: int, group_size: int, dtype: torch.dtype) -> LinearMap:
     """Return all of a matrix as codes."""
-    return coded(Dense(target), target, metric, coding_of(bits, group), dtype)
+    return coded(Dense(target), target, metric, coding_of(bits, group_size), dtype)
 
 
-def blank_full(shape: tuple[int, int], bits: int, group: int, dtype: torch.dtype) -> LinearMap:
+def blank_full(shape: tuple[int, int], bits: int, group_size: int, dtype: torch.dtype) -> LinearMap:
     """Return what `fit_full` makes, on the meta device."""
-    return coded_blank(Dense(torch.empty(shape, device="meta")), coding_of(bits, group), dtype)
+    return coded_blank(Dense(torch.empty(shape, device="meta")), coding_of(bits, group_size), dtype)
 
 
 def _sum(maps: Sequence[LinearMap]) -> LinearMap:

@@ -47,7 +47,7 @@ def widths_family(codings: Sequence[Coding], name: str = "codes") -> Family:
     def code_bytes(shape: Shape, size: int, itemsize: int) -> int:
         m, n = shape
         codes = -(-_total(shape, size) * n // 8) + (m if n % 8 else 0)  # every row starts a byte
-        return codes + m + m * -(-n // first.group) * itemsize * (1 if first.symmetric else 2)
+        return codes + m + m * -(-n // first.group_size) * itemsize * (1 if first.symmetric else 2)
 
     def fitter(weight: Tensor, metric: Metric) -> Callable[[int], LinearMap]:
         return partial(at_size, *coded_rows(weight, metric, codings))
@@ -143,4 +143,4 @@ def _total(shape: Shape, size: int) -> int:
 def _rows(map_: Quantized, rows: Tensor) -> Quantized:
     """Return some rows of a matrix of codes, with float64 scales."""
     zero = None if map_.zero is None else map_.zero[rows].double()
-    return Quantized(map_.codes[rows], map_.scale[rows].double(), zero, None, map_.width, map_.bits, map_.group)
+    return Quantized(map_.codes[rows], map_.scale[rows].double(), zero, None, map_.width, map_.bits, map_.group_size)

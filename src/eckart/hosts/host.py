@@ -261,7 +261,7 @@ class QuantizedHost(Host, TemporaryDense):
 
     def __init__(self, map_: Quantized, bias: Tensor | None = None) -> None:
         super().__init__(map_.shape)
-        self.width, self.bits, self.group, self.axis = map_.width, map_.bits, map_.group, map_.axis
+        self.width, self.bits, self.group_size, self.axis = map_.width, map_.bits, map_.group_size, map_.axis
         self.register_buffer("codes", map_.codes)
         for name in ("scale", "zero", "levels"):
             self.register_parameter(name, _parameter(getattr(map_, name)))
@@ -271,7 +271,7 @@ class QuantizedHost(Host, TemporaryDense):
     def held_map(self) -> LinearMap:
         own = self._parameters
         tensors = cast(Tensor, own["scale"]), own["zero"], own["levels"]
-        return Quantized(self.codes, *tensors, self.width, self.bits, self.group, self.axis)
+        return Quantized(self.codes, *tensors, self.width, self.bits, self.group_size, self.axis)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to the last axis."""

@@ -1,6 +1,6 @@
 """Matrices of small whole-number codes, packed without gaps, with a scale per group: integers, or places in a table.
 
-    W_ij = scale_ig l_i(c_ij) + zero_ig,    g = j // group,    l_i(c) = c - 2^(bits - 1), or levels_ic given a table
+    W_ij = scale_ig l_i(c_ij) + zero_ig,   g = j // group_size,   l_i(c) = c - 2^(bits - 1), or levels_ic given a table
 
 Bit number b of code j is bit (bits j + b) % 8 of byte (bits j + b) // 8 of its row, so that a row of n codes takes
 ceil(bits n / 8) bytes.
@@ -28,12 +28,12 @@ class Quantized(LinearMap):
 
     Attributes:
         codes: (m, ceil(bits n / 8)) uint8.
-        scale: (m, ceil(n / group)), one per group of consecutive columns in a row.
+        scale: (m, ceil(n / group_size)), one per group of consecutive columns in a row.
         zero: what the middle code stands for, shaped like `scale`; None for 0.
         levels: (m, 2^bits), what the codes of a row stand for before scaling; None for c - 2^(bits - 1).
         width: n.
         bits: bits per code.
-        group: columns per scale; the last group of a row may be shorter.
+        group_size: columns per scale; the last group of a row may be shorter.
         axis: "rows" if groups run along the rows of W, "columns" if along its columns.
     """
 
@@ -43,16 +43,16 @@ class Quantized(LinearMap):
     levels: Tensor | None
     width: int
     bits: int
-    group: int
+    group_size: int
     axis: str = "rows"
 
     def __post_init__(self) -> None:
-        came = f"{self.bits} bits, groups of {self.group} and axis {self.axis!r}"
-        fits = self.bits in BITS and self.group > 0 and self.axis in ("rows", "columns")
-        require(fits, "Quantized", came, f"bits among {BITS}, a positive group, and rows or columns")
+        came = f"{self.bits} bits, groups of {self.group_size} and axis {self.axis!r}"
+        fits = self.bits in BITS and self.group_size > 0 and self.axis in ("rows", "columns")
+        require(fits, "Quantized", came, f"bits among {BITS}, a positive group size, and rows or columns")
         came = f"codes of shape {tuple(self.codes.shape)} and dtype {self.codes.dtype}"
         require(self.codes.ndim == 2 and self.codes.dtype == torch.uint8, "Quantized", came, "a matrix of uint8")
-        rows, groups = self.codes.shape[0], -(-self.width // self.group)
+        rows, groups = self.codes.shape[0], -(-self.width // self.group_size)
         require_shape("Quantized codes", self.codes, rows, -(-self.width * self.bits // 8))
         require_shape("Quantized scale", self.scale, rows, groups)
         if self.zero is not None:
@@ -96,7 +96,7 @@ class Quantized(LinearMap):
         """Return some rows of the matrix of codes: indices (...) int -> (..., n), dequantizing nothing else."""
         flat = rows.flatten()
         zero, levels = (None if t is None else t[flat] for t in (self.zero, self.levels))
-        part = Quantized(self.codes[flat], self.scale[flat], zero, levels, self.width, self.bits, self.group)
+        part = Quantized(self.codes[flat], self.scale[flat], zero, levels, self.width, self.bits, self.group_size)
         return part._entries().view(*rows.shape, self.width)
 
     def _entries(self) -> Tensor:
@@ -111,7 +111,7 @@ class Quantized(LinearMap):
 
     def _spread(self, per_group: Tensor) -> Tensor:
         """Return a number per group (m, groups) as one per entry (m, n)."""
-        return per_group.repeat_interleave(self.group, dim=1)[:, : self.width]
+        return per_group.repeat_interleave(self.group_size, dim=1)[:, : self.width]
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

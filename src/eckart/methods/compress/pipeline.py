@@ -25,7 +25,13 @@ from eckart.methods.compress.layers import Known, Layer, check_layers, layers_of
 from eckart.methods.compress.learned import Learning
 from eckart.methods.compress.lora import heal_by_lora
 from eckart.methods.compress.outcome import Checked, Measured, Outcome, Plan
-from eckart.methods.compress.slicing import measured_folder, principal_axes, residual_axis, sliced_plan, write_sliced
+from eckart.methods.compress.residual_slicing import (
+    measured_folder,
+    principal_axes,
+    residual_axis,
+    sliced_plan,
+    write_sliced,
+)
 from eckart.methods.compress.sweep import Sweep
 from eckart.methods.compress.table import recipe_of, settings_of, summary_of
 from eckart.progress import Progress, silent

@@ -53,7 +53,7 @@ class LearnedRounding(nn.Module):
         start = self.start
         zero = None if start.zero is None else start.zero.to(dtype)
         scale = (start.scale * self.step.exp()).to(dtype)
-        return Quantized(pack(codes, start.bits), scale, zero, None, start.width, start.bits, start.group)
+        return Quantized(pack(codes, start.bits), scale, zero, None, start.width, start.bits, start.group_size)
 
     @property
     def _half(self) -> int:
@@ -62,8 +62,8 @@ class LearnedRounding(nn.Module):
     def _unit(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the weight in units of its steps, not rounded yet, and scale and zero point of every entry."""
         start, n = self.start, self.start.width
-        scale = (start.scale * self.step.exp()).repeat_interleave(start.group, dim=1)[:, :n]
+        scale = (start.scale * self.step.exp()).repeat_interleave(start.group_size, dim=1)[:, :n]
         zero = torch.zeros_like(start.scale) if start.zero is None else start.zero
-        zero = zero.repeat_interleave(start.group, dim=1)[:, :n]
+        zero = zero.repeat_interleave(start.group_size, dim=1)[:, :n]
         divisor = scale * (self.left @ self.right + self.row + self.column).exp()
         return torch.where(scale == 0, 0.0, (self.weight - zero) / divisor), scale, zero
