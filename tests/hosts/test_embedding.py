@@ -9,7 +9,7 @@ from torch import nn
 
 from eckart.errors import EckartError
 from eckart.fit.quantize import Coding, quantize
-from eckart.hosts import EmbeddingHost, TiedHead, embedding_host, map_of
+from eckart.hosts import EmbeddingHost, TiedHead, embedding_host, host, map_of
 from eckart.maps import (
     Blocks,
     Dense,
@@ -211,3 +211,32 @@ def test_rows_of_several_widths_are_looked_up():
         torch.testing.assert_close(module(ids), module.held_map().dense()[ids])
     with pytest.raises(EckartError, match="needs one row of codes per token"):
         embedding_host(Interleaved((parts[0].T.T, Dense(weight[:1])), torch.tensor([0, 0, 0, 0, 1], dtype=torch.uint8)))
+
+
+@torch.no_grad()
+def test_rows_of_several_widths_are_dequantized_once_and_anew_after_any_change():
+    parts = (codes(3, 6, 2), codes(4, 6, 4))
+    layer, x = host(Interleaved(parts, torch.tensor([0, 1, 1, 0, 1, 0, 1], dtype=torch.uint8))), torch.randn(2, 6)
+
+    def gives_its_map() -> bool:
+        return torch.allclose(layer(x), map_of(layer)(x), atol=1e-5)
+
+    assert gives_its_map()
+    kept = layer.temporary_dense()
+    assert kept is not None
+    assert layer.temporary_dense() is kept
+    layer.get_submodule("1").scale.mul_(2)
+    assert gives_its_map()
+    layer.get_submodule("0").codes.bitwise_xor_(1)
+    assert gives_its_map()
+    layer.which.copy_(layer.which.flip(0))
+    assert gives_its_map()
+    other = host(codes(3, 6, 2))
+    other.scale.mul_(3)
+    layer.set_submodule("0", other)
+    assert gives_its_map()
+    calls = []
+    other.register_forward_hook(lambda *_: calls.append(1))
+    assert gives_its_map()
+    assert calls == [1]
+    assert layer.temporary_dense() is None

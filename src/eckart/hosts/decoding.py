@@ -42,9 +42,11 @@ _Leaf = tuple[
     int,  # how many they are: counting them looks at less memory than looking one up
 ]
 _Own = tuple[dict[str, Any], str, Tensor, int]  # a tensor of the host itself: registered where and as what, its version
+# A host inside the host, whose tensors are among those above: registered where and as what, the hooks, its attributes.
+_Inner = tuple[dict[str, Any], str, nn.Module, dict[int, Any], dict[int, Any], dict[str, Any], int]
 # What it was made of, the weight, where the bias is registered, and the weight transposed: multiplying by that view is
 # what `F.linear` does after making it, for every token.
-_Decoding = tuple[tuple[_Leaf, ...], tuple[_Own, ...], Tensor, dict[str, Any], Tensor]
+_Decoding = tuple[tuple[_Leaf, ...], tuple[_Own, ...], Tensor, dict[str, Any], Tensor, tuple[_Inner, ...]]
 
 
 class TemporaryDense(nn.Module):
@@ -96,14 +98,14 @@ class TemporaryDense(nn.Module):
         if "forward" in self.__dict__:  # replaced by one that may do anything besides
             return None
         leaves: list[_Leaf] = []
-        held: list[_Own] = []
-        for registered in (self._buffers, self._parameters):
-            for name, tensor in registered.items():
-                if tensor is not None and name != "bias":
-                    if tensor.is_inference():  # does not count its versions
-                        return None
-                    held.append((registered, name, tensor, tensor._version))
+        inner: list[_Inner] = []
+        held = self._tensors()
         for name, leaf in self._modules.items():
+            if isinstance(leaf, TemporaryDense) and not leaf._modules and is_untouched(leaf):
+                own, hooks = leaf.__dict__, (leaf._forward_hooks, leaf._forward_pre_hooks)
+                inner.append((self._modules, name, leaf, *hooks, own, len(own)))
+                held += leaf._tensors()
+                continue
             if leaf is None or not is_plain(leaf):
                 return None
             weight = cast(Tensor, leaf._parameters["weight"])
@@ -112,9 +114,20 @@ class TemporaryDense(nn.Module):
             own, store, hooks = leaf.__dict__, leaf._parameters, (leaf._forward_hooks, leaf._forward_pre_hooks)
             state = weight._version, weight.data_ptr()
             leaves.append((self._modules, name, leaf, store, weight, *state, *hooks, own, len(own)))
+        if any(tensor.is_inference() for _, _, tensor, _ in held):  # those do not count their versions
+            return None
         with torch.autocast("cpu", enabled=False):  # the weight may outlive the region it is made in
             weight = self.dense().detach()
-        return tuple(leaves), tuple(held), weight, self.bias_owner._parameters, weight.t()
+        return tuple(leaves), tuple(held), weight, self.bias_owner._parameters, weight.t(), tuple(inner)
+
+    def _tensors(self) -> list[_Own]:
+        """Return the tensors registered with the module itself, but the bias."""
+        return [
+            (registered, name, tensor, 0 if tensor.is_inference() else tensor._version)
+            for registered in (self._buffers, self._parameters)
+            for name, tensor in registered.items()
+            if tensor is not None and name != "bias"
+        ]
 
 
 class DecodingHost(Host, TemporaryDense):
@@ -194,6 +207,9 @@ def _is_current(decoding: _Decoding) -> bool:
             or len(attributes) != count
         ):
             return False
+    for owner, name, module, hooks, pre_hooks, attributes, count in decoding[5]:
+        if owner[name] is not module or hooks or pre_hooks or len(attributes) != count:
+            return False
     return True
 
 
@@ -204,5 +220,10 @@ def is_plain(leaf: nn.Module) -> bool:
     return (
         type(leaf) in (nn.Linear, nn.Embedding)
         and type(leaf._parameters["weight"]) is nn.Parameter
-        and not (leaf._forward_hooks or leaf._forward_pre_hooks or "forward" in leaf.__dict__)
+        and is_untouched(leaf)
     )
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Tell whether a module does what its class says and nothing besides: no hooks, no forward of its own."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)

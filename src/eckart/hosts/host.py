@@ -6,6 +6,7 @@ parallelism, `torch.compile`, safetensors, adapters merged on top and quantized 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -174,7 +175,33 @@ class BlocksHost(Host):
         return y if self.offset is None else y + self.offset
 
 
-class InterleavedHost(Host):
+class CodesHost(Host, TemporaryDense):
+    """A host of codes. Small matrices are kept as a temporary dense weight without gradients, others are dequantized in
+    every call: who quantizes a large model does it for memory.
+    """
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__(shape)
+        self._is_small = math.prod(shape) <= SMALL_QUANTIZED
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to the last axis."""
+        weight = None
+        if torch.is_grad_enabled():
+            self.forget()
+        elif self._is_small and x.is_cpu and not torch.compiler.is_compiling():
+            weight = self.temporary_dense()
+        if weight is not None:
+            return F.linear(x, weight, self.offset)
+        y = self.dequantized(x)
+        return y if self.offset is None else y + self.offset
+
+    def dequantized(self, x: Tensor) -> Tensor:
+        """Apply without the bias, from the codes."""
+        return self.held_map()(x)
+
+
+class InterleavedHost(CodesHost):
     """The maps as children "0", "1", ..., whose each row is as a buffer; the order that spells is remembered until it
     changes.
     """
@@ -191,10 +218,8 @@ class InterleavedHost(Host):
     def held_map(self) -> LinearMap:
         return Interleaved(tuple(map_of(child) for child in self.children()), self.which)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply to the last axis."""
-        y = torch.cat([child(x) for child in self.children()], dim=-1).index_select(-1, self.order())
-        return y if self.offset is None else y + self.offset
+    def dequantized(self, x: Tensor) -> Tensor:
+        return torch.cat([child(x) for child in self.children()], dim=-1).index_select(-1, self.order())
 
     def select(self, rows: Tensor) -> Tensor:
         """Return some rows of matrices of codes: indices (...) int -> (..., n)."""
@@ -211,7 +236,7 @@ class InterleavedHost(Host):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the remembered order out of copies."""
-        return {**self.__dict__, "_order": None}
+        return {**super().__getstate__(), "_order": None}
 
 
 class BitmapHost(Host):
@@ -250,12 +275,8 @@ class BitmapHost(Host):
         return {**self.__dict__, "_rows": None}
 
 
-class QuantizedHost(Host, TemporaryDense):
-    """The codes as a buffer; scales, zero points and levels as parameters.
-
-    Small matrices are kept as a temporary dense weight without gradients, others are dequantized in every call: who
-    quantizes a large model does it for memory.
-    """
+class QuantizedHost(CodesHost):
+    """The codes as a buffer; scales, zero points and levels as parameters."""
 
     codes: Tensor
 
@@ -266,24 +287,11 @@ class QuantizedHost(Host, TemporaryDense):
         for name in ("scale", "zero", "levels"):
             self.register_parameter(name, _parameter(getattr(map_, name)))
         self.register_parameter("bias", _parameter(bias))
-        self._is_small = map_.numbers <= SMALL_QUANTIZED
 
     def held_map(self) -> LinearMap:
         own = self._parameters
         tensors = cast(Tensor, own["scale"]), own["zero"], own["levels"]
         return Quantized(self.codes, *tensors, self.width, self.bits, self.group_size, self.axis)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply to the last axis."""
-        weight = None
-        if torch.is_grad_enabled():
-            self.forget()
-        elif self._is_small and x.is_cpu and not torch.compiler.is_compiling():
-            weight = self.temporary_dense()
-        if weight is not None:
-            return F.linear(x, weight, self.offset)
-        y = self.held_map()(x)
-        return y if self.offset is None else y + self.offset
 
 
 class MapHost(Host):
