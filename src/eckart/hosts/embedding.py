@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from eckart.errors import EckartError
 from eckart.hosts.decoding import EXTRA_CALLS, NUMBERS_PER_CALL, TemporaryDense
-from eckart.hosts.host import InterleavedHost, host, leaf, map_of
+from eckart.hosts.host import CodesHost, InterleavedHost, host, leaf, map_of
 from eckart.maps import Interleaved, LinearMap, LowRank, Pivoted, Product, Quantized, inverse_order
 
 
@@ -131,9 +131,15 @@ class QuantizedEmbeddingHost(EmbeddingHost):
         return table if self.rest is None else Product((table, *cast(Product, map_of(self.rest)).maps))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Look up tokens: ids (...) int -> (..., d); only their own codes are dequantized."""
+        """Look up tokens: ids (...) int -> (..., d); of a large table only their own codes are dequantized."""
         table = self.table
-        rows = table.select(ids) if isinstance(table, InterleavedHost) else cast(Quantized, map_of(table)).select(ids)
+        dense = cast(CodesHost, table).kept_for(ids)
+        if dense is not None:
+            rows = F.embedding(ids, dense)
+        elif isinstance(table, InterleavedHost):
+            rows = table.select(ids)
+        else:
+            rows = cast(Quantized, map_of(table)).select(ids)
         return rows if self.rest is None else map_of(self.rest).T(rows)
 
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -186,15 +186,18 @@ class CodesHost(Host, TemporaryDense):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to the last axis."""
-        weight = None
-        if torch.is_grad_enabled():
-            self.forget()
-        elif self._is_small and x.is_cpu and not torch.compiler.is_compiling():
-            weight = self.temporary_dense()
+        weight = self.kept_for(x)
         if weight is not None:
             return F.linear(x, weight, self.offset)
         y = self.dequantized(x)
         return y if self.offset is None else y + self.offset
+
+    def kept_for(self, x: Tensor) -> Tensor | None:
+        """Return the temporary dense weight where an input is to be used with it: small, without gradients, on CPU."""
+        if torch.is_grad_enabled():
+            self.forget()
+            return None
+        return self.temporary_dense() if self._is_small and x.is_cpu and not torch.compiler.is_compiling() else None
 
     def dequantized(self, x: Tensor) -> Tensor:
         """Apply without the bias, from the codes."""
