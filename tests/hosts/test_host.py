@@ -432,3 +432,33 @@ def test_hooks_on_factors_are_called_once_there(module, kind):
         getattr(layer, kind)(lambda *_: called.append(1))
     decode(module)
     assert len(called) == len(leaves(module))
+
+
+@torch.no_grad()
+def test_sums_and_products_of_small_maps_keep_a_dense_weight_until_any_part_changes():
+    sparse = Bitmap(torch.rand(4, 3), torch.tensor([[0b0111], [0b1011], [0b1101], [0b1110]], dtype=torch.uint8), 4, 3)
+    inner = Product((sparse, Dense(torch.randn(4, 5))))
+    layer, x = host(Sum((LowRank(torch.randn(4, 2), torch.randn(2, 5)), inner)), torch.randn(4)), torch.randn(3, 5)
+
+    def gives_its_map() -> bool:
+        return torch.allclose(layer(x), map_of(layer)(x) + layer.bias, atol=1e-5)
+
+    assert gives_its_map()
+    kept = layer.temporary_dense()
+    assert kept is not None
+    assert layer.temporary_dense() is kept
+    for name in ("0.up.weight", "0.down.weight", "1.0.values", "1.1.weight", "bias"):
+        layer.get_parameter(name).mul_(2)
+        assert gives_its_map(), name
+    layer.get_submodule("1.0").bits.copy_(layer.get_submodule("1.0").bits.flip(0))
+    assert gives_its_map()
+    layer.set_submodule("1.1", nn.Linear(5, 4, bias=False))
+    assert gives_its_map()
+    calls = []
+    handle = layer.get_submodule("0.up").register_forward_hook(lambda *_: calls.append(1))
+    assert gives_its_map()
+    assert len(calls) == 1
+    handle.remove()
+    layer.set_submodule("1.1", nn.Sequential(nn.Linear(5, 4, bias=False)))  # as adapters wrap it
+    assert layer.temporary_dense() is None
+    assert layer(x).shape == (3, 4)

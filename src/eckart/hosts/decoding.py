@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 from eckart.hosts.base import Host
-from eckart.maps import LinearMap, LowRank, Pivoted
+from eckart.maps import Bitmap, Interleaved, LinearMap, LowRank, Pivoted, Product, Quantized, Sum
 
-# A factored layer makes this many more operator calls than a dense one.
-EXTRA_CALLS = {LowRank: 1, Pivoted: 3}
+# A structured layer makes this many more operator calls than a dense one.
+EXTRA_CALLS: dict[type[LinearMap], int] = {LowRank: 1, Pivoted: 3, Bitmap: 1}
 # One more call costs as much as reading this many float32 numbers for one vector, or as this many multiplications for
 # many vectors, on CPU (benchmarks/constants.py). Pivots never win with many vectors on layers as small as that:
 # reordering them takes as long as multiplying.
@@ -24,6 +24,12 @@ NUMBERS_PER_CALL = 60_000
 MULTIPLICATIONS_PER_CALL = 4_000_000
 # Thin factors multiply at a lower rate than a square matrix, so that saving less than this share saves no time.
 LEAST_SAVING = 0.25
+# Multiplying by compressed rows takes the time of a dense product with this many times the non-zeros: 4 to 8, beside
+# the call, for matrices of 192 to 1,024 rows at densities of 0.1 to 0.5, one thread.
+SPARSE_EFFORT = 5
+# Other maps than low-rank and pivoted ones are kept dense between calls up to this many entries, 4 MB of float32: who
+# quantizes or prunes a large model does it for memory.
+LARGEST = 1 << 20
 
 
 # What a temporary dense weight was made of, and all that would show a change of it. Plain tuples of the dictionaries
@@ -97,28 +103,41 @@ class TemporaryDense(nn.Module):
         """Return a temporary dense weight and what it was made of; None where the factors must be called."""
         if "forward" in self.__dict__:  # replaced by one that may do anything besides
             return None
+        state = self._state()
+        if state is None:
+            return None
+        leaves, held, inner = state
+        with torch.autocast("cpu", enabled=False):  # the weight may outlive the region it is made in
+            dense = self.dense().detach()
+        return tuple(leaves), tuple(held), dense, self.bias_owner._parameters, dense.t(), tuple(inner)
+
+    def _state(self) -> tuple[list[_Leaf], list[_Own], list[_Inner]] | None:
+        """Return all that would show a change of the matrix; None where parts do anything else besides."""
         leaves: list[_Leaf] = []
         inner: list[_Inner] = []
         held = self._tensors()
-        for name, leaf in self._modules.items():
-            if isinstance(leaf, TemporaryDense) and not leaf._modules and is_untouched(leaf):
-                own, hooks = leaf.__dict__, (leaf._forward_hooks, leaf._forward_pre_hooks)
-                inner.append((self._modules, name, leaf, *hooks, own, len(own)))
-                held += leaf._tensors()
-                continue
-            if leaf is None or not is_plain(leaf):
-                return None
-            weight = cast(Tensor, leaf._parameters["weight"])
-            if weight.is_inference():
-                return None
-            own, store, hooks = leaf.__dict__, leaf._parameters, (leaf._forward_hooks, leaf._forward_pre_hooks)
-            state = weight._version, weight.data_ptr()
-            leaves.append((self._modules, name, leaf, store, weight, *state, *hooks, own, len(own)))
         if any(tensor.is_inference() for _, _, tensor, _ in held):  # those do not count their versions
             return None
-        with torch.autocast("cpu", enabled=False):  # the weight may outlive the region it is made in
-            weight = self.dense().detach()
-        return tuple(leaves), tuple(held), weight, self.bias_owner._parameters, weight.t(), tuple(inner)
+        for name, part in self._modules.items():
+            if isinstance(part, TemporaryDense) and is_untouched(part) and part.bias_owner._parameters["bias"] is None:
+                below = part._state()
+                if below is None:
+                    return None
+                attributes, hooks = part.__dict__, (part._forward_hooks, part._forward_pre_hooks)
+                inner += [(self._modules, name, part, *hooks, attributes, len(attributes)), *below[2]]
+                leaves, held = leaves + below[0], held + below[1]
+                continue
+            if part is None or not is_plain(part):
+                return None
+            if part is not self.bias_owner and part._parameters.get("bias") is not None:
+                return None
+            weight = cast(Tensor, part._parameters["weight"])
+            if weight.is_inference():
+                return None
+            own, store, hooks = part.__dict__, part._parameters, (part._forward_hooks, part._forward_pre_hooks)
+            state = weight._version, weight.data_ptr()
+            leaves.append((self._modules, name, part, store, weight, *state, *hooks, own, len(own)))
+        return leaves, held, inner
 
     def _tensors(self) -> list[_Own]:
         """Return the tensors registered with the module itself, but the bias."""
@@ -131,11 +150,11 @@ class TemporaryDense(nn.Module):
 
 
 class DecodingHost(Host, TemporaryDense):
-    """A host that computes with a temporary dense weight where that is faster than its factors."""
+    """A host that computes with a temporary dense weight where that is faster than its structure."""
 
-    def __init__(self, shape: tuple[int, int], map_type: type[LinearMap], numbers: int) -> None:
-        super().__init__(shape)
-        self._dense_below = shape[1] * _dense_below(shape, map_type, numbers)
+    def __init__(self, map_: LinearMap) -> None:
+        super().__init__(map_.shape)
+        self._dense_below = map_.shape[1] * dense_below(map_)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply; where the temporary dense weight serves and nothing is to happen besides, at once.
@@ -175,20 +194,42 @@ class DecodingHost(Host, TemporaryDense):
         weight = self.temporary_dense()
         return self.structured(x) if weight is None else F.linear(x, weight, self.offset)
 
+    def kept_table(self, ids: Tensor) -> Tensor | None:
+        """Return the temporary dense weight to look rows up in, None where the structure is to be asked."""
+        if torch.is_grad_enabled():
+            self._decoding = None
+            return None
+        return (
+            self.temporary_dense() if self._dense_below and ids.is_cpu and not torch.compiler.is_compiling() else None
+        )
+
     @abstractmethod
     def structured(self, x: Tensor) -> Tensor:
-        """Apply through the factors."""
+        """Apply through the structure, with the bias."""
 
 
-def _dense_below(shape: tuple[int, int], map_type: type[LinearMap], numbers: int) -> float:
-    """Return the number of vectors from which on a layer's factors are faster than its dense weight, 0 if always."""
-    full, calls = math.prod(shape), EXTRA_CALLS[map_type]
-    saved = full - numbers
+def dense_below(map_: LinearMap) -> float:
+    """Return the number of vectors from which on a map is faster than its dense weight, 0 if always."""
+    full = math.prod(map_.shape)
+    if not isinstance(map_, LowRank | Pivoted):
+        return math.inf if full <= min(LARGEST, _effort(map_)) else 0
+    saved, calls = full - map_.numbers, EXTRA_CALLS[type(map_)]
     if saved >= calls * NUMBERS_PER_CALL:
         return 0
-    if map_type is Pivoted or saved <= LEAST_SAVING * full:
+    if isinstance(map_, Pivoted) or saved <= LEAST_SAVING * full:
         return math.inf
     return calls * MULTIPLICATIONS_PER_CALL / saved
+
+
+def _effort(map_: LinearMap) -> float:
+    """Return how many entries a dense matrix may have that is multiplied as fast as a map, from one vector on."""
+    if isinstance(map_, Sum | Product):
+        return sum(_effort(part) for part in map_.maps) + (len(map_.maps) - 1) * NUMBERS_PER_CALL
+    if isinstance(map_, Quantized | Interleaved):  # every call writes the matrix out
+        return math.inf
+    return (SPARSE_EFFORT if isinstance(map_, Bitmap) else 1) * map_.numbers + EXTRA_CALLS.get(
+        type(map_), 0
+    ) * NUMBERS_PER_CALL
 
 
 def _is_current(decoding: _Decoding) -> bool:

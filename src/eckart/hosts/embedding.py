@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eckart.errors import EckartError
-from eckart.hosts.decoding import EXTRA_CALLS, NUMBERS_PER_CALL, TemporaryDense
-from eckart.hosts.host import CodesHost, InterleavedHost, host, leaf, map_of
+from eckart.hosts.decoding import EXTRA_CALLS, NUMBERS_PER_CALL, DecodingHost, TemporaryDense
+from eckart.hosts.host import InterleavedHost, host, leaf, map_of
 from eckart.maps import Interleaved, LinearMap, LowRank, Pivoted, Product, Quantized, inverse_order
 
 
@@ -133,7 +133,7 @@ class QuantizedEmbeddingHost(EmbeddingHost):
     def forward(self, ids: Tensor) -> Tensor:
         """Look up tokens: ids (...) int -> (..., d); of a large table only their own codes are dequantized."""
         table = self.table
-        dense = cast(CodesHost, table).kept_for(ids)
+        dense = cast(DecodingHost, table).kept_table(ids)
         if dense is not None:
             rows = F.embedding(ids, dense)
         elif isinstance(table, InterleavedHost):

@@ -6,17 +6,15 @@ parallelism, `torch.compile`, safetensors, adapters merged on top and quantized 
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from eckart.errors import EckartError
 from eckart.hosts.base import Host
-from eckart.hosts.decoding import DecodingHost, TemporaryDense, is_plain
+from eckart.hosts.decoding import DecodingHost, is_plain
 from eckart.maps import (
     Bitmap,
     Blocks,
@@ -39,15 +37,12 @@ from eckart.maps import (
     require_shape,
 )
 
-# Quantized matrices of at most this many entries are kept dense between calls without gradients, in 4 MB of float32.
-SMALL_QUANTIZED = 1 << 20
-
 
 class LowRankHost(DecodingHost):
     """y = up(down(x)): two `nn.Linear` leaves, the bias in `up`."""
 
     def __init__(self, map_: LowRank, bias: Tensor | None = None) -> None:
-        super().__init__(map_.shape, LowRank, map_.numbers)
+        super().__init__(map_)
         self.down = leaf(map_.down)
         self.up = leaf(map_.up, bias)
 
@@ -72,7 +67,7 @@ class PivotedHost(DecodingHost):
     order: Tensor
 
     def __init__(self, map_: Pivoted, bias: Tensor | None = None) -> None:
-        super().__init__(map_.shape, Pivoted, map_.numbers)
+        super().__init__(map_)
         self.axis, self.rank = map_.axis, map_.rank
         self.basis = leaf(map_.basis)
         self.coefficients = leaf(map_.coefficients)
@@ -99,19 +94,18 @@ class PivotedHost(DecodingHost):
         return y if self.offset is None else y + self.offset
 
 
-class SumHost(Host):
+class SumHost(DecodingHost):
     """y = term_0(x) + term_1(x) + ..., the terms as children "0", "1", ..."""
 
     def __init__(self, map_: Sum, bias: Tensor | None = None) -> None:
-        super().__init__(map_.shape)
+        super().__init__(map_)
         _add_children(self, map_.maps)
         self.register_parameter("bias", _parameter(bias))
 
     def held_map(self) -> LinearMap:
         return Sum(tuple(map_of(child) for child in self.children()))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply to the last axis."""
+    def structured(self, x: Tensor) -> Tensor:
         terms = list(self.children())
         y: Tensor = terms[0](x)
         for term in terms[1:]:
@@ -119,19 +113,18 @@ class SumHost(Host):
         return y if self.offset is None else y + self.offset
 
 
-class ProductHost(Host):
+class ProductHost(DecodingHost):
     """y = factor_0(factor_1(...(x))), the factors as children "0", "1", ..., the last applied first."""
 
     def __init__(self, map_: Product, bias: Tensor | None = None) -> None:
-        super().__init__(map_.shape)
+        super().__init__(map_)
         _add_children(self, map_.maps)
         self.register_parameter("bias", _parameter(bias))
 
     def held_map(self) -> LinearMap:
         return Product(tuple(map_of(child) for child in self.children()))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply to the last axis."""
+    def structured(self, x: Tensor) -> Tensor:
         for factor in reversed(list(self.children())):
             x = factor(x)
         return x if self.offset is None else x + self.offset
@@ -175,36 +168,7 @@ class BlocksHost(Host):
         return y if self.offset is None else y + self.offset
 
 
-class CodesHost(Host, TemporaryDense):
-    """A host of codes. Small matrices are kept as a temporary dense weight without gradients, others are dequantized in
-    every call: who quantizes a large model does it for memory.
-    """
-
-    def __init__(self, shape: tuple[int, int]) -> None:
-        super().__init__(shape)
-        self._is_small = math.prod(shape) <= SMALL_QUANTIZED
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply to the last axis."""
-        weight = self.kept_for(x)
-        if weight is not None:
-            return F.linear(x, weight, self.offset)
-        y = self.dequantized(x)
-        return y if self.offset is None else y + self.offset
-
-    def kept_for(self, x: Tensor) -> Tensor | None:
-        """Return the temporary dense weight where an input is to be used with it: small, without gradients, on CPU."""
-        if torch.is_grad_enabled():
-            self.forget()
-            return None
-        return self.temporary_dense() if self._is_small and x.is_cpu and not torch.compiler.is_compiling() else None
-
-    def dequantized(self, x: Tensor) -> Tensor:
-        """Apply without the bias, from the codes."""
-        return self.held_map()(x)
-
-
-class InterleavedHost(CodesHost):
+class InterleavedHost(DecodingHost):
     """The maps as children "0", "1", ..., whose each row is as a buffer; the order that spells is remembered until it
     changes.
     """
@@ -212,7 +176,7 @@ class InterleavedHost(CodesHost):
     which: Tensor
 
     def __init__(self, map_: Interleaved, bias: Tensor | None = None) -> None:
-        super().__init__(map_.shape)
+        super().__init__(map_)
         _add_children(self, map_.maps)
         self.register_buffer("which", map_.which)
         self.register_parameter("bias", _parameter(bias))
@@ -221,8 +185,9 @@ class InterleavedHost(CodesHost):
     def held_map(self) -> LinearMap:
         return Interleaved(tuple(map_of(child) for child in self.children()), self.which)
 
-    def dequantized(self, x: Tensor) -> Tensor:
-        return torch.cat([child(x) for child in self.children()], dim=-1).index_select(-1, self.order())
+    def structured(self, x: Tensor) -> Tensor:
+        y = torch.cat([child(x) for child in self.children()], dim=-1).index_select(-1, self.order())
+        return y if self.offset is None else y + self.offset
 
     def select(self, rows: Tensor) -> Tensor:
         """Return some rows of matrices of codes: indices (...) int -> (..., n)."""
@@ -242,13 +207,13 @@ class InterleavedHost(CodesHost):
         return {**super().__getstate__(), "_order": None}
 
 
-class BitmapHost(Host):
+class BitmapHost(DecodingHost):
     """The values as a parameter, the bits as a buffer; the indices they spell are remembered until the bits change."""
 
     bits: Tensor
 
     def __init__(self, map_: Bitmap, bias: Tensor | None = None) -> None:
-        super().__init__(map_.shape)
+        super().__init__(map_)
         self.nonzeros = map_.nonzeros
         self.register_parameter("values", _parameter(map_.values))
         self.register_buffer("bits", map_.bits)
@@ -258,8 +223,7 @@ class BitmapHost(Host):
     def held_map(self) -> LinearMap:
         return Bitmap(cast(Tensor, self.values), self.bits, self.in_features, self.nonzeros)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply to the last axis."""
+    def structured(self, x: Tensor) -> Tensor:
         values = cast(Tensor, self.values)
         if by_compressed_rows(x, values):
             y = multiply_compressed_rows(x, values.flatten(), *self._compressed_rows())
@@ -275,16 +239,16 @@ class BitmapHost(Host):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the remembered indices out of copies."""
-        return {**self.__dict__, "_rows": None}
+        return {**super().__getstate__(), "_rows": None}
 
 
-class QuantizedHost(CodesHost):
+class QuantizedHost(DecodingHost):
     """The codes as a buffer; scales, zero points and levels as parameters."""
 
     codes: Tensor
 
     def __init__(self, map_: Quantized, bias: Tensor | None = None) -> None:
-        super().__init__(map_.shape)
+        super().__init__(map_)
         self.width, self.bits, self.group_size, self.axis = map_.width, map_.bits, map_.group_size, map_.axis
         self.register_buffer("codes", map_.codes)
         for name in ("scale", "zero", "levels"):
@@ -295,6 +259,10 @@ class QuantizedHost(CodesHost):
         own = self._parameters
         tensors = cast(Tensor, own["scale"]), own["zero"], own["levels"]
         return Quantized(self.codes, *tensors, self.width, self.bits, self.group_size, self.axis)
+
+    def structured(self, x: Tensor) -> Tensor:
+        y = self.held_map()(x)
+        return y if self.offset is None else y + self.offset
 
 
 class MapHost(Host):
