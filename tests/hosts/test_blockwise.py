@@ -1,6 +1,7 @@
 """Running block by block gives what the whole model gives, for every kind of block."""
 
 import copy
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -126,19 +127,24 @@ def resident():
     line = next(line for line in open("/proc/self/smaps_rollup") if line.startswith("Rss:"))
     return int(line.split()[1]) / 1e3
 
-torch.ones(8_000_000).add_(1)  # freed: from now on blocks of this size come from the heap
-held = [(torch.ones(500_000), torch.ones(10_000)) for _ in range(100)]  # 2 MB, and behind it what keeps the heap up
+start = resident()
+held = [(torch.ones(500_000), torch.ones(10_000)) for _ in range(100)]  # 2 MB, and what may lie between two of them
 held = [small for _, small in held]
-before = resident()
+freed = resident()
 return_memory()
-print(before - resident(), len(held))
+print(freed - start, resident() - start, len(held))
 """
 
 
 def test_memory_is_returned():
     if not Path("/proc/self/smaps_rollup").exists():
         pytest.skip("reads the size of the process from /proc")
-    # In a process of its own: in one that has run for long, freed space may lie inside what it already held. How much
-    # of the 200 MB comes back depends on the machine (74 to 200 MB seen); nothing does without the call.
-    done = subprocess.run([sys.executable, "-c", FRAGMENTED], capture_output=True, text=True, check=True)
-    assert float(done.stdout.split()[0]) > 20
+    # In a process of its own, whose C library takes every block from the heap and returns nothing unasked: otherwise
+    # it depends on where the import left gaps whether the small blocks keep the large ones from being returned at once.
+    unasked = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+    command = [sys.executable, "-c", FRAGMENTED]
+    done = subprocess.run(command, env=os.environ | unasked, capture_output=True, text=True, check=True)
+    freed, returned, _ = map(float, done.stdout.split())
+    if freed < 150:
+        pytest.skip("this C library returns freed memory by itself")
+    assert returned < 30
