@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
+from eckart.atomic import copy_file
 from eckart.errors import EckartError
 from eckart.linalg import all_finite
 from eckart.progress import Progress
@@ -37,6 +38,13 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+
+
+def copy_companions(folder: Path, out: Path) -> None:
+    """Copy what makes a model folder usable beside config and weights, as far as it is there, into another folder."""
+    for name in COMPANIONS:
+        if (folder / name).is_file():
+            copy_file(folder / name, out / name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from eckart.atomic import copy_file, write_json
+from eckart.atomic import write_json
 from eckart.errors import EckartError
 from eckart.files.elastic import FOLDER as ELASTIC
 from eckart.files.elastic import read_order
@@ -29,7 +29,7 @@ from eckart.files.entries import (
     blank_module,
     check_files,
 )
-from eckart.files.folder import COMPANIONS, TensorFile, check_model_folder, quiet, tensor_file
+from eckart.files.folder import TensorFile, check_model_folder, copy_companions, quiet, tensor_file
 from eckart.files.huggingface import check_contents
 from eckart.files.neurons import full_shape, padded
 from eckart.files.shards import Source, write_shards
@@ -159,9 +159,7 @@ def densify(folder: str | Path, out: str | Path, progress: Progress = silent) ->
     sources = _sources(config, tensors, _skeleton(folder, dense_raw, None), zeros)
     with appearing(out) as temporary:
         write_shards(temporary, sources, lambda done: progress("densify", done, len(sources)))
-        for name in COMPANIONS:
-            if (folder / name).is_file():
-                copy_file(folder / name, temporary / name)
+        copy_companions(folder, temporary)
         write_json(temporary / "config.json", dense_raw)
     return out
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from eckart.atomic import copy_file, write_json, write_text
+from eckart.atomic import write_json, write_text
 from eckart.files.card import inherited, model_card
 from eckart.files.elastic import Elastic, Slice, module_of, read_order
 from eckart.files.entries import FORMAT, QUANT_METHOD, TIED_HEAD, EckartConfig, expected_tensors, sentinel_name
-from eckart.files.folder import COMPANIONS, TensorFile, check_model_folder, tensor_file
+from eckart.files.folder import TensorFile, check_model_folder, copy_companions, tensor_file
 from eckart.files.inspect import appearing
 from eckart.files.shards import Source, write_shards
 from eckart.files.writing import check_output
@@ -68,9 +68,7 @@ def slice_folder(folder: str | Path, out: str | Path, *, keep: float, progress: 
     made |= {"quantization_config": {**stated, "made_by": made_by}} if entries else {}
     with appearing(out) as temporary:
         write_shards(temporary, sources, lambda done: progress("slice", done, len(sources)))
-        for name in COMPANIONS:
-            if (folder / name).is_file():
-                copy_file(folder / name, temporary / name)
+        copy_companions(folder, temporary)
         write_json(temporary / "config.json", made)
         write_text(temporary / "README.md", _card(folder, raw, made_by, rows))
         report = {"measured": None, "settings": made_by, "checked": None, "plan": _plan(elastic, made_by, rows)}

@@ -28,7 +28,7 @@ from eckart.atomic import copy_file, write_json, write_tensors, write_text
 from eckart.errors import EckartError
 from eckart.files.elastic import FOLDER as ELASTIC
 from eckart.files.entries import EMBEDDING, FORMAT, LINEAR, QUANT_METHOD, TIED_HEAD, sentinel_name
-from eckart.files.folder import COMPANIONS, OpenModel
+from eckart.files.folder import OpenModel, copy_companions
 from eckart.files.shards import Source, write_shards
 from eckart.files.sharing import SHARED
 from eckart.hosts import host
@@ -297,9 +297,7 @@ def write_folder(
             for path in sorted(partial.folder.glob(f"{ELASTIC}-*.safetensors")):
                 copy_file(path, folder / ELASTIC / path.name.removeprefix(f"{ELASTIC}-"))
     write_json(folder / "config.json", config)
-    for name in COMPANIONS:
-        if (model.folder / name).is_file():
-            copy_file(model.folder / name, folder / name)
+    copy_companions(model.folder, folder)
     for name, text in texts.items():
         write_text(folder / name, text)
     return folder

@@ -17,16 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eckart.atomic import copy_file, write_json
+from eckart.atomic import write_json
 from eckart.budget import BYTES
 from eckart.errors import EckartError
-from eckart.files.folder import COMPANIONS, with_config
+from eckart.files.folder import copy_companions, with_config
 from eckart.files.shards import Source, write_shards
 from eckart.hosts import Blockwise, anatomy
 from eckart.methods.compress.check import Expected, expectation
 from eckart.methods.compress.fusing import graft, group_around
 from eckart.methods.compress.job import Job
-from eckart.methods.compress.outcome import LayerPlan, Measured, Plan, Spent
+from eckart.methods.compress.outcome import LayerPlan, Measured, Plan
+from eckart.methods.compress.plain import plain_plan
 from eckart.methods.compress.removal import Removal
 from eckart.methods.compress.sweep import measured, rounded
 from eckart.progress import Progress, later
@@ -294,19 +295,7 @@ def short_plan(job: Job, kept: Sequence[int]) -> Plan:
         nbytes = numbers * job.model.stored_dtype(name).itemsize
         kind, structure = ends.get(owner, "linear"), REMOVED if gone else "dense"
         rows.append(LayerPlan(owner, kind, full, structure, rank, numbers, dense, nbytes, 0.0))
-    limit, bytes_only = job.request.limit, job.request.limit.measure == BYTES
-    numbers, nbytes = sum(row.numbers for row in rows), sum(row.nbytes for row in rows)
-    return Plan(
-        job.request.method,
-        None if bytes_only else limit.amount,
-        job.model.numel,
-        numbers,
-        job.model.nbytes,
-        nbytes,
-        "not predicted",
-        tuple(rows),
-        Spent(str(limit), BYTES.unit, job.model.nbytes, nbytes) if bytes_only else None,
-    )
+    return plain_plan(job, rows)
 
 
 def write_short(stack: Stack, folder: Path, progress: Progress) -> None:
@@ -333,9 +322,7 @@ def write_short(stack: Stack, folder: Path, progress: Progress) -> None:
         sources[new] = Source(size, partial(changed.__getitem__ if name in changed else job.model.read, name))
     write_shards(folder, sources, lambda done: progress("write", done, len(sources)))
     write_json(folder / "config.json", short_config(job, stack.kept))
-    for name in COMPANIONS:
-        if (job.model.folder / name).is_file():
-            copy_file(job.model.folder / name, folder / name)
+    copy_companions(job.model.folder, folder)
 
 
 def measured_stack(stack: Stack) -> tuple[Measured, Expected]:

@@ -5,7 +5,8 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -108,42 +109,40 @@ def _opened(request: Request, progress: Progress) -> Job:
     return job
 
 
-def _partial(job: Job, target: Path) -> Partial:
-    return Partial(target.absolute().with_name(f".{target.absolute().name}.eckart-{job.key[:8]}"))
-
-
-def _by_layers(job: Job, target: Path, cache: bool, check: bool, progress: Progress) -> Outcome:
-    """Compress layer by layer, continuing what an earlier run of the same job has left."""
-    partial, layers = _partial(job, target), layers_of(job)
-    check_layers(job, layers)
+@contextmanager
+def _begun(job: Job, target: Path) -> Iterator[Partial]:
+    """Give the finished parts of a job beside its target, which stay behind only where hours of good work failed."""
+    partial = Partial(target.absolute().with_name(f".{target.absolute().name}.eckart-{job.key[:8]}"))
     try:
         partial.begin({"out": str(target), "settings": _described(job)})
-        outcome, expected = _compressed(job, layers, partial, target, cache, progress)
-        checked = _publish(job, partial, outcome, expected if check else None, progress)
+        yield partial
     except EckartError as error:
         if not partial.worth_keeping() or isinstance(error, BrokenOutputError):
             partial.discard()
         raise
     partial.discard()
+
+
+def _by_layers(job: Job, target: Path, cache: bool, check: bool, progress: Progress) -> Outcome:
+    """Compress layer by layer, continuing what an earlier run of the same job has left."""
+    layers = layers_of(job)
+    check_layers(job, layers)
+    with _begun(job, target) as partial:
+        outcome, expected = _compressed(job, layers, partial, target, cache, progress)
+        checked = _publish(job, partial, outcome, expected if check else None, progress)
     return replace(outcome, checked=checked)
 
 
 def _plain(job: Job, target: Path, cache: bool, check: bool, progress: Progress) -> Outcome:
     """Write an ordinary smaller model, beside the target while it is made; it has no statistics to cache."""
-    partial, make = _partial(job, target), _sliced if job.recipe.sliced else _shortened
-    try:
-        partial.begin({"out": str(target), "settings": _described(job)})
+    make = _sliced if job.recipe.sliced else _shortened
+    with _begun(job, target) as partial:
         folder, planned, measured, expected = make(job, partial, progress)
         outcome = Outcome(planned, target, measured, 0.0, _peak_memory(), _described(job))
         for name, text in _texts(job, outcome, expected.promise if check else None).items():
             write_text(folder / name, text)
         checked = _checked(job, folder, planned, expected if check else None, progress)
         publish(folder, target)
-    except EckartError as error:
-        if not partial.worth_keeping() or isinstance(error, BrokenOutputError):
-            partial.discard()
-        raise
-    partial.discard()
     return replace(outcome, checked=checked)
 
 

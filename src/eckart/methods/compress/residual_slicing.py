@@ -16,16 +16,17 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from eckart.atomic import copy_file, write_json
+from eckart.atomic import write_json
 from eckart.budget import BYTES
 from eckart.errors import EckartError
-from eckart.files.folder import COMPANIONS, open_model
+from eckart.files.folder import copy_companions, open_model
 from eckart.files.shards import Source, write_shards
 from eckart.hosts import Blockwise, Call, Residual, anatomy, is_rms_norm, residual_of, rotated
 from eckart.methods.compress.check import Expected, expectation
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.measure import next_token_loss
-from eckart.methods.compress.outcome import LayerPlan, Measured, Plan, Spent
+from eckart.methods.compress.outcome import LayerPlan, Measured, Plan
+from eckart.methods.compress.plain import plain_plan
 from eckart.progress import Progress
 from eckart.stats import MomentSum, advance, enter, hooked
 
@@ -142,20 +143,7 @@ def sliced_plan(job: Job, axis: Axis) -> tuple[int, Plan]:
             f"{limit} of {limit.measure.show(whole)} cannot be met even with {step} of {axis.width} coordinates; ask "
             "for more, or use another method"
         )
-    rows = _rows(job, axis, fitting[-1])
-    numbers, nbytes = sum(row.numbers for row in rows), sum(row.nbytes for row in rows)
-    bytes_only = limit.measure == BYTES
-    return fitting[-1], Plan(
-        job.request.method,
-        None if bytes_only else limit.amount,
-        total,
-        numbers,
-        job.model.nbytes,
-        nbytes,
-        "not predicted",
-        tuple(rows),
-        Spent(str(limit), BYTES.unit, job.model.nbytes, nbytes) if bytes_only else None,
-    )
+    return fitting[-1], plain_plan(job, _rows(job, axis, fitting[-1]))
 
 
 def _rows(job: Job, axis: Axis, kept: int) -> list[LayerPlan]:
@@ -246,9 +234,7 @@ def write_sliced(job: Job, axis: Axis, basis: Tensor, folder: Path, progress: Pr
         config |= {"hidden_size": kept, "head_dim": int(job.model.config.head_dim)}
         config["tie_word_embeddings"] = job.parts.tied and not job.recipe.untie
     write_json(folder / "config.json", config)
-    for name in COMPANIONS:
-        if (job.model.folder / name).is_file():
-            copy_file(job.model.folder / name, folder / name)
+    copy_companions(job.model.folder, folder)
 
 
 def measured_folder(job: Job, folder: Path) -> tuple[Measured, Expected]:
