@@ -32,9 +32,11 @@ if TYPE_CHECKING:
     from eckart.maps import NM as NM
     from eckart.maps import Bitmap as Bitmap
     from eckart.maps import Blocks as Blocks
+    from eckart.maps import Cayley as Cayley
     from eckart.maps import Dense as Dense
     from eckart.maps import Diagonal as Diagonal
     from eckart.maps import Gated as Gated
+    from eckart.maps import Householder as Householder
     from eckart.maps import Interleaved as Interleaved
     from eckart.maps import Kronecker as Kronecker
     from eckart.maps import LinearMap as LinearMap
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from eckart.maps import Selection as Selection
     from eckart.maps import Sparse as Sparse
     from eckart.maps import Sum as Sum
+    from eckart.maps import Tiled as Tiled
     from eckart.maps import linear_map as linear_map
     from eckart.maps import pivot as pivot
     from eckart.maps import simplify as simplify
@@ -91,7 +94,8 @@ PUBLIC: dict[str, str] = {
         "eckart.maps": (
             "FAMILIES", "LinearMap", "linear_map", "simplify", "pivot",
             "Dense", "LowRank", "Pivoted", "Diagonal", "Permutation", "Selection", "Placement", "Sparse", "NM",
-            "Kronecker", "Bitmap", "Quantized", "Scattered", "Sum", "Product", "Scaled", "Blocks", "Interleaved",
+            "Kronecker", "Householder", "Cayley", "Tiled",
+            "Bitmap", "Quantized", "Scattered", "Sum", "Product", "Scaled", "Blocks", "Interleaved",
             "RowNormalized", "Masked", "Gated",
         ),
     }.items()

@@ -19,6 +19,7 @@ from eckart.maps import (
     Dense,
     Diagonal,
     Fact,
+    Householder,
     LinearMap,
     LowRank,
     Masked,
@@ -394,3 +395,9 @@ def test_sparse_products_without_gradients_equal_those_with(dtype, shape):
     learned = x.clone().requires_grad_()
     map_(learned).sum().backward()
     torch.testing.assert_close(learned.grad, matrix.sum(0).expand(shape))
+
+
+def test_a_vector_of_zeros_reflects_nothing():
+    vectors = torch.randn(3, 5, dtype=torch.float64)
+    vectors[1] = 0
+    assert torch.allclose(Householder(vectors).dense(), Householder(vectors[[0, 2]]).dense())

@@ -31,6 +31,8 @@ from eckart.maps.lowrank import zero_map as zero_map
 from eckart.maps.masked import Masked as Masked
 from eckart.maps.norm import row_norms as row_norms
 from eckart.maps.normalized import RowNormalized as RowNormalized
+from eckart.maps.orthogonal import Cayley as Cayley
+from eckart.maps.orthogonal import Householder as Householder
 from eckart.maps.permutation import Permutation as Permutation
 from eckart.maps.permutation import inverse_order as inverse_order
 from eckart.maps.pivoted import Pivoted as Pivoted
@@ -58,12 +60,14 @@ from eckart.maps.storage import STORAGES as STORAGES
 from eckart.maps.storage import Storage as Storage
 from eckart.maps.storage import storage as storage
 from eckart.maps.storage import stored as stored
+from eckart.maps.tiled import Tiled as Tiled
 
 # Every map a checkpoint may name.
 FAMILIES: dict[str, type[LinearMap]] = {
     cls.__name__: cls
     for cls in (
         Dense, LowRank, Pivoted, Diagonal, Permutation, Selection, Placement, Sparse, NM, Kronecker,
+        Householder, Cayley, Tiled,
         Bitmap, Scattered, Quantized, Sum, Product, Scaled, Blocks, Interleaved, RowNormalized, Masked,
     )
 }  # fmt: skip

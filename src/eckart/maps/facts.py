@@ -11,6 +11,7 @@ from eckart.maps.kronecker import Kronecker
 from eckart.maps.lowrank import LowRank
 from eckart.maps.masked import Masked
 from eckart.maps.normalized import RowNormalized
+from eckart.maps.orthogonal import Cayley, Householder
 from eckart.maps.permutation import Permutation
 from eckart.maps.pivoted import Pivoted
 
@@ -29,6 +30,8 @@ S, O, D = Fact.SYMMETRIC, Fact.ORTHOGONAL, Fact.DIAGONAL
 OF_LEAF: dict[type[LinearMap], frozenset[Fact]] = {
     Diagonal: frozenset({S, D}),
     Permutation: frozenset({O}),
+    Householder: frozenset({O}),
+    Cayley: frozenset({O}),
 }
 # Which facts of all terms a sum keeps: orthogonality is lost (I + I is not orthogonal).
 KEPT_BY_SUM = frozenset({S, D})

@@ -14,8 +14,10 @@ from eckart.maps import (
     NM,
     Bitmap,
     Blocks,
+    Cayley,
     Dense,
     Diagonal,
+    Householder,
     Interleaved,
     Kronecker,
     LinearMap,
@@ -32,6 +34,7 @@ from eckart.maps import (
     Selection,
     Sparse,
     Sum,
+    Tiled,
 )
 from eckart.testing.case import Case
 
@@ -149,6 +152,34 @@ def _kronecker(normal: Normal, generator: Generator) -> Made:
         w = sum(torch.kron(p, q) for p, q in zip(a, b, strict=True))
         yield f"{terms} x {left} {right}", Kronecker(a, b), torch.as_tensor(w)
     yield "no terms", Kronecker(normal(0, 2, 1), normal(0, 1, 3)), 0 * normal(2, 3)
+
+
+def _householder(normal: Normal, generator: Generator) -> Made:
+    for r, n in ((1, 4), (3, 5), (4, 2), (1, 1), (0, 3)):
+        u, w = normal(r, n), torch.eye(n, dtype=torch.float64)
+        for vector in u:
+            w = w - 2 * torch.outer(w @ vector, vector) / (vector @ vector)
+        yield f"{r} of {n}", Householder(u), w
+
+
+def _cayley(normal: Normal, generator: Generator) -> Made:
+    for b, s in ((1, 4), (3, 2), (2, 3), (1, 1)):
+        q = normal(b, s * (s - 1) // 2)
+        blocks = []
+        for entries in q:
+            skew = torch.zeros(s, s, dtype=torch.float64)
+            above = [(i, j) for i in range(s) for j in range(i + 1, s)]
+            for (i, j), value in zip(above, entries, strict=True):
+                skew[i, j], skew[j, i] = value, -value
+            eye = torch.eye(s, dtype=torch.float64)
+            blocks.append((eye + skew) @ torch.linalg.inv(eye - skew))
+        yield f"{b} of {s}", Cayley(q, s), torch.block_diag(*blocks)
+
+
+def _tiled(normal: Normal, generator: Generator) -> Made:
+    for m, r, n in ((5, 2, 4), (3, 2, 5), (4, 3, 3), (1, 1, 1)):
+        d = normal(m, r)
+        yield f"{m}x{n} by {r}", Tiled(d, n), torch.stack([d[:, i % r] for i in range(n)], dim=1)
 
 
 def _bitmap(normal: Normal, generator: Generator) -> Made:
@@ -321,6 +352,9 @@ MAKERS: dict[str, Callable[[Normal, Generator], Made]] = {
     "Sparse": _sparse,
     "NM": _nm,
     "Kronecker": _kronecker,
+    "Householder": _householder,
+    "Cayley": _cayley,
+    "Tiled": _tiled,
     "Bitmap": _bitmap,
     "Scattered": _scattered,
     "Quantized": _quantized,

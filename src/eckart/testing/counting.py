@@ -19,7 +19,8 @@ class CountOperations(TorchDispatchMode):
     """Counts the floating-point multiplications and additions inside the `with` block, in `total`.
 
     Products of matrices count 2 m n k (the table of `torch.utils.flop_counter`), entrywise arithmetic one per entry,
-    sums and scattered sums one per term. Roots, comparisons, copies and arithmetic on indices count nothing.
+    sums and scattered sums one per term, solutions of equations 2/3 s^3 per matrix of side s and s^2 per triangle and
+    column. Roots, comparisons, copies and arithmetic on indices count nothing.
     """
 
     def __init__(self) -> None:
@@ -31,10 +32,15 @@ class CountOperations(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         packet = func.overloadpacket
+        if packet is aten._linalg_solve_ex:
+            side = args[0].shape[-1]  # an elimination per matrix, and two triangular solves
+            self.total += args[0].numel() // (side * side) * (2 * side**3 // 3) + 2 * side * out[0].numel()
         if not isinstance(out, Tensor) or not out.is_floating_point():
             return out
         if packet is aten.mm and args[0].layout == torch.sparse_csr:
             self.total += 2 * args[0].values().numel() * out.shape[1]
+        elif packet is aten.linalg_solve_triangular:
+            self.total += args[0].shape[-1] * out.numel()
         elif packet in flop_registry:
             self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         elif packet in PER_RESULT:

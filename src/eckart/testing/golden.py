@@ -13,8 +13,10 @@ from eckart.maps import (
     NM,
     Bitmap,
     Blocks,
+    Cayley,
     Dense,
     Diagonal,
+    Householder,
     Interleaved,
     Kronecker,
     LinearMap,
@@ -31,6 +33,7 @@ from eckart.maps import (
     Selection,
     Sparse,
     Sum,
+    Tiled,
 )
 from eckart.testing.laws import saved
 
@@ -59,6 +62,9 @@ def golden_maps() -> dict[str, LinearMap]:
         "Sparse": Sparse(_grid(3), columns, starts, 4),
         "NM": NM(_grid(2, 2, 2, dtype=torch.float16), places, 4),
         "Kronecker": Kronecker(_grid(2, 1, 2), _grid(2, 2, 1) + 1),
+        "Householder": Householder(_grid(2, 3)),
+        "Cayley": Cayley(_grid(2, 3), 3),
+        "Tiled": Tiled(_grid(3, 2), 5),
         "Bitmap": Bitmap(_grid(2, 2), torch.tensor([[6, 0], [1, 2]], dtype=torch.uint8), 10, 2),
         "Scattered": Scattered(lowrank, torch.tensor([[6, 0], [1, 2], [3, 0]], dtype=torch.uint8), 10),
         "Quantized": Quantized(codes, _grid(2, 2), None, _grid(2, 8), 5, 3, 4),
