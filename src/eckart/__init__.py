@@ -57,6 +57,10 @@ if TYPE_CHECKING:
     from eckart.maps import linear_map as linear_map
     from eckart.maps import pivot as pivot
     from eckart.maps import simplify as simplify
+    from eckart.methods.adapt.adapt import adapt as adapt
+    from eckart.methods.adapt.adapt import adapters as adapters
+    from eckart.methods.adapt.adapters import Adapters as Adapters
+    from eckart.methods.adapt.table import ADAPTERS as ADAPTERS
     from eckart.methods.attention import adaptive_attention as adaptive_attention
     from eckart.methods.compress.outcome import LayerPlan as LayerPlan
     from eckart.methods.compress.outcome import Outcome as Outcome
@@ -80,6 +84,9 @@ PUBLIC: dict[str, str] = {
         "eckart.methods.compress.outcome": ("Plan", "LayerPlan", "Outcome"),
         "eckart.methods.compress.table": ("METHODS",),
         "eckart.methods.evaluate": ("evaluate", "Evaluation"),
+        "eckart.methods.adapt.adapt": ("adapt", "adapters"),
+        "eckart.methods.adapt.adapters": ("Adapters",),
+        "eckart.methods.adapt.table": ("ADAPTERS",),
         "eckart.methods.attention": ("adaptive_attention",),
         "eckart.files.attention": ("AdaptiveAttention", "load_attention"),
         "eckart.methods.delta.ere": ("delta",),

@@ -6,7 +6,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from eckart.errors import EckartError
-from eckart.methods.compress.table import Setting, recipe_of, settings_of
+from eckart.methods.compress.table import recipe_of, settings_of
+from eckart.methods.pages import Setting
 
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number"}
 

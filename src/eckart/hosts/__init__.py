@@ -1,5 +1,8 @@
 """Maps inside torch: modules that hold a map, and finding, replacing and running the parts of a transformer."""
 
+from eckart.hosts.adapted import AdaptedHost as AdaptedHost
+from eckart.hosts.adapted import adaptable_layers as adaptable_layers
+from eckart.hosts.adapter import Adapter as Adapter
 from eckart.hosts.anatomy import Anatomy as Anatomy
 from eckart.hosts.anatomy import anatomy as anatomy
 from eckart.hosts.anatomy import linear_layers as linear_layers

@@ -40,7 +40,8 @@ class Householder(LinearMap):
         inverse = (unit @ unit.mT).triu(1) + torch.diag(half)
         # x (I - U M U^T)^T = x - (x U) M^T U^T, and M^T U^T is what the transposed equations give.
         turned = torch.linalg.solve_triangular(inverse.mT, unit, upper=False)
-        return x - (x @ unit.mT.to(x.dtype)) @ turned.to(x.dtype)
+        y: Tensor = x - (x @ unit.mT.to(x.dtype)) @ turned.to(x.dtype)
+        return y
 
     @property
     def T(self) -> LinearMap:
@@ -99,7 +100,8 @@ class Cayley(LinearMap):
         upper = self.skew.new_zeros(count, self.size, self.size).index_put((each, rows[None], columns[None]), self.skew)
         skew = wide(upper - upper.mT)
         eye = torch.eye(self.size, dtype=skew.dtype, device=skew.device)
-        return torch.linalg.solve(eye - skew, eye + skew).to(self.skew.dtype)
+        rotations: Tensor = torch.linalg.solve(eye - skew, eye + skew)
+        return rotations.to(self.skew.dtype)
 
     def flops(self, tokens: int = 1) -> int:
         b, s = self.skew.shape[0], self.size

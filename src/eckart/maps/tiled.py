@@ -38,7 +38,7 @@ class Tiled(LinearMap):
         count = -(-self.width // r)
         if count * r != self.width:
             x = F.pad(x, (0, count * r - self.width))
-        return x.unflatten(-1, (count, r)).sum(-2)
+        return x.reshape(*x.shape[:-1], count, r).sum(-2)
 
     @property
     def T(self) -> LinearMap:

@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from eckart.methods.compress.outcome import Checked, LayerPlan, Measured, Outcome, Plan
-from eckart.methods.compress.table import METHODS, Setting, settings_of, source_of, summary_of
+from eckart.methods.compress.table import METHODS, settings_of, source_of, summary_of
+from eckart.methods.pages import Setting
 from eckart.report.units import count, duration, loss, share, size
 
 if TYPE_CHECKING:  # they import transformers, which the tables do without

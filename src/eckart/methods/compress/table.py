@@ -1,13 +1,9 @@
 """The compression methods by name, and how their settings are read from their signatures."""
 
-import difflib
-import inspect
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, get_args, get_type_hints
+from dataclasses import fields
+from typing import Any, get_type_hints
 
-from eckart.errors import EckartError
 from eckart.methods.compress.aa_svd import aa_svd
 from eckart.methods.compress.acip import acip
 from eckart.methods.compress.afm import afm
@@ -41,6 +37,7 @@ from eckart.methods.compress.svd_llm_v2 import svd_llm_v2
 from eckart.methods.compress.trp import trp
 from eckart.methods.compress.welore import welore
 from eckart.methods.compress.zs_svd import zs_svd
+from eckart.methods.pages import Setting, check_settings, first_line, page_named, signature_of, text_of
 
 Page = Callable[..., Recipe]
 
@@ -82,23 +79,6 @@ METHODS: dict[str, Page] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """A setting of a method.
-
-    Attributes:
-        name: as written in `--set name=value`.
-        type: its annotation.
-        default: its value if not set.
-        common: whether every method has it.
-    """
-
-    name: str
-    type: Any
-    default: Any
-    common: bool
-
-
 def settings_of(method: str) -> dict[str, Setting]:
     """Return the settings of a method by name: its own, then those common to all.
 
@@ -106,10 +86,7 @@ def settings_of(method: str) -> dict[str, Setting]:
         EckartError: for an unknown method, with the nearest names.
     """
     page = page_of(method)
-    hints = get_type_hints(page)
-    own = {
-        p.name: Setting(p.name, hints[p.name], p.default, False) for p in inspect.signature(page).parameters.values()
-    }
+    own = signature_of(page)
     recipe, types = page(), get_type_hints(Recipe)
     common = {name: Setting(name, types[name], getattr(recipe, name), True) for name in COMMON}
     return {**own, **common}
@@ -121,9 +98,7 @@ def page_of(method: str) -> Page:
     Raises:
         EckartError: for an unknown method, with the nearest names.
     """
-    if method not in METHODS:
-        raise EckartError(f"unknown method {method!r}; {_nearest(method, list(METHODS))}")
-    return METHODS[method]
+    return page_named(METHODS, method)
 
 
 def recipe_of(method: str, settings: Mapping[str, Any] | None = None) -> Recipe:
@@ -138,43 +113,20 @@ def recipe_of(method: str, settings: Mapping[str, Any] | None = None) -> Recipe:
     """
     known = settings_of(method)
     given = dict(settings or {})
-    for name, value in given.items():
-        if name not in known:
-            raise EckartError(f"{method} has no setting {name!r}; {_nearest(name, list(known))}")
-        _check_type(method, known[name], value)
+    check_settings(method, known, given)
     own = {name: value for name, value in given.items() if not known[name].common}
     common = {name: value for name, value in given.items() if known[name].common}
     return overridden(page_of(method)(**own), **common)
 
 
-def _check_type(method: str, setting: Setting, value: Any) -> None:
-    choices = get_args(setting.type)
-    if choices:
-        fits, expected = value in choices, f"one of {', '.join(map(str, choices))}"
-    elif setting.type is bool:
-        fits, expected = isinstance(value, bool), "true or false"
-    elif setting.type is int:
-        fits, expected = isinstance(value, int) and not isinstance(value, bool), "a whole number"
-    else:
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        expected = "a finite number"
-    if not fits:
-        raise EckartError(f"the setting {setting.name} of {method} must be {expected}, got {value!r}")
-
-
-def _nearest(name: str, options: list[str]) -> str:
-    near = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}? There are {', '.join(options)}" if near else f"there are {', '.join(options)}"
-
-
 def summary_of(method: str) -> str:
     """Return the first line of a method's docstring."""
-    return (inspect.getdoc(page_of(method)) or "").splitlines()[0]
+    return first_line(page_of(method))
 
 
 def source_of(method: str) -> str:
     """Return the docstring of a method's page: formula, answers and source."""
-    return inspect.getdoc(inspect.getmodule(page_of(method))) or ""
+    return text_of(page_of(method))
 
 
 assert all(name in {f.name for f in fields(Recipe)} for name in COMMON)

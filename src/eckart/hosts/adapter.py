@@ -1,0 +1,211 @@
+"""Adapters: what is composed with a frozen linear map, as changes that each turn one map into another.
+
+    W' = f_k(... f_2(f_1(W)) ...)        Plus: W + s D        Times: W R        Rescaled: diag(g / |rows of W|) W
+
+Every change says both how to apply f(W) given a way to apply W, and which map f(W) is. The first is what runs, the second
+what is merged, saved and tested against. Steps of several papers compose in any order, since none looks at more of the
+inner map than these two.
+
+Legend: W the map so far (m, n); x (..., n) inputs; D, R the change's own maps, whose parameters train unless frozen.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eckart.errors import EckartError
+from eckart.hosts.decoding import is_plain
+from eckart.hosts.host import LowRankHost, host, map_of
+from eckart.maps import LinearMap, LowRank, Product, RowNormalized, Scaled, Sum, row_norms
+
+# Stands between two trained factors and their use: returns them, and what it does to their gradients on the way back.
+GradientRule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Inner:
+    """The map a change is composed with.
+
+    Attributes:
+        call: x (..., n) -> W x (..., m).
+        map: returns W.
+    """
+
+    call: Callable[[Tensor], Tensor]
+    map: Callable[[], LinearMap]
+
+
+class Change(nn.Module):
+    """One change of a linear map, W -> f(W).
+
+    Attributes:
+        keeps_bias: whether f(W) x + b can be had from a way to compute W x + b.
+    """
+
+    keeps_bias = True
+
+    @abstractmethod
+    def of(self, inner: LinearMap) -> LinearMap:
+        """Return f(W)."""
+
+    @abstractmethod
+    def call(self, x: Tensor, inner: Inner) -> Tensor:
+        """Return f(W) x."""
+
+
+class Plus(Change):
+    """W + s D.
+
+    Attributes:
+        rule: what is done to the gradients of a low-rank D's factors, or None.
+    """
+
+    rule: GradientRule | None
+
+    def __init__(self, delta: LinearMap, scale: float = 1.0, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.delta, self.scale, self.rule = host(delta), scale, None
+        self.dropout = nn.Dropout(dropout) if dropout else None
+
+    def of(self, inner: LinearMap) -> LinearMap:
+        return Sum((inner, scaled(map_of(self.delta), self.scale)))
+
+    def call(self, x: Tensor, inner: Inner) -> Tensor:
+        y = inner.call(x)
+        if self.dropout is not None and self.training:
+            x = self.dropout(x)
+        factors = self.factors()
+        if factors is None:
+            return y + (self.scale * applied(self.delta, x)).to(y.dtype)
+        up, down = factors  # what is thin is cast, never x
+        return add_product(y, F.linear(x, down.to(x.dtype)), up.to(x.dtype), self.scale)
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """Return U and V of a low-rank D behind the gradient rule; None if D is no plain pair of linear layers."""
+        delta = self.delta
+        if isinstance(delta, LowRankHost) and is_plain(delta.up) and is_plain(delta.down):
+            pair = delta.up.weight, delta.down.weight
+            return pair if self.rule is None else self.rule(*pair)
+        if self.rule is not None:
+            raise EckartError(f"a gradient rule needs a plain low-rank map, got a {type(delta).__name__}")
+        return None
+
+
+class Times(Change):
+    """W R: what comes in is changed before the layer sees it."""
+
+    def __init__(self, right: LinearMap) -> None:
+        super().__init__()
+        self.right = host(right)
+
+    def of(self, inner: LinearMap) -> LinearMap:
+        return Product((inner, map_of(self.right)))
+
+    def call(self, x: Tensor, inner: Inner) -> Tensor:
+        return inner.call(applied(self.right, x))
+
+
+class Rescaled(Change):
+    """diag(g / |rows of W|) W: the rows keep their directions and get lengths of their own.
+
+    The lengths of the rows of W are constants to autograd, as DoRA has it (Liu et al. 2024, section 4.3).
+    """
+
+    keeps_bias = False
+
+    def __init__(self, magnitude: Tensor) -> None:
+        super().__init__()
+        self.magnitude = nn.Parameter(magnitude)
+
+    def of(self, inner: LinearMap) -> LinearMap:
+        return RowNormalized(self.magnitude, inner)
+
+    def call(self, x: Tensor, inner: Inner) -> Tensor:
+        with torch.no_grad():
+            norms = row_norms(inner.map())
+        return inner.call(x) * (self.magnitude / norms.where(norms > 0, 1.0)).to(x.dtype)
+
+
+class Adapter(nn.Module):
+    """A chain of changes, applied to a map in turn: the first one nearest to it.
+
+    Parameters that do not require gradients when it is made never train.
+    """
+
+    def __init__(self, changes: Iterable[Change]) -> None:
+        super().__init__()
+        self.changes = nn.ModuleList(changes)
+        self._fixed = {name for name, p in self.named_parameters() if not p.requires_grad}
+
+    def chain(self) -> list[Change]:
+        """Return the changes, the first applied first."""
+        return cast(list[Change], list(self.changes))
+
+    def trained(self) -> list[nn.Parameter]:
+        """Return the parameters that the method trains, whether they do now or not."""
+        return [p for name, p in self.named_parameters() if name not in self._fixed]
+
+    def rule(self, rule: GradientRule | None) -> None:
+        """Let the gradients of every trained pair of factors follow a rule, or none."""
+        for change in self.chain():
+            if isinstance(change, Plus) and any(p.requires_grad for p in change.parameters()):
+                change.rule = rule
+
+    @property
+    def keeps_bias(self) -> bool:
+        """Whether every change does."""
+        return all(change.keeps_bias for change in self.chain())
+
+    def of(self, inner: LinearMap, weight: float = 1.0) -> LinearMap:
+        """Return W + w (f(W) - W)."""
+        out = inner
+        for change in self.chain():
+            out = change.of(out)
+        return out if weight == 1.0 else Sum((scaled(inner, 1.0 - weight), scaled(out, weight)))
+
+    def within(self, inner: Inner, weight: float = 1.0) -> Inner:
+        """Return the adapted map as what a further adapter is composed with."""
+        return Inner(lambda x: self.call(x, inner, weight), lambda: self.of(inner.map(), weight))
+
+    def call(self, x: Tensor, inner: Inner, weight: float = 1.0) -> Tensor:
+        """Return (W + w (f(W) - W)) x."""
+        current = inner
+        for change in self.chain():
+            current = _composed(change, current)
+        if weight == 1.0:
+            return current.call(x)
+        return torch.lerp(inner.call(x), current.call(x), weight)
+
+
+def _composed(change: Change, inner: Inner) -> Inner:
+    return Inner(lambda x: change.call(x, inner), lambda: change.of(inner.map()))
+
+
+def applied(module: nn.Module, x: Tensor) -> Tensor:
+    """Return a host's output in the dtype of x, computed in that of its parameters."""
+    parameter = next(module.parameters(), x)
+    y: Tensor = module(x.to(parameter.dtype))
+    return y.to(x.dtype)
+
+
+def scaled(map_: LinearMap, scale: float) -> LinearMap:
+    """Return s W, W itself for s = 1, and a low-rank map for one: rules for row norms and merging look for it."""
+    if scale == 1.0:
+        return map_
+    return LowRank(map_.up * scale, map_.down) if isinstance(map_, LowRank) else Scaled(map_, scale)
+
+
+def add_product(y: Tensor, hidden: Tensor, up: Tensor, scale: float) -> Tensor:
+    """Return y + s h U^T, written over y: y (..., m), h (..., r), U (m, r).
+
+    Autograd keeps h and U only, and no second tensor of the size of y is made.
+    """
+    if y.dtype != hidden.dtype or not y.is_contiguous():
+        return y + (scale * F.linear(hidden, up)).to(y.dtype)
+    flat = y.view(-1, y.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), up.mT, alpha=scale)
+    return flat.view(y.shape)

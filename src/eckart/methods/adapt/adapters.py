@@ -1,0 +1,221 @@
+"""The adapters of a model: which there are, which are active, and taking them in and out."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from eckart.errors import EckartError
+from eckart.hosts import AdaptedHost, replace
+from eckart.methods.adapt.merging import merged
+from eckart.methods.adapt.recipe import Recipe
+from eckart.methods.adapt.table import adapter_recipe
+from eckart.methods.pages import nearest
+
+# Where a model keeps the description of its adapters, and which of its parameters trained before the first one.
+ATTRIBUTE = "eckart_adapters"
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """How an adapter was made.
+
+    Attributes:
+        method: its name.
+        settings: those given.
+        seed: seed of everything random in its start.
+        trained: modules that train whole beside it.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    seed: int
+    trained: tuple[str, ...] = ()
+
+    def recipe(self) -> Recipe:
+        """Return the method's recipe."""
+        return adapter_recipe(self.method, self.settings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(slots=True)
+class State:
+    """What a model remembers: its adapters by name, and the parameters that trained before."""
+
+    described: dict[str, Described]
+    trained_before: list[str]
+
+
+class Adapters:
+    """The adapters of a model, by name.
+
+    Attributes:
+        model: the model.
+        layers: the adapted layers by name.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.layers = {name: m for name, m in model.named_modules() if isinstance(m, AdaptedHost)}
+        if not self.layers:
+            raise EckartError(f"{type(model).__name__} has no adapters; eckart.adapt(model, ...) adds one")
+
+    @property
+    def state(self) -> State:
+        """What the model remembers of its adapters."""
+        return cast(State, getattr(self.model, ATTRIBUTE))
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all adapters."""
+        return list(self.state.described)
+
+    @property
+    def active(self) -> dict[str, float]:
+        """Weight of every active adapter, in the order in which they are composed."""
+        return {name: weight for layer in self.layers.values() for name, weight in layer.active.items()}
+
+    def use(self, *names: str, **weights: float) -> None:
+        """Make adapters active: by name, or by name = weight; none at all leaves the base alone.
+
+        Several compose in the order given. Weight w stands for W + w (f(W) - W).
+        """
+        wanted = {**dict.fromkeys(names, 1.0), **weights}
+        for name in wanted:
+            self._require(name)
+        self._require_unmerged()
+        for layer in self.layers.values():
+            layer.active = {name: weight for name, weight in wanted.items() if name in layer.adapters}
+        self._train_only(wanted)
+
+    @contextmanager
+    def requests(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Apply to every sequence of the batches inside the `with` the adapter it asks for; None is the base."""
+        for name in names:
+            if name is not None:
+                self._require(name)
+        self._require_unmerged()
+        for layer in self.layers.values():
+            layer.requests = tuple(names)
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.requests = None
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Compute with the base alone inside the `with`."""
+        kept = {name: layer.active for name, layer in self.layers.items()}
+        for layer in self.layers.values():
+            layer.active = {}
+        try:
+            yield
+        finally:
+            for name, layer in self.layers.items():
+                layer.active = kept[name]
+
+    def merge(self) -> dict[str, float]:
+        """Compute with merged layers from now on; return the share of each layer's change that its structure loses.
+
+        The base stays in memory untouched, so `unmerge` restores it to the bit.
+        """
+        lost = {}
+        for name, layer in self.layers.items():
+            if layer.active and not layer.is_merged:
+                module, lost[name] = merged(layer)
+                layer.merge(module)
+        return lost
+
+    def unmerge(self) -> None:
+        """Compute with the base and its adapters again."""
+        for layer in self.layers.values():
+            layer.unmerge()
+
+    def fold(self) -> nn.Module:
+        """Merge for good and return the model without a trace of adapters."""
+        for name, layer in self.layers.items():
+            replace(self.model, name, merged(layer)[0] if layer.active else layer.base)
+        self._forget()
+        return self.model
+
+    def remove(self) -> nn.Module:
+        """Take all adapters out and return the model as it was."""
+        for name, layer in self.layers.items():
+            replace(self.model, name, layer.base)
+        self._forget()
+        return self.model
+
+    def drop(self, name: str) -> None:
+        """Delete one adapter."""
+        self._require(name)
+        self._require_unmerged()
+        for layer in self.layers.values():
+            layer.active.pop(name, None)
+            if name in layer.adapters:
+                del layer.adapters[name]
+        del self.state.described[name]
+
+    def parameter_groups(self, rate: float | None = None, **options: Any) -> list[dict[str, Any]]:
+        """Return the trained parameters as groups for any optimizer of torch, with each one's own learning rate.
+
+        Args:
+            rate: learning rate; by default that of the method of the first active adapter.
+            options: written into every group, such as weight_decay.
+        """
+        recipes = {name: self.state.described[name].recipe() for name in self.active}
+        if rate is None:
+            rate = next(iter(recipes.values())).rate if recipes else 1e-3
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault(self._share(name, recipes), []).append(parameter)
+        return [{"params": found, "lr": rate * share, **options} for share, found in groups.items()]
+
+    def penalty(self) -> Tensor | float:
+        """Return what the active adapters' methods add to the loss; 0.0 for most methods."""
+        total: Tensor | float = 0.0
+        for name in self.active:
+            penalty = self.state.described[name].recipe().penalty
+            if penalty is not None:
+                for layer in self.layers.values():
+                    if name in layer.active:
+                        total = total + penalty(layer.adapter(name))
+        return total
+
+    def count(self) -> int:
+        """Return how many parameters train."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def _share(self, parameter: str, recipes: Mapping[str, Recipe]) -> float:
+        for name, recipe in recipes.items():
+            if f".adapters.{name}." in parameter:
+                return next((share for part, share in recipe.shares.items() if part in parameter), 1.0)
+        return 1.0
+
+    def _require(self, name: str) -> None:
+        if name not in self.state.described:
+            raise EckartError(f"no adapter is called {name!r}; {nearest(name, self.names)}")
+
+    def _require_unmerged(self) -> None:
+        if any(layer.is_merged for layer in self.layers.values()):
+            raise EckartError("the adapters are merged; call unmerge() first")
+
+    def _train_only(self, wanted: Mapping[str, float]) -> None:
+        """Let exactly the active adapters train, and of them what their methods train."""
+        for layer in self.layers.values():
+            for name in layer.adapters:
+                for parameter in layer.adapter(name).trained():
+                    parameter.requires_grad_(name in wanted)
+
+    def _forget(self) -> None:
+        before = set(self.state.trained_before)
+        delattr(self.model, ATTRIBUTE)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in before)

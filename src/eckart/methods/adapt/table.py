@@ -1,0 +1,65 @@
+"""The methods of adaptation by name."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from eckart.methods.adapt.allora import allora
+from eckart.methods.adapt.corda import corda
+from eckart.methods.adapt.dora import dora
+from eckart.methods.adapt.eva import eva
+from eckart.methods.adapt.hra import hra
+from eckart.methods.adapt.lora import lora
+from eckart.methods.adapt.lora_plus import lora_plus
+from eckart.methods.adapt.lora_pro import lora_pro
+from eckart.methods.adapt.lora_sb import lora_sb
+from eckart.methods.adapt.lora_xs import lora_xs
+from eckart.methods.adapt.miss import miss
+from eckart.methods.adapt.oft import oft
+from eckart.methods.adapt.olora import olora
+from eckart.methods.adapt.pissa import pissa
+from eckart.methods.adapt.recipe import Recipe
+from eckart.methods.adapt.rslora import rslora
+from eckart.methods.adapt.soka import soka
+from eckart.methods.adapt.sorsa import sorsa
+from eckart.methods.adapt.svfit import svfit
+from eckart.methods.pages import check_settings, first_line, page_named, signature_of
+
+Page = Callable[..., Recipe]
+
+# In the order in which each refines an earlier one.
+ADAPTERS: dict[str, Page] = {
+    "lora": lora,
+    "rslora": rslora,
+    "lora+": lora_plus,
+    "dora": dora,
+    "pissa": pissa,
+    "olora": olora,
+    "corda": corda,
+    "eva": eva,
+    "lora-xs": lora_xs,
+    "lora-sb": lora_sb,
+    "lora-pro": lora_pro,
+    "allora": allora,
+    "svfit": svfit,
+    "sorsa": sorsa,
+    "soka": soka,
+    "miss": miss,
+    "hra": hra,
+    "oft": oft,
+}
+
+
+def adapter_recipe(method: str, settings: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of a method with some settings changed.
+
+    Raises:
+        EckartError: for an unknown method or setting (with the nearest names), or a value of the wrong type or range.
+    """
+    page = page_named(ADAPTERS, method)
+    check_settings(method, signature_of(page), settings)
+    return page(**settings)
+
+
+def adapter_summary(method: str) -> str:
+    """Return the first line of a method's docstring."""
+    return first_line(page_named(ADAPTERS, method))

@@ -1,0 +1,151 @@
+"""Moments and gradients of the layers of a model that is in memory, from batches as its training loop has them."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eckart.errors import EckartError
+from eckart.progress import Progress, silent
+from eckart.stats.moments import GradientSum, Moments, MomentSum
+from eckart.stats.streaming import hooked
+
+# What a model is called with: token ids (b, t), or its keyword arguments.
+Batch = Tensor | Mapping[str, Any]
+
+
+@torch.no_grad()
+def live_moments(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch], progress: Progress = silent
+) -> dict[str, Moments]:
+    """Return the moments of the inputs of layers; those called with one tensor share one object.
+
+    Padding, as an `attention_mask` tells it, counts for nothing.
+
+    Args:
+        model: any model; put into evaluation mode for the pass.
+        layers: layers by name.
+        batches: what the model is called with.
+        progress: told of the stage "statistics".
+
+    Raises:
+        EckartError: if there are no batches, a layer is never called, or its inputs hold NaN or Inf.
+    """
+    sums: dict[str, MomentSum] = {}
+    owner: dict[str, str] = {}
+    with _evaluating(model):
+        for i, batch in enumerate(batches):
+            progress("statistics", i, i + 1)
+            seen: dict[int, tuple[Tensor, str]] = {}  # holds the tensors, so that no identity is reused
+            keyword = _keywords(model, batch)
+            mask = keyword.get("attention_mask")
+
+            def see(name: str, x: Tensor, seen: dict[int, tuple[Tensor, str]] = seen, mask: Any = mask) -> None:
+                first = seen.setdefault(id(x), (x, name))[1]
+                if owner.setdefault(name, first) == name:
+                    sums.setdefault(name, MomentSum(x.shape[-1], x.device)).add(_unpadded(x, mask))
+
+            with hooked(dict(layers), see):
+                model(**keyword)
+    _require_seen(layers, owner)
+    found = {name: total.result(name) for name, total in sums.items()}
+    return {name: found[owner[name]] for name in layers}
+
+
+def live_gradients(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch], progress: Progress = silent
+) -> dict[str, Tensor]:
+    """Return the mean gradient of the model's loss by the weight of every layer, (m, n) float32, in one pass.
+
+    No parameter needs to require gradients, and none gets one: the gradients are formed layer by layer as autograd
+    passes.
+
+    Args:
+        model: a model whose output has a `loss`; token ids without labels are their own labels.
+        layers: layers by name.
+        batches: what the model is called with.
+        progress: told of the stage "gradients".
+
+    Raises:
+        EckartError: if there are no batches, the model returns no loss, or a layer is never reached.
+    """
+    sums: dict[str, GradientSum] = {}
+    with _evaluating(model), _summed_gradients(model, layers, sums):
+        for i, batch in enumerate(batches):
+            progress("gradients", i, i + 1)
+            keyword = _keywords(model, batch)
+            if "labels" not in keyword:
+                keyword["labels"] = keyword["input_ids"]
+            loss = getattr(model(**keyword), "loss", None)
+            if loss is None:
+                raise EckartError(f"{type(model).__name__} returned no loss; give batches with labels it knows")
+            loss.backward()
+    _require_seen(layers, {name: name for name in sums})
+    return {name: sums[name].of_weight() for name in layers}
+
+
+@contextmanager
+def _summed_gradients(
+    model: nn.Module, layers: Mapping[str, nn.Module], sums: dict[str, GradientSum]
+) -> Iterator[None]:
+    def hook(name: str) -> Any:
+        def after(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+            x = args[0].detach()
+            total = sums.setdefault(name, GradientSum(out.shape[-1], out.device, x.shape[-1]))
+            out.register_hook(lambda g: total.add(x.reshape(1, -1, x.shape[-1]), g.reshape(1, -1, g.shape[-1])))
+
+        return after
+
+    required = {p: p.requires_grad for p in model.parameters()}
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    for parameter in required:
+        parameter.requires_grad_(False)
+    # Something upstream has to require gradients for the layers' outputs to have any.
+    handles.append(_first_embedding(model).register_forward_hook(lambda module, args, out: out.requires_grad_(True)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, wanted in required.items():
+            parameter.requires_grad_(wanted)
+
+
+def _first_embedding(model: nn.Module) -> nn.Module:
+    get = getattr(model, "get_input_embeddings", None)
+    found = get() if get is not None else None
+    if isinstance(found, nn.Module):
+        return found
+    raise EckartError(f"{type(model).__name__} has no input embeddings for gradients to start from")
+
+
+def _keywords(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """Return the keyword arguments of a call, tensors on the model's device."""
+    given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    device = next(model.parameters()).device
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
+
+
+def _unpadded(x: Tensor, mask: Any) -> Tensor:
+    """Return the vectors of x that stand for real tokens."""
+    if isinstance(mask, Tensor) and mask.shape == x.shape[:-1] and not bool(mask.all()):
+        return x[mask.bool()]
+    return x
+
+
+def _require_seen(layers: Mapping[str, nn.Module], seen: Mapping[str, str]) -> None:
+    missed = [name for name in layers if name not in seen]
+    if missed:
+        raise EckartError(f"the batches never reached {missed[0]}; give data= at least one batch that uses every layer")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
