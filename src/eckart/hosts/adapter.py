@@ -2,8 +2,8 @@
 
     W' = f_k(... f_2(f_1(W)) ...)        Plus: W + s D        Times: W R        Rescaled: diag(g / |rows of W|) W
 
-Every change says both how to apply f(W) given a way to apply W, and which map f(W) is. The first is what runs, the second
-what is merged, saved and tested against. Steps of several papers compose in any order, since none looks at more of the
+Every change says both how to apply f(W) given a way to apply W, and which map f(W) is. The first runs, the second is
+merged, saved and tested against. Changes of several papers compose in any order, since none looks at more of the
 inner map than these two.
 
 Legend: W the map so far (m, n); x (..., n) inputs; D, R the change's own maps, whose parameters train unless frozen.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from eckart.errors import EckartError
 from eckart.hosts import Adapter
-from eckart.hosts.adapter import GradientRule, Plus, Change
+from eckart.hosts.adapter import Change, GradientRule, Plus
 from eckart.maps import LinearMap, LowRank
 from eckart.methods.adapt.layer import Layer
 
