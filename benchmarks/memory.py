@@ -19,7 +19,7 @@ from harness import compress_apart, load, require_shared, save
 
 BLOCKS = 23
 IMPORT = "import torch, transformers, accelerate, eckart.methods.compress"
-BASE = IMPORT + "\nimport resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+BASE = IMPORT + "\nfrom eckart.hosts.memory import peak_memory; print(peak_memory())"
 
 
 def make(folder: Path, tokenizer: Path, blocks: int) -> dict[str, int]:

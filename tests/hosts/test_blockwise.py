@@ -148,3 +148,17 @@ def test_memory_is_returned():
     if freed < 150:
         pytest.skip("this C library returns freed memory by itself")
     assert returned < 30
+
+
+OF_A_LARGE_PARENT = """
+import subprocess, sys
+held = b"x" * 1_500_000_000
+code = "from eckart.hosts.memory import peak_memory; print(peak_memory())"
+print(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+"""
+
+
+def test_the_peak_is_this_process_s_own():
+    """`getrusage` begins with what the parent held, which a notebook or a benchmark may have filled."""
+    done = subprocess.run([sys.executable, "-c", OF_A_LARGE_PARENT], capture_output=True, text=True, check=True)
+    assert 50e6 < float(done.stdout) < 1.4e9

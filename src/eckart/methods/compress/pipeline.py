@@ -1,8 +1,6 @@
 """Compressing a model folder into a smaller one, or only planning it: the doors that the command line goes through."""
 
 import json
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -15,6 +13,7 @@ from eckart.atomic import write_text
 from eckart.errors import EckartError
 from eckart.files.card import inherited, model_card
 from eckart.files.writing import HEALED, LayerRecord, Partial, check_output, layer_entries, publish, write_folder
+from eckart.hosts.memory import peak_memory
 from eckart.methods.compress.allocate import Allocation, allocate, plan_from, plan_of
 from eckart.methods.compress.blocks import measured_stack, short_plan, shortened, write_short
 from eckart.methods.compress.check import BrokenOutputError, Expected, check_reload
@@ -138,7 +137,7 @@ def _plain(job: Job, target: Path, cache: bool, check: bool, progress: Progress)
     make = _sliced if job.recipe.sliced else _shortened
     with _begun(job, target) as partial:
         folder, planned, measured, expected = make(job, partial, progress)
-        outcome = Outcome(planned, target, measured, 0.0, _peak_memory(), _described(job))
+        outcome = Outcome(planned, target, measured, 0.0, peak_memory(), _described(job))
         for name, text in _texts(job, outcome, expected.promise if check else None).items():
             write_text(folder / name, text)
         checked = _checked(job, folder, planned, expected if check else None, progress)
@@ -188,7 +187,7 @@ def _compressed(
     if cache:
         trim_cache(store)
     planned = _as_stored(job, layers, found, partial.records())
-    return Outcome(planned, out, measured, 0.0, _peak_memory(), _described(job)), expected
+    return Outcome(planned, out, measured, 0.0, peak_memory(), _described(job)), expected
 
 
 def _publish(
@@ -326,12 +325,6 @@ def _report(outcome: Outcome, promised: dict[str, Any] | None) -> str:
     """Return the outcome as JSON, without what differs between two runs of the same job."""
     kept = {k: v for k, v in outcome.as_dict().items() if k not in ("out", "seconds", "peak_memory")}
     return json.dumps({**kept, "checked": promised}, indent=2) + "\n"
-
-
-def _peak_memory() -> int:
-    """Return the largest resident memory of this process so far, in bytes (macOS counts in bytes, Linux in KiB)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _measured(measured: Measured | None) -> dict[str, Any] | None:
