@@ -107,7 +107,7 @@ class _FactoredRescale(torch.autograd.Function):
 def _magnitude_gradient(gradient: Tensor, y: Tensor, bias: Tensor | None, magnitude: Tensor) -> Tensor:
     """Return sum_t dy_tj (y_tj - b_j) / g_j, (m,); where g is zero the numerator is too."""
     wide = torch.promote_types(magnitude.dtype, torch.float32)
-    total = torch.einsum("tm,tm->m", gradient, y).to(wide)
+    total = (gradient * y).sum(0, dtype=wide)
     if bias is not None:
-        total = total - gradient.sum(0).to(wide) * bias
+        total = total - gradient.sum(0, dtype=wide) * bias
     return (total / magnitude.where(magnitude != 0, 1.0)).to(magnitude.dtype)

@@ -185,6 +185,10 @@ class Known:
             gradients = known[layer.name]
         return LayerData(weight, inputs, gradients, cross)
 
+    def forget(self) -> None:
+        """Let go of what was read last: of a wide layer it is the largest tensor there is."""
+        self._inputs = {}
+
     def head_data(self, layer: Layer, weight: Tensor, cross: CrossMoments | None = None) -> LayerData:
         """Return what is known of an output head: the Fisher matrix at its output is nearly diag(mean probability)."""
         recipe, inputs, gradients = self.job.recipe, None, None

@@ -163,23 +163,8 @@ class Sweep:
         """Compress one block, move all streams past it, and commit it."""
         job, name = self.job, self.job.parts.blocks[index]
         inside = {layer.name: layer for layer in self.layers if layer.block == index}
-        records: list[LayerRecord] = []
         with job.runner.resident(name) as block:
-            compressed = copy.deepcopy(block)
-            for group in self._groups(block, name, index, pairs, inside):
-                cross = self._cross(block, compressed, group[0], name, index, pairs) if self._needs_cross else None
-                for layer in [inside[member] for member in group if inside[member].writers]:
-                    records += self._narrow(layer, compressed, name, cross)
-                for layer, weight in weights(self.known.job, [inside[m] for m in group if not inside[m].writers]):
-                    inner = layer.name.removeprefix(f"{name}.")
-                    bias = offset_of(block.get_submodule(inner))
-                    fit = self.groups.fit(layer, bias) or fit_layer(
-                        job, self.known, layer, weight, self.chosen[layer.name], bias=bias, cross=cross
-                    )
-                    replace(compressed, inner, self._module(fit, weight))
-                    planned, taken = self._planned(layer), self.groups.taken(layer, fit)
-                    loss = loss_of(self.known, fit)
-                    records.append(LayerRecord.of(layer.name, fit.map, fit.bias, loss, planned=planned, shared=taken))
+            compressed, records = self._compressed_block(block, index, pairs, inside)
             targets = self._advance_originals(block, index, pairs)
         # before the first compressed layer the error is zero, and healing would only decay the weights
         if job.recipe.heals_blocks and any(layer.block <= index for layer in self.layers):
@@ -187,6 +172,30 @@ class Sweep:
         if job.recipe.scale_rank:
             records = self._learned(name, compressed, inside, records)
         self._commit(index, compressed, inside, records, pairs)
+
+    def _compressed_block(
+        self, block: nn.Module, index: int, pairs: dict[str, Pair], inside: dict[str, Layer]
+    ) -> tuple[nn.Module, list[LayerRecord]]:
+        """Return a copy of a block with its layers compressed; what was known of them is let go of."""
+        job, name = self.job, self.job.parts.blocks[index]
+        records: list[LayerRecord] = []
+        compressed = copy.deepcopy(block)
+        for group in self._groups(block, name, index, pairs, inside):
+            cross = self._cross(block, compressed, group[0], name, index, pairs) if self._needs_cross else None
+            for layer in [inside[member] for member in group if inside[member].writers]:
+                records += self._narrow(layer, compressed, name, cross)
+            for layer, weight in weights(self.known.job, [inside[m] for m in group if not inside[m].writers]):
+                inner = layer.name.removeprefix(f"{name}.")
+                bias = offset_of(block.get_submodule(inner))
+                fit = self.groups.fit(layer, bias) or fit_layer(
+                    job, self.known, layer, weight, self.chosen[layer.name], bias=bias, cross=cross
+                )
+                replace(compressed, inner, self._module(fit, weight))
+                planned, taken = self._planned(layer), self.groups.taken(layer, fit)
+                loss = loss_of(self.known, fit)
+                records.append(LayerRecord.of(layer.name, fit.map, fit.bias, loss, planned=planned, shared=taken))
+        self.known.forget()
+        return compressed, records
 
     def _commit(
         self,
