@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Self, cast
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor, is_grad_enabled, matmul, nn
+from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.nn.functional import linear
 from torch.nn.modules import module as torch_module
 
 from eckart.hosts.base import Host
+from eckart.hosts.watched import HOOKS, REGISTERED, Changes, watch
 from eckart.maps import Bitmap, Interleaved, LinearMap, LowRank, Pivoted, Product, Quantized, Sum
 
 # A structured layer makes this many more operator calls than a dense one.
@@ -32,38 +35,38 @@ SPARSE_EFFORT = 5
 LARGEST = 1 << 20
 
 
-# What a temporary dense weight was made of, and all that would show a change of it. Plain tuples of the dictionaries
-# themselves: attributes and named fields, looked up for every token, doubled the time of the check.
-_Leaf = tuple[
-    dict[str, Any],  # where the leaf is registered
-    str,  # under this name
-    nn.Module,
-    dict[str, Any],  # its parameters
-    Tensor,  # its weight
-    int,  # the weight's version
-    int,  # its address
-    dict[int, Any],  # the leaf's hooks
-    dict[int, Any],  # those called before it
-    dict[str, Any],  # its own attributes, which a replaced `forward` joins
-    int,  # how many they are: counting them looks at less memory than looking one up
+# What the call with one token needs, and what shows a change: above all flat tuples, since every object looked at has
+# left the cache by the next token, and costs as much as a hundred lines of this file.
+_Decoding = tuple[
+    float,  # an input of as many entries goes through `forward`
+    Tensor,  # the weight if there is a bias; else its transpose, which `F.linear` would make for every token
+    Tensor,  # the weight
+    Tensor | None,  # the bias
+    Changes,  # what counts the changes of all dictionaries that the weight depends on
+    int,  # how many they were
+    tuple[Any, ...],  # tensor, version, address, tensor, version, address, ...: written to in place, or through `.data`
+    tuple[Any, ...],  # attributes of a part, their number, ...: a `forward` set on it adds one
 ]
-_Own = tuple[dict[str, Any], str, Tensor, int]  # a tensor of the host itself: registered where and as what, its version
-# A host inside the host, whose tensors are among those above: registered where and as what, the hooks, its attributes.
-_Inner = tuple[dict[str, Any], str, nn.Module, dict[int, Any], dict[int, Any], dict[str, Any], int]
-# What it was made of, the weight, where the bias is registered, and the weight transposed: multiplying by that view is
-# what `F.linear` does after making it, for every token.
-_Decoding = tuple[tuple[_Leaf, ...], tuple[_Own, ...], Tensor, dict[str, Any], Tensor, tuple[_Inner, ...]]
 
 
 class TemporaryDense(nn.Module):
     """A module with a structured matrix that can also be had as a temporary dense weight.
 
     The weight is made when first asked for. It is forgotten with every call with gradients, every change of mode, dtype
-    or device, and whenever a factor is replaced or written to in place. Only a write through `.data` leaves no trace;
-    call `train()` or `eval()` after one.
+    or device, and whenever a factor is replaced or written to in place or through `.data`.
     """
 
-    _decoding: _Decoding | None = None
+    __slots__ = ("_changes", "_decoding")  # not among the attributes that copies take; one look at memory, not four
+
+    _decoding: _Decoding | None
+    _changes: Changes
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Make a module that has nothing to forget, also where `__init__` is not called: in copies."""
+        made = super().__new__(cls)
+        object.__setattr__(made, "_decoding", None)
+        object.__setattr__(made, "_changes", Changes())
+        return made
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -87,7 +90,7 @@ class TemporaryDense(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the temporary dense weight out of copies."""
-        return {**self.__dict__, "_decoding": None}
+        return self.__dict__.copy()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # What every move and cast of a module goes through; it may leave identity and version of a parameter alone.
@@ -99,54 +102,61 @@ class TemporaryDense(nn.Module):
         """The module whose parameter the bias is."""
         return self
 
+    @property
+    def shortcut_below(self) -> float:
+        """From how many entries of an input on a call has to go through `forward`."""
+        return 0
+
     def _decoded(self) -> _Decoding | None:
         """Return a temporary dense weight and what it was made of; None where the factors must be called."""
         if "forward" in self.__dict__:  # replaced by one that may do anything besides
             return None
-        state = self._state()
+        changes = self._changes
+        count = changes.count
+        state = self._state(changes)
         if state is None:
             return None
-        leaves, held, inner = state
+        limit = 0.0
+        if not (self._forward_hooks or self._forward_pre_hooks):  # those are for `nn.Module.__call__`
+            watch(self, HOOKS, changes)
+            limit = self.shortcut_below
         with torch.autocast("cpu", enabled=False):  # the weight may outlive the region it is made in
             dense = self.dense().detach()
-        return tuple(leaves), tuple(held), dense, self.bias_owner._parameters, dense.t(), tuple(inner)
+        bias = self.bias_owner._parameters.get("bias")
+        return limit, dense.t() if bias is None else dense, dense, bias, changes, count, *state
 
-    def _state(self) -> tuple[list[_Leaf], list[_Own], list[_Inner]] | None:
-        """Return all that would show a change of the matrix; None where parts do anything else besides."""
-        leaves: list[_Leaf] = []
-        inner: list[_Inner] = []
-        held = self._tensors()
-        if any(tensor.is_inference() for _, _, tensor, _ in held):  # those do not count their versions
-            return None
-        for name, part in self._modules.items():
+    def _state(self, changes: Changes) -> tuple[tuple[Any, ...], tuple[Any, ...]] | None:
+        """Return what shows a change of the matrix and cannot be counted, and have the rest counted; None where parts
+        do anything else besides.
+        """
+        watch(self, REGISTERED, changes)
+        tensors, attributes = self._tensors(), list[Any]()
+        below: tuple[Any, ...] = ()
+        for part in self._modules.values():
+            if part is None:
+                return None
+            attributes += part.__dict__, len(part.__dict__)
             if isinstance(part, TemporaryDense) and is_untouched(part) and part.bias_owner._parameters["bias"] is None:
-                below = part._state()
-                if below is None:
+                watch(part, HOOKS, changes)
+                inner = part._state(changes)
+                if inner is None:
                     return None
-                attributes, hooks = part.__dict__, (part._forward_hooks, part._forward_pre_hooks)
-                inner += [(self._modules, name, part, *hooks, attributes, len(attributes)), *below[2]]
-                leaves, held = leaves + below[0], held + below[1]
+                below += inner[0]
+                attributes += inner[1]
                 continue
-            if part is None or not is_plain(part):
+            if not is_plain(part) or (part is not self.bias_owner and part._parameters.get("bias") is not None):
                 return None
-            if part is not self.bias_owner and part._parameters.get("bias") is not None:
-                return None
-            weight = cast(Tensor, part._parameters["weight"])
-            if weight.is_inference():
-                return None
-            own, store, hooks = part.__dict__, part._parameters, (part._forward_hooks, part._forward_pre_hooks)
-            state = weight._version, weight.data_ptr()
-            leaves.append((self._modules, name, part, store, weight, *state, *hooks, own, len(own)))
-        return leaves, held, inner
+            watch(part, ("_parameters", *HOOKS), changes)
+            tensors.append(cast(Tensor, part._parameters["weight"]))
+        if any(tensor.is_inference() for tensor in tensors):  # those do not count their versions
+            return None
+        own = itertools.chain.from_iterable((t, t._version, t.data_ptr()) for t in tensors)
+        return (*own, *below), tuple(attributes)
 
-    def _tensors(self) -> list[_Own]:
+    def _tensors(self) -> list[Tensor]:
         """Return the tensors registered with the module itself, but the bias."""
-        return [
-            (registered, name, tensor, 0 if tensor.is_inference() else tensor._version)
-            for registered in (self._buffers, self._parameters)
-            for name, tensor in registered.items()
-            if tensor is not None and name != "bias"
-        ]
+        registered = (*self._buffers.items(), *self._parameters.items())
+        return [tensor for name, tensor in registered if tensor is not None and name != "bias"]
 
 
 class DecodingHost(Host, TemporaryDense):
@@ -164,19 +174,22 @@ class DecodingHost(Host, TemporaryDense):
         decoding = self._decoding
         if (
             decoding is None
-            or torch.is_grad_enabled()
             or type(x) is not Tensor
-            or x.numel() >= self._dense_below
-            or self._forward_hooks
-            or self._forward_pre_hooks
+            or x.numel() >= decoding[0]
+            or is_grad_enabled()
             or torch_module._global_forward_hooks
             or torch_module._global_forward_pre_hooks
-            or torch.compiler.is_compiling()
+            or is_dynamo_compiling()  # in other traces the input is not a plain tensor
             or not _is_current(decoding)
         ):
             return cast(Tensor, super().__call__(x))
-        bias = decoding[3]["bias"]
-        return torch.matmul(x, decoding[4]) if bias is None else F.linear(x, decoding[2], bias)
+        bias = decoding[3]
+        return matmul(x, decoding[1]) if bias is None else linear(x, decoding[1], bias)
+
+    @property
+    def shortcut_below(self) -> float:
+        """The same as for the temporary dense weight at all."""
+        return self._dense_below
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; `__call__` goes past a `forward` of its own only until it has one."""
@@ -186,22 +199,20 @@ class DecodingHost(Host, TemporaryDense):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to the last axis: x (..., n) -> (..., m)."""
-        if torch.is_grad_enabled():
+        if is_grad_enabled():
             self._decoding = None
             return self.structured(x)
-        if x.numel() >= self._dense_below or not x.is_cpu or torch.compiler.is_compiling():
+        if x.numel() >= self._dense_below or not x.is_cpu or is_compiling():
             return self.structured(x)
         weight = self.temporary_dense()
-        return self.structured(x) if weight is None else F.linear(x, weight, self.offset)
+        return self.structured(x) if weight is None else linear(x, weight, self.offset)
 
     def kept_table(self, ids: Tensor) -> Tensor | None:
         """Return the temporary dense weight to look rows up in, None where the structure is to be asked."""
-        if torch.is_grad_enabled():
+        if is_grad_enabled():
             self._decoding = None
             return None
-        return (
-            self.temporary_dense() if self._dense_below and ids.is_cpu and not torch.compiler.is_compiling() else None
-        )
+        return self.temporary_dense() if self._dense_below and ids.is_cpu and not is_compiling() else None
 
     @abstractmethod
     def structured(self, x: Tensor) -> Tensor:
@@ -234,22 +245,15 @@ def _effort(map_: LinearMap) -> float:
 
 def _is_current(decoding: _Decoding) -> bool:
     """Tell whether nothing changed since a dense weight was made; called for every token, hence so spelled out."""
-    for registered, name, tensor, version in decoding[1]:
-        if registered[name] is not tensor or tensor._version != version:
+    if decoding[4].count != decoding[5]:
+        return False
+    flat = iter(decoding[6])
+    for tensor, version, address in zip(flat, flat, flat, strict=True):
+        if tensor._version != version or tensor.data_ptr() != address:
             return False
-    for owner, name, leaf, store, weight, version, pointer, hooks, pre_hooks, attributes, count in decoding[0]:
-        if (
-            owner[name] is not leaf
-            or store["weight"] is not weight
-            or weight._version != version
-            or weight.data_ptr() != pointer
-            or hooks
-            or pre_hooks
-            or len(attributes) != count
-        ):
-            return False
-    for owner, name, module, hooks, pre_hooks, attributes, count in decoding[5]:
-        if owner[name] is not module or hooks or pre_hooks or len(attributes) != count:
+    flat = iter(decoding[7])
+    for attributes, number in zip(flat, flat, strict=True):  # noqa: SIM110 (a generator is slower)
+        if len(attributes) != number:
             return False
     return True
 
