@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from torch.nn.functional import linear
 from torch.nn.modules import module as torch_module
 
 from eckart.hosts.base import Host
-from eckart.hosts.watched import HOOKS, REGISTERED, Changes, watch
+from eckart.hosts.watched import HOOKS, REGISTERED, Watcher, watch
 from eckart.maps import Bitmap, Interleaved, LinearMap, LowRank, Pivoted, Product, Quantized, Sum
 
 # A structured layer makes this many more operator calls than a dense one.
@@ -35,18 +34,41 @@ SPARSE_EFFORT = 5
 LARGEST = 1 << 20
 
 
-# What the call with one token needs, and what shows a change: above all flat tuples, since every object looked at has
-# left the cache by the next token, and costs as much as a hundred lines of this file.
-_Decoding = tuple[
-    float,  # an input of as many entries goes through `forward`
-    Tensor,  # the weight if there is a bias; else its transpose, which `F.linear` would make for every token
-    Tensor,  # the weight
-    Tensor | None,  # the bias
-    Changes,  # what counts the changes of all dictionaries that the weight depends on
-    int,  # how many they were
-    tuple[Any, ...],  # tensor, version, address, tensor, version, address, ...: written to in place, or through `.data`
-    tuple[Any, ...],  # attributes of a part, their number, ...: a `forward` set on it adds one
-]
+class _Decoding(Watcher):
+    """A temporary dense weight and what shows that it is no longer current; one object, with the first two tensors it
+    was made of spelled out: each object looked at has left the cache by the next token, and a look takes as long as
+    many lines of Python.
+    """
+
+    __slots__ = (
+        "address",
+        "address_2",
+        "attributes",  # of parts, each with their number: what is set on a part adds to them
+        "bias",
+        "limit",  # an input of so many entries goes through `forward`
+        "operand",  # the weight if there is a bias; else its transpose, which `F.linear` would make for every token
+        "others",  # more tensors, each with version and address
+        "tensor",  # written to in place its version changes, through `.data` its address
+        "tensor_2",
+        "version",
+        "version_2",
+        "weight",
+        "width",
+    )
+
+    limit: float
+    operand: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    tensor: Tensor
+    version: int
+    address: int
+    tensor_2: Tensor
+    version_2: int
+    address_2: int
+    others: tuple[tuple[Tensor, int, int], ...]
+    attributes: tuple[tuple[dict[str, Any], int], ...]
+    width: int
 
 
 class TemporaryDense(nn.Module):
@@ -56,16 +78,14 @@ class TemporaryDense(nn.Module):
     or device, and whenever a factor is replaced or written to in place or through `.data`.
     """
 
-    __slots__ = ("_changes", "_decoding")  # not among the attributes that copies take; one look at memory, not four
+    __slots__ = ("_decoding",)  # no attribute: not in copies, and one look at memory instead of four
 
     _decoding: _Decoding | None
-    _changes: Changes
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Make a module that has nothing to forget, also where `__init__` is not called: in copies."""
+        """Make a module that has no temporary dense weight, also where `__init__` is not called: in copies."""
         made = super().__new__(cls)
         object.__setattr__(made, "_decoding", None)
-        object.__setattr__(made, "_changes", Changes())
         return made
 
     @abstractmethod
@@ -75,9 +95,9 @@ class TemporaryDense(nn.Module):
     def temporary_dense(self) -> Tensor | None:
         """Return the temporary dense weight, made anew if any factor changed; None where factors must be called."""
         decoding = self._decoding
-        if decoding is None or not _is_current(decoding):
+        if decoding is None or not _is_current(decoding) or _has_changed_parts(decoding):
             decoding = self._decoding = self._decoded()
-        return None if decoding is None else decoding[2]
+        return None if decoding is None else decoding.weight
 
     def forget(self) -> None:
         """Free the temporary dense weight."""
@@ -111,34 +131,41 @@ class TemporaryDense(nn.Module):
         """Return a temporary dense weight and what it was made of; None where the factors must be called."""
         if "forward" in self.__dict__:  # replaced by one that may do anything besides
             return None
-        changes = self._changes
-        count = changes.count
-        state = self._state(changes)
-        if state is None:
+        made = _Decoding()
+        state = self._state(made)
+        if state is None or not state[0]:
             return None
-        limit = 0.0
+        tensors, made.attributes = state
+        made.tensor, made.version, made.address = tensors[0]
+        made.tensor_2, made.version_2, made.address_2 = tensors[min(1, len(tensors) - 1)]
+        made.others = tensors[2:]
+        made.limit = 0
         if not (self._forward_hooks or self._forward_pre_hooks):  # those are for `nn.Module.__call__`
-            watch(self, HOOKS, changes)
-            limit = self.shortcut_below
+            watch(self, HOOKS, made)
+            made.limit = self.shortcut_below
         with torch.autocast("cpu", enabled=False):  # the weight may outlive the region it is made in
-            dense = self.dense().detach()
-        bias = self.bias_owner._parameters.get("bias")
-        return limit, dense.t() if bias is None else dense, dense, bias, changes, count, *state
+            made.weight = self.dense().detach()
+        made.width = made.weight.shape[1]
+        made.bias = self.bias_owner._parameters.get("bias")
+        made.operand = made.weight.t() if made.bias is None else made.weight
+        return made
 
-    def _state(self, changes: Changes) -> tuple[tuple[Any, ...], tuple[Any, ...]] | None:
-        """Return what shows a change of the matrix and cannot be counted, and have the rest counted; None where parts
-        do anything else besides.
+    def _state(
+        self, watcher: Watcher
+    ) -> tuple[tuple[tuple[Tensor, int, int], ...], tuple[tuple[dict[str, Any], int], ...]] | None:
+        """Return the tensors the matrix is made of and the attributes of parts, and have all else watched; None where
+        parts do anything else besides.
         """
-        watch(self, REGISTERED, changes)
-        tensors, attributes = self._tensors(), list[Any]()
-        below: tuple[Any, ...] = ()
+        watch(self, REGISTERED, watcher)
+        tensors, attributes = self._tensors(), list[tuple[dict[str, Any], int]]()
+        below: tuple[tuple[Tensor, int, int], ...] = ()
         for part in self._modules.values():
             if part is None:
                 return None
-            attributes += part.__dict__, len(part.__dict__)
+            attributes.append((part.__dict__, len(part.__dict__)))
             if isinstance(part, TemporaryDense) and is_untouched(part) and part.bias_owner._parameters["bias"] is None:
-                watch(part, HOOKS, changes)
-                inner = part._state(changes)
+                watch(part, HOOKS, watcher)
+                inner = part._state(watcher)
                 if inner is None:
                     return None
                 below += inner[0]
@@ -146,16 +173,15 @@ class TemporaryDense(nn.Module):
                 continue
             if not is_plain(part) or (part is not self.bias_owner and part._parameters.get("bias") is not None):
                 return None
-            watch(part, ("_parameters", *HOOKS), changes)
+            watch(part, ("_parameters", *HOOKS), watcher)
             tensors.append(cast(Tensor, part._parameters["weight"]))
         if any(tensor.is_inference() for tensor in tensors):  # those do not count their versions
             return None
-        own = itertools.chain.from_iterable((t, t._version, t.data_ptr()) for t in tensors)
-        return (*own, *below), tuple(attributes)
+        return (*((t, t._version, t.data_ptr()) for t in tensors), *below), tuple(attributes)
 
     def _tensors(self) -> list[Tensor]:
         """Return the tensors registered with the module itself, but the bias."""
-        registered = (*self._buffers.items(), *self._parameters.items())
+        registered = (*self._parameters.items(), *self._buffers.items())
         return [tensor for name, tensor in registered if tensor is not None and name != "bias"]
 
 
@@ -175,21 +201,22 @@ class DecodingHost(Host, TemporaryDense):
         if (
             decoding is None
             or type(x) is not Tensor
-            or x.numel() >= decoding[0]
+            or x.numel() >= decoding.limit
             or is_grad_enabled()
             or torch_module._global_forward_hooks
             or torch_module._global_forward_pre_hooks
             or is_dynamo_compiling()  # in other traces the input is not a plain tensor
             or not _is_current(decoding)
+            or (x.numel() > decoding.width and _has_changed_parts(decoding))
         ):
             return cast(Tensor, super().__call__(x))
-        bias = decoding[3]
-        return matmul(x, decoding[1]) if bias is None else linear(x, decoding[1], bias)
+        bias = decoding.bias
+        return matmul(x, decoding.operand) if bias is None else linear(x, decoding.operand, bias)
 
     @property
     def shortcut_below(self) -> float:
-        """The same as for the temporary dense weight at all."""
-        return self._dense_below
+        """The same as for the temporary dense weight at all; infinity as one object, which stays in the cache."""
+        return min(math.inf, self._dense_below)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; `__call__` goes past a `forward` of its own only until it has one."""
@@ -245,17 +272,23 @@ def _effort(map_: LinearMap) -> float:
 
 def _is_current(decoding: _Decoding) -> bool:
     """Tell whether nothing changed since a dense weight was made; called for every token, hence so spelled out."""
-    if decoding[4].count != decoding[5]:
+    if (
+        not decoding.holds
+        or decoding.tensor._version != decoding.version
+        or decoding.tensor.data_ptr() != decoding.address
+        or decoding.tensor_2._version != decoding.version_2
+        or decoding.tensor_2.data_ptr() != decoding.address_2
+    ):
         return False
-    flat = iter(decoding[6])
-    for tensor, version, address in zip(flat, flat, flat, strict=True):
+    for tensor, version, address in decoding.others:
         if tensor._version != version or tensor.data_ptr() != address:
             return False
-    flat = iter(decoding[7])
-    for attributes, number in zip(flat, flat, strict=True):  # noqa: SIM110 (a generator is slower)
-        if len(attributes) != number:
-            return False
     return True
+
+
+def _has_changed_parts(decoding: _Decoding) -> bool:
+    """Tell whether anything was set on a part past torch, in its `__dict__`; too slow a look for every token."""
+    return any(len(attributes) != number for attributes, number in decoding.attributes)
 
 
 def is_plain(leaf: nn.Module) -> bool:

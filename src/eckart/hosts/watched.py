@@ -1,61 +1,80 @@
-"""Dictionaries of a module that count their changes, so that one comparison shows whether any of them changed."""
+"""Dictionaries of modules that report their changes, so that a look at one flag tells whether any of them changed."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any, cast
+from weakref import ref
 
 from torch import nn
 
 REGISTERED = ("_modules", "_parameters", "_buffers")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+# Attributes that change what a call of a module does. Before torch sets one, it asks whether a parameter has its name.
+BEHAVIOUR = ("forward", "_call_impl", "_compiled_call_impl")
 
 
-class Changes:
-    """How often the dictionaries watched for its owner changed."""
+class Watcher:
+    """What holds as long as none of the dictionaries it watches changes.
 
-    __slots__ = ("count",)
+    Attributes:
+        holds: whether none changed.
+    """
+
+    __slots__ = ("__weakref__", "holds")
 
     def __init__(self) -> None:
-        self.count = 0
+        self.holds = True
 
 
-def _counted(change: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a method that changes a watched dictionary and counts that, even where it fails halfway."""
+def _reported(change: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that changes a watched dictionary and reports that, even where it fails halfway."""
 
     @wraps(change)
-    def counted(self: "WatchedDict | WatchedOrderedDict", *args: Any, **kwargs: Any) -> Any:
+    def reported(self: "WatchedDict | WatchedOrderedDict", *args: Any, **kwargs: Any) -> Any:
         try:
             return change(self, *args, **kwargs)
         finally:
-            for changes in self.watchers:
-                changes.count += 1
+            _report(self)
 
-    return counted
+    return reported
+
+
+def _report(store: "WatchedDict | WatchedOrderedDict") -> None:
+    for reference in store.watchers:
+        watcher = reference()
+        if watcher is not None:
+            watcher.holds = False
 
 
 def _as_plain(self: "WatchedDict | WatchedOrderedDict", protocol: Any) -> tuple[Any, ...]:
-    """Copies and pickles are plain dictionaries: who copies a module watches its own, and loading needs no eckart."""
+    """Make copies and pickles plain dictionaries: nobody watches those, and to load them eckart is not needed."""
     return type(self).__base__, (), None, None, cast(Iterator[Any], iter(self.items()))
 
 
 class WatchedDict(dict[Any, Any]):
-    """A `dict` that counts its changes. It refers to counters alone: modules must stay free of cycles."""
+    """A `dict` that reports its changes. It refers to nothing strongly: modules must stay free of cycles."""
 
     __slots__ = ("watchers",)
 
     def __init__(self, items: dict[Any, Any]) -> None:
-        self.watchers: list[Changes] = []
+        self.watchers: list[ref[Watcher]] = []
         super().__init__(items)
 
-    __setitem__ = _counted(dict.__setitem__)
-    __delitem__ = _counted(dict.__delitem__)
-    __ior__ = _counted(dict.__ior__)
-    clear = _counted(dict.clear)
-    pop = _counted(dict.pop)
-    popitem = _counted(dict.popitem)
-    setdefault = _counted(dict.setdefault)
-    update = _counted(dict.update)
+    def __contains__(self, key: object) -> bool:
+        """Tell whether there is an item; of the parameters, torch asks this for every attribute it is about to set."""
+        if key in BEHAVIOUR:
+            _report(self)
+        return super().__contains__(key)
+
+    __setitem__ = _reported(dict.__setitem__)
+    __delitem__ = _reported(dict.__delitem__)
+    __ior__ = _reported(dict.__ior__)
+    clear = _reported(dict.clear)
+    pop = _reported(dict.pop)
+    popitem = _reported(dict.popitem)
+    setdefault = _reported(dict.setdefault)
+    update = _reported(dict.update)
     __reduce_ex__ = _as_plain
 
 
@@ -65,33 +84,32 @@ class WatchedOrderedDict(OrderedDict[Any, Any]):
     __slots__ = ("watchers",)
 
     def __init__(self, items: dict[Any, Any]) -> None:
-        self.watchers: list[Changes] = []
+        self.watchers: list[ref[Watcher]] = []
         super().__init__(items)
 
-    __setitem__ = _counted(OrderedDict.__setitem__)
-    __delitem__ = _counted(OrderedDict.__delitem__)
-    __ior__ = _counted(OrderedDict.__ior__)
-    clear = _counted(OrderedDict.clear)
-    pop = _counted(OrderedDict.pop)
-    popitem = _counted(OrderedDict.popitem)
-    setdefault = _counted(OrderedDict.setdefault)
-    update = _counted(OrderedDict.update)
+    __setitem__ = _reported(OrderedDict.__setitem__)
+    __delitem__ = _reported(OrderedDict.__delitem__)
+    __ior__ = _reported(OrderedDict.__ior__)
+    clear = _reported(OrderedDict.clear)
+    pop = _reported(OrderedDict.pop)
+    popitem = _reported(OrderedDict.popitem)
+    setdefault = _reported(OrderedDict.setdefault)
+    update = _reported(OrderedDict.update)
     __reduce_ex__ = _as_plain
 
 
-def watch(module: nn.Module, names: tuple[str, ...], changes: Changes) -> None:
-    """Count all changes of dictionaries of a module from now on; what they hold stays as it is.
+def watch(module: nn.Module, names: tuple[str, ...], watcher: Watcher) -> None:
+    """Have all changes of dictionaries of a module reported from now on; what they hold stays as it is.
 
     Args:
         module: whose dictionaries.
         names: of the attributes that are the dictionaries. Hooks must be watched while there are none: the handle that
             removes a hook knows the dictionary that it is in.
-        changes: what is to count them, beside what counts them already.
+        watcher: what is to be told.
     """
     for name in names:
         store = module.__dict__[name]
         if not isinstance(store, WatchedDict | WatchedOrderedDict):
             store = WatchedOrderedDict(store) if isinstance(store, OrderedDict) else WatchedDict(store)
             module.__dict__[name] = store
-        if not any(known is changes for known in store.watchers):
-            store.watchers.append(changes)
+        store.watchers = [*(known for known in store.watchers if known() is not None), ref(watcher)]
