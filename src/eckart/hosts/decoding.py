@@ -34,21 +34,28 @@ SPARSE_EFFORT = 5
 LARGEST = 1 << 20
 
 
+_Read = tuple[Tensor, int, int]  # a tensor with its version, which in-place writes change, and address, as `.data` does
+_Part = tuple[dict[str, Any], int]  # attributes of a part and how many they are: what is set on it past torch adds some
+
+
 class _Decoding(Watcher):
-    """A temporary dense weight and what shows that it is no longer current; one object, with the first two tensors it
-    was made of spelled out: each object looked at has left the cache by the next token, and a look takes as long as
-    many lines of Python.
+    """A temporary dense weight and all that shows whether it is current.
+
+    What a token looks at has left the cache by the next token, and one such look takes as long as ten lines of Python.
+    Hence one object with as few others as possible: the first two parameters are spelled out, and the operand counts
+    the version of a buffer along.
     """
 
     __slots__ = (
         "address",
         "address_2",
-        "attributes",  # of parts, each with their number: what is set on a part adds to them
         "bias",
-        "limit",  # an input of so many entries goes through `forward`
-        "operand",  # the weight if there is a bias; else its transpose, which `F.linear` would make for every token
-        "others",  # more tensors, each with version and address
-        "tensor",  # written to in place its version changes, through `.data` its address
+        "buffer_version",
+        "limit",
+        "operand",
+        "others",
+        "parts",
+        "tensor",
         "tensor_2",
         "version",
         "version_2",
@@ -56,19 +63,20 @@ class _Decoding(Watcher):
         "width",
     )
 
-    limit: float
-    operand: Tensor
+    limit: float  # an input of so many entries goes through `forward`
+    width: int  # of the input of a single token
     weight: Tensor
+    operand: Tensor  # the weight if there is a bias; else its transpose, which `F.linear` would make for every token
     bias: Tensor | None
+    buffer_version: int | None
     tensor: Tensor
     version: int
     address: int
     tensor_2: Tensor
     version_2: int
     address_2: int
-    others: tuple[tuple[Tensor, int, int], ...]
-    attributes: tuple[tuple[dict[str, Any], int], ...]
-    width: int
+    others: tuple[_Read, ...]
+    parts: tuple[_Part, ...]
 
 
 class TemporaryDense(nn.Module):
@@ -131,58 +139,59 @@ class TemporaryDense(nn.Module):
         """Return a temporary dense weight and what it was made of; None where the factors must be called."""
         if "forward" in self.__dict__:  # replaced by one that may do anything besides
             return None
-        made = _Decoding()
-        state = self._state(made)
-        if state is None or not state[0]:
+        parameters: list[Tensor] = []
+        buffers: list[Tensor] = []
+        parts: list[nn.Module] = []
+        if not self._gather(parameters, buffers, parts):
             return None
-        tensors, made.attributes = state
-        made.tensor, made.version, made.address = tensors[0]
-        made.tensor_2, made.version_2, made.address_2 = tensors[min(1, len(tensors) - 1)]
-        made.others = tensors[2:]
+        made = _Decoding()
+        watch(self, REGISTERED, made)
+        for part in parts:
+            watch(part, (*REGISTERED, *HOOKS), made)
+        made.parts = tuple((part.__dict__, len(part.__dict__)) for part in parts)
+        versions = [tensor._version for tensor in (*parameters, *buffers)]  # before they are read
+        # The weight may outlive the region it is made in.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            made.weight = self.dense()
+            made.bias = self.bias_owner._parameters.get("bias")
+            operand = made.weight.t() if made.bias is None else made.weight
+            counting = _counting_along(operand, buffers[0]) if buffers else operand
+        if counting is None:
+            return None
+        made.operand, made.width = counting, made.weight.shape[1]
+        made.buffer_version = versions.pop(len(parameters)) if buffers else None
+        read = [(t, v, t.data_ptr()) for t, v in zip((*parameters, *buffers[1:]), versions, strict=True)]
+        made.tensor, made.version, made.address = read[0]
+        made.tensor_2, made.version_2, made.address_2 = read[min(1, len(read) - 1)]
+        made.others = tuple(read[2:])
         made.limit = 0
         if not (self._forward_hooks or self._forward_pre_hooks):  # those are for `nn.Module.__call__`
             watch(self, HOOKS, made)
             made.limit = self.shortcut_below
-        with torch.autocast("cpu", enabled=False):  # the weight may outlive the region it is made in
-            made.weight = self.dense().detach()
-        made.width = made.weight.shape[1]
-        made.bias = self.bias_owner._parameters.get("bias")
-        made.operand = made.weight.t() if made.bias is None else made.weight
         return made
 
-    def _state(
-        self, watcher: Watcher
-    ) -> tuple[tuple[tuple[Tensor, int, int], ...], tuple[tuple[dict[str, Any], int], ...]] | None:
-        """Return the tensors the matrix is made of and the attributes of parts, and have all else watched; None where
-        parts do anything else besides.
-        """
-        watch(self, REGISTERED, watcher)
-        tensors, attributes = self._tensors(), list[tuple[dict[str, Any], int]]()
-        below: tuple[tuple[Tensor, int, int], ...] = ()
+    def _gather(self, parameters: list[Tensor], buffers: list[Tensor], parts: list[nn.Module]) -> bool:
+        """Add the tensors the matrix is made of and the modules inside; False where one does anything else besides."""
+        parameters += [tensor for name, tensor in self._parameters.items() if tensor is not None and name != "bias"]
+        buffers += [tensor for tensor in self._buffers.values() if tensor is not None]
         for part in self._modules.values():
             if part is None:
-                return None
-            attributes.append((part.__dict__, len(part.__dict__)))
-            if isinstance(part, TemporaryDense) and is_untouched(part) and part.bias_owner._parameters["bias"] is None:
-                watch(part, HOOKS, watcher)
-                inner = part._state(watcher)
-                if inner is None:
-                    return None
-                below += inner[0]
-                attributes += inner[1]
-                continue
-            if not is_plain(part) or (part is not self.bias_owner and part._parameters.get("bias") is not None):
-                return None
-            watch(part, ("_parameters", *HOOKS), watcher)
-            tensors.append(cast(Tensor, part._parameters["weight"]))
-        if any(tensor.is_inference() for tensor in tensors):  # those do not count their versions
-            return None
-        return (*((t, t._version, t.data_ptr()) for t in tensors), *below), tuple(attributes)
-
-    def _tensors(self) -> list[Tensor]:
-        """Return the tensors registered with the module itself, but the bias."""
-        registered = (*self._parameters.items(), *self._buffers.items())
-        return [tensor for name, tensor in registered if tensor is not None and name != "bias"]
+                return False
+            parts.append(part)
+            inside = part if isinstance(part, TemporaryDense) and is_untouched(part) else None
+            owner = part if inside is None else inside.bias_owner
+            if owner is not self.bias_owner and owner._parameters.get("bias") is not None:
+                return False
+            if inside is None and is_plain(part):
+                parameters.append(cast(Tensor, part._parameters["weight"]))
+            elif inside is None or not inside._gather(parameters, buffers, parts):
+                return False
+        # A functional transform puts stand-ins for parameters, and inference tensors do not count their versions.
+        return (
+            bool(parameters)
+            and all(type(tensor) is nn.Parameter for tensor in parameters)
+            and not any(tensor.is_inference() for tensor in (*parameters, *buffers))
+        )
 
 
 class DecodingHost(Host, TemporaryDense):
@@ -274,6 +283,7 @@ def _is_current(decoding: _Decoding) -> bool:
     """Tell whether nothing changed since a dense weight was made; called for every token, hence so spelled out."""
     if (
         not decoding.holds
+        or (decoding.buffer_version is not None and decoding.operand._version != decoding.buffer_version)
         or decoding.tensor._version != decoding.version
         or decoding.tensor.data_ptr() != decoding.address
         or decoding.tensor_2._version != decoding.version_2
@@ -288,7 +298,19 @@ def _is_current(decoding: _Decoding) -> bool:
 
 def _has_changed_parts(decoding: _Decoding) -> bool:
     """Tell whether anything was set on a part past torch, in its `__dict__`; too slow a look for every token."""
-    return any(len(attributes) != number for attributes, number in decoding.attributes)
+    return any(len(attributes) != number for attributes, number in decoding.parts)
+
+
+def _counting_along(tensor: Tensor, other: Tensor) -> Tensor | None:
+    """Return a tensor with the memory of one and the version counter of another: a detached tensor shares the counter
+    of its source, and keeps it when it gets other memory. None inside functional transforms, which forbid that.
+    """
+    counting = other.detach()
+    try:
+        counting.data = tensor
+    except RuntimeError:  # what a transform makes must not outlive it
+        return None
+    return counting
 
 
 def is_plain(leaf: nn.Module) -> bool:
@@ -297,7 +319,7 @@ def is_plain(leaf: nn.Module) -> bool:
     """
     return (
         type(leaf) in (nn.Linear, nn.Embedding)
-        and type(leaf._parameters["weight"]) is nn.Parameter
+        and type(leaf._parameters.get("weight")) is nn.Parameter
         and is_untouched(leaf)
     )
 

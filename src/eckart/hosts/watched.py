@@ -1,7 +1,7 @@
 """Dictionaries of modules that report their changes, so that a look at one flag tells whether any of them changed."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import wraps
 from typing import Any, cast
 from weakref import ref
@@ -10,8 +10,6 @@ from torch import nn
 
 REGISTERED = ("_modules", "_parameters", "_buffers")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-# Attributes that change what a call of a module does. Before torch sets one, it asks whether a parameter has its name.
-BEHAVIOUR = ("forward", "_call_impl", "_compiled_call_impl")
 
 
 class Watcher:
@@ -57,13 +55,15 @@ class WatchedDict(dict[Any, Any]):
 
     __slots__ = ("watchers",)
 
-    def __init__(self, items: dict[Any, Any]) -> None:
+    def __init__(self, items: Mapping[Any, Any] | Iterable[tuple[Any, Any]] = ()) -> None:
         self.watchers: list[ref[Watcher]] = []
         super().__init__(items)
 
     def __contains__(self, key: object) -> bool:
-        """Tell whether there is an item; of the parameters, torch asks this for every attribute it is about to set."""
-        if key in BEHAVIOUR:
+        """Tell whether there is an item. Torch asks that of the parameters for every attribute it sets or deletes, and
+        a `forward` of its own changes what a module does.
+        """
+        if key == "forward":
             _report(self)
         return super().__contains__(key)
 
@@ -83,7 +83,7 @@ class WatchedOrderedDict(OrderedDict[Any, Any]):
 
     __slots__ = ("watchers",)
 
-    def __init__(self, items: dict[Any, Any]) -> None:
+    def __init__(self, items: Mapping[Any, Any] | Iterable[tuple[Any, Any]] = ()) -> None:
         self.watchers: list[ref[Watcher]] = []
         super().__init__(items)
 
