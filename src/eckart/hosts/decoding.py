@@ -34,7 +34,9 @@ SPARSE_EFFORT = 5
 LARGEST = 1 << 20
 
 
-_Read = tuple[Tensor, int, int]  # a tensor with its version, which in-place writes change, and address, as `.data` does
+_Read = tuple[
+    Tensor, int, int
+]  # a tensor, its version, which in-place writes change, and its address, as another `.data` does
 _Part = tuple[dict[str, Any], int]  # attributes of a part and how many they are: what is set on it past torch adds some
 
 
@@ -83,7 +85,10 @@ class TemporaryDense(nn.Module):
     """A module with a structured matrix that can also be had as a temporary dense weight.
 
     The weight is made when first asked for. It is forgotten with every call with gradients, every change of mode, dtype
-    or device, and whenever a factor is replaced or written to in place or through `.data`.
+    or device, and whenever a tensor is replaced or written to in place, a parameter gets other memory as its `.data`,
+    or a part is replaced, hooked or given a `forward`. What is set on a part past torch, in its `__dict__`, shows with
+    the next input of more than one token. Only a write into the memory of `.data` leaves no trace; call `train()` or
+    `eval()` after one.
     """
 
     __slots__ = ("_decoding",)  # no attribute: not in copies, and one look at memory instead of four
@@ -152,7 +157,7 @@ class TemporaryDense(nn.Module):
         versions = [tensor._version for tensor in (*parameters, *buffers)]  # before they are read
         # The weight may outlive the region it is made in.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-            made.weight = self.dense()
+            made.weight = self.dense().detach()
             made.bias = self.bias_owner._parameters.get("bias")
             operand = made.weight.t() if made.bias is None else made.weight
             counting = _counting_along(operand, buffers[0]) if buffers else operand
