@@ -217,6 +217,17 @@ def test_hosts_stacked_for_vmap(module):
     follows(module)
 
 
+@torch.no_grad()
+def test_parameters_of_a_host_without_leaves_stacked_for_vmap():
+    module, x = host(sparse()).eval(), torch.randn(1, 4)
+    expected = module(x)
+    assert module._decoding is not None
+    values = torch.stack((module.values, 2 * module.values))
+    both = torch.vmap(lambda v: torch.func.functional_call(module, {"values": v}, (x,)))(values)
+    torch.testing.assert_close(both, torch.stack((expected, 2 * expected)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(module(x), expected)
+
+
 def test_buffers_stacked_for_vmap():
     module = host(pivot(lowrank(), "rows")).eval()
     follows(module)
@@ -300,6 +311,18 @@ def test_kept_where_nothing_changes(module):
     copy.deepcopy(module)
     follows(module)
     assert module._decoding is made
+
+
+def test_a_single_token_skips_what_torch_does_around_forward(module, monkeypatch):
+    follows(module)
+
+    def refuse(self, x):
+        raise AssertionError("the temporary dense weight was not used at once")
+
+    monkeypatch.setattr(type(module), "forward", refuse)
+    with torch.no_grad():
+        assert module(torch.randn(1, 1, N)).shape == (1, 1, M)
+        assert module(torch.randn(3, 1, N)).shape == (3, 1, M)
 
 
 def test_hooks_from_before_the_first_token_can_be_removed(module):
