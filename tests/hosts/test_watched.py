@@ -179,6 +179,18 @@ def test_a_buffer_counts():
     assert changes(several, lambda m, _: m.which.copy_(torch.arange(2 * M) // M))
 
 
+def test_a_forward_around_that_of_the_host_is_called_every_time(module):
+    follows(module)
+    called, forward = [], module.forward
+    module.forward = lambda x: called.append(1) or forward(x)
+    for _ in range(3):
+        follows(module)
+    assert len(called) == 3
+    del module.forward
+    follows(module)
+    assert len(called) == 3
+
+
 def test_what_is_set_past_torch_shows_with_the_next_prompt(module):
     forward = leaf_of(module).forward
     assert changes(module, lambda _, leaf: leaf.__dict__.update(forward=lambda x: forward(x) + 1), tokens=2)

@@ -232,12 +232,6 @@ class DecodingHost(Host, TemporaryDense):
         """The same as for the temporary dense weight at all; infinity as one object, which stays in the cache."""
         return min(math.inf, self._dense_below)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; `__call__` goes past a `forward` of its own only until it has one."""
-        super().__setattr__(name, value)
-        if name == "forward":
-            self._decoding = None
-
     def forward(self, x: Tensor) -> Tensor:
         """Apply to the last axis: x (..., n) -> (..., m)."""
         if is_grad_enabled():
