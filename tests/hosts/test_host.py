@@ -219,11 +219,11 @@ def decode(module: nn.Module) -> None:
 def test_made_at_the_first_single_token(module):
     assert module._decoding is None
     decode(module)
-    made = module._decoding[2]
+    made = module._decoding.weight
     assert made.shape == (M, N)
     assert not made.requires_grad
     decode(module)
-    assert module._decoding[2] is made
+    assert module._decoding.weight is made
     assert all("_decoding" not in name for name in module.state_dict())
 
 
@@ -250,10 +250,10 @@ def test_not_where_dense_costs_more():
 
 def test_kept_for_longer_inputs(module):
     decode(module)
-    made, x = module._decoding[2], torch.randn(2, 7, N)
+    made, x = module._decoding.weight, torch.randn(2, 7, N)
     with torch.no_grad():
         torch.testing.assert_close(module(x), expected_of(module, x), atol=1e-5, rtol=1e-5)
-    assert module._decoding[2] is made
+    assert module._decoding.weight is made
 
 
 def test_forgotten_with_gradients(module):

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from typing import Any, Self, cast
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor, is_grad_enabled, matmul, nn
+from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.nn.functional import linear
 from torch.nn.modules import module as torch_module
 
 from eckart.hosts.base import Host
+from eckart.hosts.watched import HOOKS, REGISTERED, Watcher, watch
 from eckart.maps import Bitmap, Interleaved, LinearMap, LowRank, Pivoted, Product, Quantized, Sum
 
 # A structured layer makes this many more operator calls than a dense one.
@@ -32,38 +34,72 @@ SPARSE_EFFORT = 5
 LARGEST = 1 << 20
 
 
-# What a temporary dense weight was made of, and all that would show a change of it. Plain tuples of the dictionaries
-# themselves: attributes and named fields, looked up for every token, doubled the time of the check.
-_Leaf = tuple[
-    dict[str, Any],  # where the leaf is registered
-    str,  # under this name
-    nn.Module,
-    dict[str, Any],  # its parameters
-    Tensor,  # its weight
-    int,  # the weight's version
-    int,  # its address
-    dict[int, Any],  # the leaf's hooks
-    dict[int, Any],  # those called before it
-    dict[str, Any],  # its own attributes, which a replaced `forward` joins
-    int,  # how many they are: counting them looks at less memory than looking one up
-]
-_Own = tuple[dict[str, Any], str, Tensor, int]  # a tensor of the host itself: registered where and as what, its version
-# A host inside the host, whose tensors are among those above: registered where and as what, the hooks, its attributes.
-_Inner = tuple[dict[str, Any], str, nn.Module, dict[int, Any], dict[int, Any], dict[str, Any], int]
-# What it was made of, the weight, where the bias is registered, and the weight transposed: multiplying by that view is
-# what `F.linear` does after making it, for every token.
-_Decoding = tuple[tuple[_Leaf, ...], tuple[_Own, ...], Tensor, dict[str, Any], Tensor, tuple[_Inner, ...]]
+_Read = tuple[
+    Tensor, int, int
+]  # a tensor, its version, which in-place writes change, and its address, as another `.data` does
+_Part = tuple[dict[str, Any], int]  # attributes of a part and how many they are: what is set on it past torch adds some
+
+
+class _Decoding(Watcher):
+    """A temporary dense weight and all that shows whether it is current.
+
+    What a token looks at has left the cache by the next token, and one such look takes as long as ten lines of Python.
+    Hence one object with as few others as possible: the first two parameters are spelled out, and the operand counts
+    the version of a buffer along.
+    """
+
+    __slots__ = (
+        "address",
+        "address_2",
+        "bias",
+        "buffer_version",
+        "limit",
+        "operand",
+        "others",
+        "parts",
+        "tensor",
+        "tensor_2",
+        "version",
+        "version_2",
+        "weight",
+        "width",
+    )
+
+    limit: float  # an input of so many entries goes through `forward`
+    width: int  # of the input of a single token
+    weight: Tensor
+    operand: Tensor  # the weight if there is a bias; else its transpose, which `F.linear` would make for every token
+    bias: Tensor | None
+    buffer_version: int | None
+    tensor: Tensor
+    version: int
+    address: int
+    tensor_2: Tensor
+    version_2: int
+    address_2: int
+    others: tuple[_Read, ...]
+    parts: tuple[_Part, ...]
 
 
 class TemporaryDense(nn.Module):
     """A module with a structured matrix that can also be had as a temporary dense weight.
 
     The weight is made when first asked for. It is forgotten with every call with gradients, every change of mode, dtype
-    or device, and whenever a factor is replaced or written to in place. Only a write through `.data` leaves no trace;
-    call `train()` or `eval()` after one.
+    or device, and whenever a tensor is replaced or written to in place, a parameter gets other memory as its `.data`,
+    or a part is replaced, hooked or given a `forward`. What is set on a part past torch, in its `__dict__`, shows with
+    the next input of more than one token. Only a write into the memory of `.data` leaves no trace; call `train()` or
+    `eval()` after one.
     """
 
-    _decoding: _Decoding | None = None
+    __slots__ = ("_decoding",)  # no attribute: not in copies, and one look at memory instead of four
+
+    _decoding: _Decoding | None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Make a module that has no temporary dense weight, also where `__init__` is not called: in copies."""
+        made = super().__new__(cls)
+        object.__setattr__(made, "_decoding", None)
+        return made
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -72,9 +108,9 @@ class TemporaryDense(nn.Module):
     def temporary_dense(self) -> Tensor | None:
         """Return the temporary dense weight, made anew if any factor changed; None where factors must be called."""
         decoding = self._decoding
-        if decoding is None or not _is_current(decoding):
+        if decoding is None or not _is_current(decoding) or _has_changed_parts(decoding):
             decoding = self._decoding = self._decoded()
-        return None if decoding is None else decoding[2]
+        return None if decoding is None else decoding.weight
 
     def forget(self) -> None:
         """Free the temporary dense weight."""
@@ -87,7 +123,7 @@ class TemporaryDense(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the temporary dense weight out of copies."""
-        return {**self.__dict__, "_decoding": None}
+        return self.__dict__.copy()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # What every move and cast of a module goes through; it may leave identity and version of a parameter alone.
@@ -99,54 +135,68 @@ class TemporaryDense(nn.Module):
         """The module whose parameter the bias is."""
         return self
 
+    @property
+    def shortcut_below(self) -> float:
+        """From how many entries of an input on a call has to go through `forward`."""
+        return 0
+
     def _decoded(self) -> _Decoding | None:
         """Return a temporary dense weight and what it was made of; None where the factors must be called."""
         if "forward" in self.__dict__:  # replaced by one that may do anything besides
             return None
-        state = self._state()
-        if state is None:
+        parameters: list[Tensor] = []
+        buffers: list[Tensor] = []
+        parts: list[nn.Module] = []
+        if not self._gather(parameters, buffers, parts):
             return None
-        leaves, held, inner = state
-        with torch.autocast("cpu", enabled=False):  # the weight may outlive the region it is made in
-            dense = self.dense().detach()
-        return tuple(leaves), tuple(held), dense, self.bias_owner._parameters, dense.t(), tuple(inner)
-
-    def _state(self) -> tuple[list[_Leaf], list[_Own], list[_Inner]] | None:
-        """Return all that would show a change of the matrix; None where parts do anything else besides."""
-        leaves: list[_Leaf] = []
-        inner: list[_Inner] = []
-        held = self._tensors()
-        if any(tensor.is_inference() for _, _, tensor, _ in held):  # those do not count their versions
+        made = _Decoding()
+        watch(self, REGISTERED, made)
+        for part in parts:
+            watch(part, (*REGISTERED, *HOOKS), made)
+        made.parts = tuple((part.__dict__, len(part.__dict__)) for part in parts)
+        versions = [tensor._version for tensor in (*parameters, *buffers)]  # before they are read
+        # The weight may outlive the region it is made in.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            made.weight = self.dense().detach()
+            made.bias = self.bias_owner._parameters.get("bias")
+            operand = made.weight.t() if made.bias is None else made.weight
+            counting = _counting_along(operand, buffers[0]) if buffers else operand
+        if counting is None:
             return None
-        for name, part in self._modules.items():
-            if isinstance(part, TemporaryDense) and is_untouched(part) and part.bias_owner._parameters["bias"] is None:
-                below = part._state()
-                if below is None:
-                    return None
-                attributes, hooks = part.__dict__, (part._forward_hooks, part._forward_pre_hooks)
-                inner += [(self._modules, name, part, *hooks, attributes, len(attributes)), *below[2]]
-                leaves, held = leaves + below[0], held + below[1]
-                continue
-            if part is None or not is_plain(part):
-                return None
-            if part is not self.bias_owner and part._parameters.get("bias") is not None:
-                return None
-            weight = cast(Tensor, part._parameters["weight"])
-            if weight.is_inference():
-                return None
-            own, store, hooks = part.__dict__, part._parameters, (part._forward_hooks, part._forward_pre_hooks)
-            state = weight._version, weight.data_ptr()
-            leaves.append((self._modules, name, part, store, weight, *state, *hooks, own, len(own)))
-        return leaves, held, inner
+        made.operand, made.width = counting, made.weight.shape[1]
+        made.buffer_version = versions.pop(len(parameters)) if buffers else None
+        read = [(t, v, t.data_ptr()) for t, v in zip((*parameters, *buffers[1:]), versions, strict=True)]
+        made.tensor, made.version, made.address = read[0]
+        made.tensor_2, made.version_2, made.address_2 = read[min(1, len(read) - 1)]
+        made.others = tuple(read[2:])
+        made.limit = 0
+        if not (self._forward_hooks or self._forward_pre_hooks):  # those are for `nn.Module.__call__`
+            watch(self, HOOKS, made)
+            made.limit = self.shortcut_below
+        return made
 
-    def _tensors(self) -> list[_Own]:
-        """Return the tensors registered with the module itself, but the bias."""
-        return [
-            (registered, name, tensor, 0 if tensor.is_inference() else tensor._version)
-            for registered in (self._buffers, self._parameters)
-            for name, tensor in registered.items()
-            if tensor is not None and name != "bias"
-        ]
+    def _gather(self, parameters: list[Tensor], buffers: list[Tensor], parts: list[nn.Module]) -> bool:
+        """Add the tensors the matrix is made of and the modules inside; False where one does anything else besides."""
+        parameters += [tensor for name, tensor in self._parameters.items() if tensor is not None and name != "bias"]
+        buffers += [tensor for tensor in self._buffers.values() if tensor is not None]
+        for part in self._modules.values():
+            if part is None:
+                return False
+            parts.append(part)
+            inside = part if isinstance(part, TemporaryDense) and is_untouched(part) else None
+            owner = part if inside is None else inside.bias_owner
+            if owner is not self.bias_owner and owner._parameters.get("bias") is not None:
+                return False
+            if inside is None and is_plain(part):
+                parameters.append(cast(Tensor, part._parameters["weight"]))
+            elif inside is None or not inside._gather(parameters, buffers, parts):
+                return False
+        # A functional transform puts stand-ins for parameters, and inference tensors do not count their versions.
+        return (
+            bool(parameters)
+            and all(type(tensor) is nn.Parameter for tensor in parameters)
+            and not any(tensor.is_inference() for tensor in (*parameters, *buffers))
+        )
 
 
 class DecodingHost(Host, TemporaryDense):
@@ -164,44 +214,40 @@ class DecodingHost(Host, TemporaryDense):
         decoding = self._decoding
         if (
             decoding is None
-            or torch.is_grad_enabled()
             or type(x) is not Tensor
-            or x.numel() >= self._dense_below
-            or self._forward_hooks
-            or self._forward_pre_hooks
+            or x.numel() >= decoding.limit
+            or is_grad_enabled()
             or torch_module._global_forward_hooks
             or torch_module._global_forward_pre_hooks
-            or torch.compiler.is_compiling()
+            or is_dynamo_compiling()  # in other traces the input is not a plain tensor
             or not _is_current(decoding)
+            or (x.numel() > decoding.width and _has_changed_parts(decoding))
         ):
             return cast(Tensor, super().__call__(x))
-        bias = decoding[3]["bias"]
-        return torch.matmul(x, decoding[4]) if bias is None else F.linear(x, decoding[2], bias)
+        bias = decoding.bias
+        return matmul(x, decoding.operand) if bias is None else linear(x, decoding.operand, bias)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; `__call__` goes past a `forward` of its own only until it has one."""
-        super().__setattr__(name, value)
-        if name == "forward":
-            self._decoding = None
+    @property
+    def shortcut_below(self) -> float:
+        """The same as for the temporary dense weight at all; infinity as one object, which stays in the cache."""
+        return min(math.inf, self._dense_below)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to the last axis: x (..., n) -> (..., m)."""
-        if torch.is_grad_enabled():
+        if is_grad_enabled():
             self._decoding = None
             return self.structured(x)
-        if x.numel() >= self._dense_below or not x.is_cpu or torch.compiler.is_compiling():
+        if x.numel() >= self._dense_below or not x.is_cpu or is_compiling():
             return self.structured(x)
         weight = self.temporary_dense()
-        return self.structured(x) if weight is None else F.linear(x, weight, self.offset)
+        return self.structured(x) if weight is None else linear(x, weight, self.offset)
 
     def kept_table(self, ids: Tensor) -> Tensor | None:
         """Return the temporary dense weight to look rows up in, None where the structure is to be asked."""
-        if torch.is_grad_enabled():
+        if is_grad_enabled():
             self._decoding = None
             return None
-        return (
-            self.temporary_dense() if self._dense_below and ids.is_cpu and not torch.compiler.is_compiling() else None
-        )
+        return self.temporary_dense() if self._dense_below and ids.is_cpu and not is_compiling() else None
 
     @abstractmethod
     def structured(self, x: Tensor) -> Tensor:
@@ -234,24 +280,36 @@ def _effort(map_: LinearMap) -> float:
 
 def _is_current(decoding: _Decoding) -> bool:
     """Tell whether nothing changed since a dense weight was made; called for every token, hence so spelled out."""
-    for registered, name, tensor, version in decoding[1]:
-        if registered[name] is not tensor or tensor._version != version:
-            return False
-    for owner, name, leaf, store, weight, version, pointer, hooks, pre_hooks, attributes, count in decoding[0]:
-        if (
-            owner[name] is not leaf
-            or store["weight"] is not weight
-            or weight._version != version
-            or weight.data_ptr() != pointer
-            or hooks
-            or pre_hooks
-            or len(attributes) != count
-        ):
-            return False
-    for owner, name, module, hooks, pre_hooks, attributes, count in decoding[5]:
-        if owner[name] is not module or hooks or pre_hooks or len(attributes) != count:
+    if (
+        not decoding.holds
+        or (decoding.buffer_version is not None and decoding.operand._version != decoding.buffer_version)
+        or decoding.tensor._version != decoding.version
+        or decoding.tensor.data_ptr() != decoding.address
+        or decoding.tensor_2._version != decoding.version_2
+        or decoding.tensor_2.data_ptr() != decoding.address_2
+    ):
+        return False
+    for tensor, version, address in decoding.others:
+        if tensor._version != version or tensor.data_ptr() != address:
             return False
     return True
+
+
+def _has_changed_parts(decoding: _Decoding) -> bool:
+    """Tell whether anything was set on a part past torch, in its `__dict__`; too slow a look for every token."""
+    return any(len(attributes) != number for attributes, number in decoding.parts)
+
+
+def _counting_along(tensor: Tensor, other: Tensor) -> Tensor | None:
+    """Return a tensor with the memory of one and the version counter of another: a detached tensor shares the counter
+    of its source, and keeps it when it gets other memory. None inside functional transforms, which forbid that.
+    """
+    counting = other.detach()
+    try:
+        counting.data = tensor
+    except RuntimeError:  # what a transform makes must not outlive it
+        return None
+    return counting
 
 
 def is_plain(leaf: nn.Module) -> bool:
@@ -260,7 +318,7 @@ def is_plain(leaf: nn.Module) -> bool:
     """
     return (
         type(leaf) in (nn.Linear, nn.Embedding)
-        and type(leaf._parameters["weight"]) is nn.Parameter
+        and type(leaf._parameters.get("weight")) is nn.Parameter
         and is_untouched(leaf)
     )
 

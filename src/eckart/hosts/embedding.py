@@ -71,6 +71,9 @@ class EmbeddingHost(TemporaryDense):
         Raises:
             EckartError: if the table is offloaded.
         """
+        dense = self._dense_if_faster(hidden)
+        if dense is not None and dense.is_cpu:
+            return F.linear(hidden, dense)
         device = next(self.table.parameters()).device
         if device.type == "meta" and hidden.device.type != "meta":
             raise EckartError(
@@ -79,9 +82,6 @@ class EmbeddingHost(TemporaryDense):
         return self._logits(hidden.to(device))  # a device map may put the last block elsewhere
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        dense = self._dense_if_faster(hidden)
-        if dense is not None:
-            return F.linear(hidden, dense)
         if self.order is None:
             return F.linear(F.linear(hidden, self.rest.weight.mT), self.table.weight)
         k = self.table.embedding_dim
@@ -118,6 +118,7 @@ class QuantizedEmbeddingHost(EmbeddingHost):
 
     def __init__(self, map_: LinearMap, padding_idx: int | None = None) -> None:
         TemporaryDense.__init__(self)
+        self._is_small = False  # of codes, the table alone is kept dense, by its own host
         table, *rest = map_.maps if isinstance(map_, Product) else (map_,)
         if not has_rows_of_codes(table):
             raise EckartError(f"a quantized embedding needs one row of codes per token, got {map_!r}")
