@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from eckart.errors import CostWarning
-from eckart.maps.base import LinearMap, Scaled, Sum
+from eckart.maps.base import LinearMap, Product, Scaled, Sum
 from eckart.maps.dense import Dense, Diagonal
 from eckart.maps.lowrank import LowRank
+from eckart.maps.orthogonal import Cayley, Householder
 from eckart.maps.permutation import Permutation
 from eckart.maps.pivoted import Pivoted
 
@@ -17,7 +18,8 @@ def row_norms(map_: LinearMap) -> Tensor:
     """Return the Euclidean length of every row of W, (m,).
 
     |row i of U V|^2 = u_i (V V^T) u_i^T; |a W| = |a| |W|; |row of W + U V|^2 adds the cross term 2 u_i . (W V^T)_i
-    (the factored norm of Scaling DoRA). Anything else is formed densely, with a `CostWarning`.
+    (the factored norm of Scaling DoRA); |row of W R| = |row of W| for an orthogonal R. Anything else is formed densely,
+    with a `CostWarning`.
     """
     return squared_row_norms(map_).clamp_min(0).sqrt()
 
@@ -37,6 +39,8 @@ def squared_row_norms(map_: LinearMap) -> Tensor:
             return squared_row_norms(map_.lowrank())
         case Scaled(inner, scale):
             return scale**2 * squared_row_norms(inner)
+        case Product((*rest, Permutation() | Householder() | Cayley())) if rest:
+            return squared_row_norms(rest[0] if len(rest) == 1 else Product(tuple(rest)))
         case Sum((first, LowRank(up, down))):
             cross = (first(down).mT * up).sum(1)  # first applied to the rows of down: (k, m)
             return squared_row_norms(first) + 2 * cross + squared_row_norms(LowRank(up, down))
@@ -61,6 +65,8 @@ def squared_row_norms_flops(map_: LinearMap) -> int:
             return 2 * k * k * n + 2 * m * k * k + 2 * m * k
         case Scaled(inner, _):
             return squared_row_norms_flops(inner) + m
+        case Product((*rest, Permutation() | Householder() | Cayley())) if rest:
+            return squared_row_norms_flops(rest[0] if len(rest) == 1 else Product(tuple(rest)))
         case Sum((first, LowRank() as second)):
             k = second.rank
             cross = first.flops(k) + 2 * m * k
