@@ -145,6 +145,7 @@ def test_row_norms_need_no_dense_matrix_where_there_is_a_rule():
         (LowRank(up, down), up @ down),
         (pivot(LowRank(up, down)), up @ down),
         (Scaled(Dense(w), -3.0), 3 * w),
+        (Product((Dense(w), Permutation(torch.tensor([2, 0, 1])))), w[:, [1, 2, 0]]),
         (Dense(w) + LowRank(up, down), w + up @ down),
         (Scaled(Dense(w), 2.0) + LowRank(up, down), 2 * w + up @ down),
     ]
