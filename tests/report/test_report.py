@@ -12,13 +12,11 @@ from eckart.methods.compress.table import METHODS
 from eckart.methods.evaluate import Evaluation
 from eckart.report import units
 from eckart.report.console import print_all
+from eckart.report.pages import method_page, method_values, methods_table
 from eckart.report.tables import (
     comparison_table,
     contents_table,
     evaluation_table,
-    method_page,
-    method_values,
-    methods_table,
     outcome_table,
     plan_table,
 )

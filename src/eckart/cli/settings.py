@@ -1,11 +1,12 @@
 """Reading `--set name=value`: the types come from the signatures of the methods."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from eckart.errors import EckartError
+from eckart.methods.adapt.table import adapter_recipe, adapter_settings
 from eckart.methods.compress.table import recipe_of, settings_of
 from eckart.methods.pages import Setting
 
@@ -13,12 +14,25 @@ EXPECTED = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
 def parse_settings(method: str, assignments: Sequence[str]) -> dict[str, Any]:
-    """Return typed settings from "name=value" texts.
+    """Return typed settings of a method of compression from "name=value" texts.
 
     Raises:
         EckartError: for an unknown method or setting (with the nearest names), or a value of the wrong type or range.
     """
-    known = settings_of(method)
+    return _parsed(method, assignments, settings_of(method), recipe_of)
+
+
+def parse_adapter_settings(method: str, assignments: Sequence[str]) -> dict[str, Any]:
+    """Return typed settings of a method of adaptation from "name=value" texts; errors are those of `parse_settings`."""
+    return _parsed(method, assignments, adapter_settings(method), adapter_recipe)
+
+
+def _parsed(
+    method: str,
+    assignments: Sequence[str],
+    known: Mapping[str, Setting],
+    check: Callable[[str, Mapping[str, Any]], object],
+) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
@@ -29,8 +43,8 @@ def parse_settings(method: str, assignments: Sequence[str]) -> dict[str, Any]:
         if name in known:
             out[name] = _typed(method, known[name], text)
         else:
-            recipe_of(method, {name: text})  # raises, with the nearest names
-    recipe_of(method, out)  # checks ranges
+            check(method, {name: text})  # raises, with the nearest names
+    check(method, out)  # checks ranges
     return out
 
 

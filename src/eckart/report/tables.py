@@ -10,8 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from eckart.methods.compress.outcome import Checked, LayerPlan, Measured, Outcome, Plan
-from eckart.methods.compress.table import METHODS, settings_of, source_of, summary_of
-from eckart.methods.pages import Setting
 from eckart.report.units import count, duration, loss, share, size
 
 if TYPE_CHECKING:  # they import transformers, which the tables do without
@@ -191,42 +189,6 @@ class _Dotted:
                 lines.append("")
             lines[-1] += part
         yield Text("\n".join(lines), overflow="fold")
-
-
-def methods_table() -> Table:
-    """Return the compression methods with one line each."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("method", no_wrap=True)
-    table.add_column("what it does", overflow="fold")
-    for name in METHODS:
-        table.add_row(name, summary_of(name))
-    return table
-
-
-def method_page(name: str) -> RenderableType:
-    """Return the page of one method: formula, source and settings."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for heading in ("setting", "type", "default"):
-        table.add_column(heading, overflow="fold")
-    for setting in settings_of(name).values():
-        suffix = " (all methods)" if setting.common else ""
-        table.add_row(setting.name + suffix, type_name(setting), str(setting.default))
-    return _stack(Text(f"{name}: {summary_of(name)}"), Text(source_of(name)), table)
-
-
-def method_values(name: str) -> dict[str, Any]:
-    """Return one method's page as plain values, for JSON."""
-    settings = [
-        {"name": s.name, "type": type_name(s), "default": s.default, "common": s.common}
-        for s in settings_of(name).values()
-    ]
-    return {"name": name, "summary": summary_of(name), "page": source_of(name), "settings": settings}
-
-
-def type_name(setting: Setting) -> str:
-    """Return the type of a setting as users would write its values: "float", or the words to choose from."""
-    choices = getattr(setting.type, "__args__", None)
-    return " | ".join(str(c) for c in choices) if choices else str(getattr(setting.type, "__name__", setting.type))
 
 
 def evaluation_table(evaluation: "Evaluation") -> Table:

@@ -22,7 +22,7 @@ from eckart.methods.adapt.rslora import rslora
 from eckart.methods.adapt.soka import soka
 from eckart.methods.adapt.sorsa import sorsa
 from eckart.methods.adapt.svfit import svfit
-from eckart.methods.pages import check_settings, first_line, page_named, signature_of
+from eckart.methods.pages import Setting, check_settings, first_line, page_named, signature_of, text_of
 
 Page = Callable[..., Recipe]
 
@@ -49,17 +49,30 @@ ADAPTERS: dict[str, Page] = {
 }
 
 
+def adapter_settings(method: str) -> dict[str, Setting]:
+    """Return the settings of a method by name.
+
+    Raises:
+        EckartError: for an unknown method, with the nearest names.
+    """
+    return signature_of(page_named(ADAPTERS, method))
+
+
 def adapter_recipe(method: str, settings: Mapping[str, Any]) -> Recipe:
     """Return the recipe of a method with some settings changed.
 
     Raises:
         EckartError: for an unknown method or setting (with the nearest names), or a value of the wrong type or range.
     """
-    page = page_named(ADAPTERS, method)
-    check_settings(method, signature_of(page), settings)
-    return page(**settings)
+    check_settings(method, adapter_settings(method), settings)
+    return page_named(ADAPTERS, method)(**settings)
 
 
 def adapter_summary(method: str) -> str:
     """Return the first line of a method's docstring."""
     return first_line(page_named(ADAPTERS, method))
+
+
+def adapter_source(method: str) -> str:
+    """Return the docstring of a method's page: formula, structure and source."""
+    return text_of(page_named(ADAPTERS, method))

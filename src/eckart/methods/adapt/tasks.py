@@ -1,0 +1,190 @@
+"""What a fine-tune learns and how it is measured: the next tokens of texts, or the labels of sentences."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from eckart.errors import EckartError
+from eckart.files.folder import check_model_folder, quiet
+from eckart.files.text import encode_document, read_documents
+
+# Share of the data that is held out to measure on where no file is given for it, and the most examples of it.
+HELD_OUT, MOST_HELD_OUT = 0.1, 512
+# Examples measured at once.
+BATCH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """What a task trains or is measured on.
+
+    Attributes:
+        rows: one example each, (count, width) int64: token ids of a window; or label, number of tokens, padded ids.
+        labels: the names of the classes, in the order of their numbers; none for texts.
+    """
+
+    rows: Tensor
+    labels: tuple[str, ...] = ()
+
+    def split(self) -> tuple["Examples", "Examples"]:
+        """Return the first part to train on and the last to measure on."""
+        held = min(MOST_HELD_OUT, int(len(self.rows) * HELD_OUT)) or 1
+        if len(self.rows) < 2:
+            raise EckartError("the data gives a single example; give more, or a validation file")
+        return Examples(self.rows[:-held], self.labels), Examples(self.rows[-held:], self.labels)
+
+
+def read_examples(
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    *,
+    length: int,
+    text_field: str,
+    label_field: str | None,
+    labels: Sequence[str] = (),
+) -> Examples:
+    """Read texts as windows of tokens, or labelled sentences.
+
+    Args:
+        tokenizer: of the model.
+        path: text (plain or gzip, documents separated as elsewhere), .jsonl, or a table with tabs and a header.
+        length: tokens of a window, and the most of a sentence.
+        text_field: name of the text's field or column.
+        label_field: name of the label's; None for texts without labels.
+        labels: names of the classes where they are known; otherwise those found, in order.
+
+    Raises:
+        EckartError: for a file that cannot be read, lacks a field, or holds too little.
+    """
+    if label_field is None:
+        fields = path.name.removesuffix(".gz").endswith(".tsv") or text_field != "text"
+        documents = [row[text_field] for row in records(path, (text_field,))] if fields else read_documents(path)
+        return _windows(tokenizer, documents, length, path)
+    rows = records(path, (text_field, label_field))
+    known = tuple(labels) or tuple(sorted({row[label_field] for row in rows}))
+    if len(known) < 2:
+        raise EckartError(f"{path} has {len(known)} kind of {label_field!r}; a classification needs two at least")
+    unknown = next((row[label_field] for row in rows if row[label_field] not in known), None)
+    if unknown is not None:
+        raise EckartError(f"{path} has the label {unknown!r}, which the training data does not have")
+    encoded = [tokenizer(row[text_field], truncation=True, max_length=length)["input_ids"] for row in rows]
+    width = max(len(ids) for ids in encoded)
+    packed = torch.zeros(len(rows), 2 + width, dtype=torch.int64)
+    for i, (row, ids) in enumerate(zip(rows, encoded, strict=True)):
+        packed[i, 0], packed[i, 1] = known.index(row[label_field]), len(ids)
+        packed[i, 2 : 2 + len(ids)] = torch.tensor(ids)
+    return Examples(packed, known)
+
+
+def records(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
+    """Return the rows of a .jsonl file or of a table with tabs and a header, fields as text.
+
+    Raises:
+        EckartError: if the file is missing, not readable, empty, or a row lacks a field.
+    """
+    if not path.is_file():
+        raise EckartError(f"there is no file {path}")
+    try:
+        text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise EckartError(f"{path} is not UTF-8 text, plain or gzip ({error})") from error
+    lines = [line for line in text.split("\n") if line.strip()]
+    rows: list[Mapping[str, Any]] = []
+    if path.name.removesuffix(".gz").endswith(".jsonl"):
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise EckartError(f"{path} line {number} is not JSON ({error})") from error
+            rows.append(row if isinstance(row, dict) else {})
+    elif lines:
+        header = lines[0].split("\t")
+        rows = [dict(zip(header, line.split("\t"), strict=False)) for line in lines[1:]]
+    if not rows:
+        raise EckartError(f"{path} holds no rows")
+    for number, row in enumerate(rows, 1):
+        lacking = next((field for field in fields if field not in row), None)
+        if lacking is not None:
+            there = ", ".join(map(str, row)) or "none"
+            raise EckartError(f"row {number} of {path} has no field {lacking!r}; it has {there}")
+    return [{field: str(row[field]) for field in fields} for row in rows]
+
+
+def _windows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int, path: Path) -> Examples:
+    ids = [token for document in documents for token in encode_document(tokenizer, document)]
+    count = len(ids) // length
+    if count == 0:
+        raise EckartError(f"{path} has {len(ids)} tokens, too few for one window of {length}; give more text")
+    return Examples(torch.tensor(ids[: count * length], dtype=torch.int64).reshape(count, length))
+
+
+def load_task_model(folder: Path, labels: Sequence[str]) -> PreTrainedModel:
+    """Load a model folder for its task: with a head for the classes, or to predict next tokens.
+
+    Raises:
+        EckartError: if the folder is none of a model, or its architecture has no such head.
+    """
+    check_model_folder(folder)
+    try:
+        with quiet():
+            if labels:
+                names = dict(enumerate(labels))
+                made = AutoModelForSequenceClassification.from_pretrained(
+                    folder, num_labels=len(labels), id2label=names, label2id={v: k for k, v in names.items()},
+                    local_files_only=True, dtype=torch.float32,
+                )  # fmt: skip
+            else:
+                made = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    except (ValueError, KeyError) as error:
+        task = "classification" if labels else "predicting next tokens"
+        raise EckartError(f"{folder} is of an architecture without a head for {task} ({error})") from error
+    model: PreTrainedModel = made.eval()
+    if labels and model.config.pad_token_id is None:
+        model.config.pad_token_id = 0
+    return model
+
+
+def batch_of(rows: Tensor, labels: Sequence[str]) -> dict[str, Tensor]:
+    """Return what the model is called with, without the labels of texts' own tokens doubled."""
+    if not labels:
+        return {"input_ids": rows, "labels": rows}
+    lengths = rows[:, 1]
+    ids = rows[:, 2 : 2 + int(lengths.max())]
+    mask = torch.arange(ids.shape[1], device=rows.device)[None] < lengths[:, None]
+    return {"input_ids": ids, "attention_mask": mask.long(), "labels": rows[:, 0]}
+
+
+@torch.no_grad()
+def measured(model: nn.Module, examples: Examples) -> dict[str, float]:
+    """Return {"loss": nats per token} of texts, or {"loss": nats per example, "accuracy"} of labelled ones."""
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    total, right, count = 0.0, 0, 0
+    for rows in examples.rows.split(BATCH):
+        batch = batch_of(rows.to(device), examples.labels)
+        labels = batch.pop("labels")
+        logits = model(**batch).logits.float()
+        if examples.labels:
+            total += float(F.cross_entropy(logits, labels, reduction="sum"))
+            right += int((logits.argmax(-1) == labels).sum())
+            count += len(labels)
+        else:
+            total += float(F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"))
+            count += labels[:, 1:].numel()
+    model.train(training)
+    return {"loss": total / count, **({"accuracy": right / count} if examples.labels else {})}

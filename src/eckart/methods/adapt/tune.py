@@ -1,0 +1,168 @@
+"""Fine-tuning a model folder with an adapter, from data to a saved adapter with its measured before and after."""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eckart.atomic import appearing, check_output, write_json
+from eckart.errors import EckartError
+from eckart.files.text import load_tokenizer
+from eckart.methods.adapt.adapt import adapt, adapters
+from eckart.methods.adapt.adapters import Adapters
+from eckart.methods.adapt.described import Described
+from eckart.methods.adapt.saving import Format
+from eckart.methods.adapt.tasks import Examples, batch_of, load_task_model, measured, read_examples
+from eckart.methods.training import Course, Step, train
+from eckart.progress import Progress, silent
+
+REPORT = "report.json"
+# Examples that data-driven starts are made from.
+START = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """What a fine-tune did.
+
+    Attributes:
+        method: the method of adaptation.
+        out: the adapter's folder.
+        trained: parameters that trained.
+        parameters: of the whole model.
+        rate: learning rate.
+        steps: optimizer steps.
+        before: measures on held-out examples before training.
+        after: the same after.
+        seconds: how long all of it took.
+    """
+
+    method: str
+    out: Path
+    trained: int
+    parameters: int
+    rate: float
+    steps: int
+    before: dict[str, float]
+    after: dict[str, float]
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self) | {"out": str(self.out)}
+
+
+def tune(
+    model: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    method: str = "lora",
+    validation: str | Path | None = None,
+    text_field: str = "text",
+    label_field: str | None = None,
+    steps: int = 500,
+    batch: int = 8,
+    length: int = 256,
+    rate: float | None = None,
+    targets: str | Sequence[str] | None = None,
+    seed: int = 0,
+    format: Format = "eckart",
+    settings: Mapping[str, Any] | None = None,
+    progress: Progress = silent,
+) -> Tuned:
+    """Fine-tune a Hugging Face model folder with an adapter and save the adapter.
+
+    A run that was stopped is continued by the same call and ends in the same bits. The folder holds the adapter, which
+    `eckart.load_adapter` puts on the model again, and a report.
+
+    Args:
+        model: folder of a decoder, or of an encoder or decoder to classify with; dense or compressed by eckart.
+        data: text or .jsonl to learn, or labelled rows in a .jsonl or .tsv file, plain or gzip.
+        out: folder to write; must not hold anything yet.
+        method: one of `eckart.ADAPTERS`.
+        validation: what to measure on; by default the last tenth of the data, at most 512 examples.
+        text_field: field or column of the text.
+        label_field: field or column of the label, which makes it a classification.
+        steps: optimizer steps.
+        batch: examples per step.
+        length: tokens of a window of text, and the most of a sentence.
+        rate: learning rate of AdamW; by default the method's.
+        targets: layers to adapt, as `eckart.adapt` takes them.
+        seed: seed of everything random.
+        format: "eckart", or "peft" for methods that PEFT can express.
+        settings: settings of the method by name, typed.
+        progress: told of the stages "statistics", "gradients" and "train".
+
+    Raises:
+        EckartError: for bad input of any kind, in one sentence, or a run that diverges; nothing is written then.
+    """
+    began, target, given = time.perf_counter(), Path(out), dict(settings or {})
+    recipe = Described(method, given, seed).recipe()
+    check_output(target)
+    course = Course(steps, recipe.rate if rate is None else rate, batch)
+    tokenizer = load_tokenizer(Path(model))
+    fields: dict[str, Any] = {"length": length, "text_field": text_field, "label_field": label_field}
+    examples = read_examples(tokenizer, Path(data), **fields)
+    if validation is None:
+        examples, held_out = examples.split()
+    else:
+        held_out = read_examples(tokenizer, Path(validation), **fields, labels=examples.labels)
+    torch.manual_seed(seed)  # a head that is new starts anew
+    base = load_task_model(Path(model), examples.labels)
+    before = measured(base, held_out)
+    starts = [batch_of(rows, examples.labels) for rows in examples.rows[:START].split(batch)]
+    adapt(base, method, targets=targets, data=starts, seed=seed, progress=progress, **given)
+    handle = adapters(base)
+    described = [str(model), method, given, seed, asdict(course), list(targets or ()), *fields.values()]
+    partial = _partial(target, described, examples)
+    _train(handle, examples, course, partial / "state.safetensors", seed, progress)
+    after = measured(base, held_out)
+    count = sum(p.numel() for p in base.parameters())
+    tuned = Tuned(method, target, handle.count(), count, course.rate, steps, before, after, time.perf_counter() - began)
+    with appearing(target) as folder:
+        handle.save(folder, format=format)
+        write_json(folder / REPORT, {k: v for k, v in tuned.as_dict().items() if k not in ("out", "seconds")})
+    shutil.rmtree(partial, ignore_errors=True)
+    return tuned
+
+
+def _partial(target: Path, described: Sequence[Any], examples: Examples) -> Path:
+    """Return the folder of the run's state, beside the target and named by all that decides the result."""
+    digest = hashlib.sha256(json.dumps(described, default=str).encode())
+    digest.update(examples.rows.numpy().tobytes())
+    return target.absolute().with_name(f".{target.absolute().name}.eckart-{digest.hexdigest()[:8]}")
+
+
+def _train(handle: Adapters, examples: Examples, course: Course, state: Path, seed: int, progress: Progress) -> None:
+    """Train what the adapter's method trains, or go on from where an earlier run stopped."""
+    model = handle.model.train()
+
+    def loss(step: Step) -> tuple[Tensor, Tensor]:
+        task: Tensor = model(**batch_of(step.samples, examples.labels)).loss
+        return task + handle.penalty(), task
+
+    shares = {id(p): group["lr"] for group in handle.parameter_groups(1.0) for p in group["params"]}
+    named = {name: shares[id(p)] for name, p in model.named_parameters() if id(p) in shares}
+    try:
+        state.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EckartError(f"cannot write beside {state.parent.parent}: {error.strerror}; choose another out") from error
+    device = next(model.parameters()).device
+    rows = examples.rows.to(device)
+    train(model, rows, course, loss, state=state, seed=seed, share=lambda name: named.get(name, 1.0), progress=progress)
+    _release(model)
+
+
+def _release(model: nn.Module) -> None:
+    """Put a model into evaluation mode without gradients left behind."""
+    model.eval()
+    for parameter in model.parameters():
+        parameter.grad = None
