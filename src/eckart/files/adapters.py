@@ -162,12 +162,14 @@ def read_adapter(folder: Path) -> StoredAdapter:
     try:
         layers = {name: _layer(name, entry, tensors) for name, entry in raw["layers"].items()}
         trained = {head: _taken(f"{head}.", tensors) for head in raw["trained"]}
-        out = StoredAdapter(raw["name"], raw["method"], dict(raw["settings"]), int(raw["seed"]), layers, trained)
+        if not layers:
+            raise EckartError("it adapts no layer")
+        name, method, settings, seed = str(raw["name"]), str(raw["method"]), dict(raw["settings"]), int(raw["seed"])
     except (EckartError, *DAMAGED) as error:
         raise EckartError(f"{folder} is damaged ({error}); copy the folder again") from error
     if tensors:
         raise EckartError(f"{folder / TENSORS} holds {min(tensors)}, which {SPEC} does not mention; copy it again")
-    return out
+    return StoredAdapter(name, method, settings, seed, layers, trained)
 
 
 def _layer(name: str, entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> StoredLayer:

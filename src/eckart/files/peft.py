@@ -197,6 +197,8 @@ def read_peft(folder: Path) -> PeftAdapter:
         dropout = float(config.get({LORA: "lora_dropout", MISS: "miss_dropout"}.get(kind, ""), 0.0))
         rank, alpha = int(config.get("r") or 0), float(config.get("lora_alpha", 8))
         alphas = {layer: _alpha(layer, own, config) for layer, own in layers.items()} if kind == LORA else {}
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout {dropout}")
     except (re.error, *DAMAGED) as error:
         raise EckartError(f"{folder / CONFIG} is damaged ({error}); copy the folder again") from error
     dora = kind == LORA and bool(config.get("use_dora"))
@@ -243,6 +245,8 @@ def _split(
         own = next((key for key in (*needed, *possible) if name.endswith(f".{key}")), None)
         if own is None:
             rest[name] = tensor
+        elif tensor.ndim != (1 if own in possible else 2):
+            raise EckartError(f"{PREFIX}{name} has the shape {tuple(tensor.shape)}, which no linear layer's tensor has")
         else:
             layers.setdefault(name.removesuffix(f".{own}"), {})[own] = tensor
     for layer, found in layers.items():

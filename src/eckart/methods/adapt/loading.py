@@ -1,6 +1,7 @@
 """Loading a saved adapter, from eckart's own folder or from one that PEFT wrote."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eckart.errors import EckartError
-from eckart.files.adapters import PLUS, SPEC, TIMES, StoredAdapter, StoredChange, StoredLayer, read_adapter, sketch
+from eckart.files.adapters import PLUS, SPEC, TIMES, StoredChange, StoredLayer, read_adapter, sketch
 from eckart.files.peft import CONFIG, HRA, LORA, MISS, PeftAdapter, block_size, read_peft
 from eckart.hosts import AdaptedHost, Adapter, adaptable_layers, map_of
 from eckart.hosts.adapter import Change, Plus, Rescaled, Times
@@ -37,33 +38,50 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str | None = None) 
             taken; the model is as it was then.
     """
     folder = Path(folder)
-    trained: States
     if (folder / SPEC).is_file():
-        stored = read_adapter(folder)
-        bases = _bases(model, stored.layers, folder)
-        chosen, trained, described = name or stored.name, stored.trained, _described(stored)
-        layers = {layer: [_change(layer, change) for change in e.changes] for layer, e in stored.layers.items()}
+        saved = _own(model, folder)
     elif (folder / CONFIG).is_file():
-        peft = read_peft(folder)
-        bases = _bases(model, peft.layers, folder)
-        chosen, trained = name or "default", _by_module(model, peft)
-        described = _described_peft(peft, tuple(trained))
-        layers = {layer: _peft_changes(peft, layer, base.shape[1]) for layer, base in bases.items()}
+        saved = _from_peft(model, folder)
     else:
         raise EckartError(f"{folder} holds no adapter: neither {SPEC} nor PEFT's {CONFIG} is there")
-    recipe = described.recipe()
+    recipe, chosen = saved.described.recipe(), saved.name if name is None else name
     check_name(model, chosen)
-    for layer, changes in layers.items():
-        _check_shapes(layer, changes, bases[layer].shape)
-    if (folder / SPEC).is_file():
-        _check_base(stored.layers, bases)
-    _check_trained(model, trained)
-    built = {layer: Adapter(changes) for layer, changes in layers.items()}
+    _check_trained(model, saved.trained)
+    built = {layer: Adapter(changes) for layer, changes in saved.layers.items()}
     for adapter in built.values():
         adapter.rule(recipe.rule)
-    for head, state in trained.items():
+    for head, state in saved.trained.items():
         model.get_submodule(head).load_state_dict(dict(state))
-    return attach(model, chosen, described, built)
+    return attach(model, chosen, saved.described, built)
+
+
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """What a folder holds, checked against the layers of a model."""
+
+    name: str
+    described: Described
+    layers: dict[str, list[Change]]
+    trained: States
+
+
+def _own(model: nn.Module, folder: Path) -> _Saved:
+    stored = read_adapter(folder)
+    bases = _bases(model, stored.layers, folder)
+    layers = {layer: [_change(layer, change) for change in e.changes] for layer, e in stored.layers.items()}
+    _check_shapes(layers, bases)
+    _check_sketches(stored.layers, bases)
+    described = Described(stored.method, stored.settings, stored.seed, tuple(stored.trained))
+    return _Saved(stored.name, described, layers, stored.trained)
+
+
+def _from_peft(model: nn.Module, folder: Path) -> _Saved:
+    peft = read_peft(folder)
+    bases = _bases(model, peft.layers, folder)
+    layers = {layer: _peft_changes(peft, layer, base.shape[1]) for layer, base in bases.items()}
+    _check_shapes(layers, bases)
+    trained = _by_module(model, peft)
+    return _Saved("default", _described_peft(peft, tuple(trained)), layers, trained)
 
 
 def _bases(model: nn.Module, layers: Mapping[str, object], folder: Path) -> dict[str, LinearMap]:
@@ -71,13 +89,9 @@ def _bases(model: nn.Module, layers: Mapping[str, object], folder: Path) -> dict
     found = adaptable_layers(model)
     lacking = next((layer for layer in layers if layer not in found), None)
     if lacking is not None:
-        raise EckartError(f"{folder} adapts {lacking}, which is no linear layer of this model; load it on its own base")
+        raise EckartError(f"{folder} adapts {lacking}, where this model has no linear layer; load it on its own base")
     modules = {layer: found[layer] for layer in layers}
     return {name: map_of(m.base if isinstance(m, AdaptedHost) else m) for name, m in modules.items()}
-
-
-def _described(stored: StoredAdapter) -> Described:
-    return Described(stored.method, stored.settings, stored.seed, tuple(stored.trained))
 
 
 def _change(layer: str, stored: StoredChange) -> Change:
@@ -114,15 +128,12 @@ def _described_peft(peft: PeftAdapter, trained: tuple[str, ...]) -> Described:
 
 def _peft_changes(peft: PeftAdapter, layer: str, width: int) -> list[Change]:
     """Return the changes of a layer with that many inputs, in float32 or wider."""
-    own = {
-        key: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for key, tensor in peft.layers[layer].items()
-    }
+    own = {key: t.to(torch.promote_types(t.dtype, torch.float32)) for key, t in peft.layers[layer].items()}
     try:
         if peft.kind == LORA:
-            changes: list[Change] = [
-                Plus(LowRank(own["lora_B.weight"], own["lora_A.weight"]), peft.scale(layer), dropout=peft.dropout)
-            ]
-            return changes + [Rescaled(own[key]) for key in own if key == "lora_magnitude_vector"]
+            low_rank = LowRank(own["lora_B.weight"], own["lora_A.weight"])
+            lengths = [Rescaled(own[key]) for key in own if key == "lora_magnitude_vector"]
+            return [Plus(low_rank, peft.scale(layer), dropout=peft.dropout), *lengths]
         if peft.kind == MISS:
             return [Plus(Tiled(own["miss_block"].mT.contiguous(), width), dropout=peft.dropout)]
         if peft.kind == HRA:
@@ -132,12 +143,12 @@ def _peft_changes(peft: PeftAdapter, layer: str, width: int) -> list[Change]:
         raise EckartError(f"the tensors of {layer} do not fit: {error}") from error
 
 
-def _check_shapes(layer: str, changes: list[Change], shape: tuple[int, int]) -> None:
-    """Refuse an adapter that was made for a layer of another shape."""
-    m, n = shape
-    came: tuple[int, ...]
-    needed: tuple[int, ...]
-    for change in changes:
+def _check_shapes(layers: Mapping[str, list[Change]], bases: Mapping[str, LinearMap]) -> None:
+    """Refuse an adapter that was made for layers of other shapes."""
+    for layer, change in ((layer, change) for layer, changes in layers.items() for change in changes):
+        m, n = bases[layer].shape
+        came: tuple[int, ...]
+        needed: tuple[int, ...]
         match change:
             case Plus():
                 came, needed = map_of(change.delta).shape, (m, n)
@@ -151,7 +162,7 @@ def _check_shapes(layer: str, changes: list[Change], shape: tuple[int, int]) -> 
             )
 
 
-def _check_base(layers: Mapping[str, StoredLayer], bases: Mapping[str, LinearMap]) -> None:
+def _check_sketches(layers: Mapping[str, StoredLayer], bases: Mapping[str, LinearMap]) -> None:
     """Refuse a base whose weights have nothing to do with those that an adapter was made for."""
     moved = size = 0.0
     for name, layer in layers.items():
@@ -172,10 +183,21 @@ def _by_module(model: nn.Module, peft: PeftAdapter) -> dict[str, dict[str, Tenso
     out: dict[str, dict[str, Tensor]] = {}
     for full, tensor in peft.trained.items():
         head = next((head for head in heads if full.startswith(f"{head}.")), None)
-        if head is None:
-            raise EckartError(f"the tensor {full} belongs neither to a linear layer nor to a module of modules_to_save")
-        out.setdefault(head, {})[full.removeprefix(f"{head}.")] = tensor
+        if head is not None:
+            out.setdefault(head, {})[full.removeprefix(f"{head}.")] = tensor
+        elif not _is_of_base(model, full, tensor):
+            raise EckartError(
+                f"the tensor {full} is part of no linear layer's adapter, of no module of modules_to_save"
+            )
     return out
+
+
+def _is_of_base(model: nn.Module, full: str, tensor: Tensor) -> bool:
+    """Tell whether a tensor is the base's own, which PEFT saves along where a head is adapted."""
+    held = model.state_dict()
+    names = (full, full.replace(".base_layer.", "."), full.replace(".base_layer.", ".base."))
+    own = next((held[name] for name in names if name in held), None)
+    return own is not None and torch.equal(own.to("cpu", tensor.dtype), tensor)
 
 
 def _ends(name: str, end: str) -> bool:
