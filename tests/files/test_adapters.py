@@ -66,7 +66,7 @@ def edited(tmp_path, spec=lambda raw: None, tensors=lambda held: None):
 CHANGE = lambda raw: raw["layers"]["a.b"]["changes"][0]  # noqa: E731
 DAMAGES = {
     "later format": (lambda raw: raw.update(format=2), "has the format 2, and this version of eckart reads 1"),
-    "no layers": (lambda raw: raw.update(layers={}), "head|adapts no layer"),
+    "no layers": (lambda raw: raw.update(layers={}), "it adapts no layer"),
     "layers of another kind": (lambda raw: raw.update(layers=[1]), "is damaged"),
     "no method": (lambda raw: raw.pop("method"), "is damaged .'method'"),
     "unknown change": (lambda raw: CHANGE(raw).update(change="minus"), "kind 'minus'; this version knows plus, times"),

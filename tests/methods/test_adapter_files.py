@@ -202,6 +202,21 @@ def test_heads_that_train_whole_go_along(tmp_path):
         eckart.load_adapter(model, tmp_path / "eckart", name="second")
 
 
+def test_whole_modules_that_share_a_tensor(tmp_path):
+    model = trained(llama(tie_word_embeddings=True), "lora", rank=2, trained=["lm_head", "embed_tokens"])
+    eckart.adapters(model).save(tmp_path / "a")
+    loaded = eckart.load_adapter(llama(tie_word_embeddings=True), tmp_path / "a")
+    assert torch.equal(outputs(loaded), outputs(model))
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_a_whole_module_around_an_adapted_layer_is_refused(tmp_path):
+    model = eckart.adapt(llama(), "lora", targets=["down_proj"], trained=["mlp"])
+    with pytest.raises(EckartError, match=r"mlp trains whole and holds the adapted layer model.layers.0.mlp.down_proj"):
+        eckart.adapters(model).save(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
 CONFIGS = {
     "patterns": lambda: peft.LoraConfig(
         r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"], rank_pattern={"v_proj": 2},

@@ -18,7 +18,8 @@ from eckart.methods.adapt.adapt import attach, check_name
 from eckart.methods.adapt.adapters import ATTRIBUTE, State
 from eckart.methods.adapt.described import Described
 
-# Share by which the sketches of a base may differ: rounding to a few bits moves them by a tenth, another model by 1.4.
+# Share by which the sketches of a base may differ: codes of 4 bits move them by 0.09, of 2 bits by 0.35, the best
+# map of a quarter of the ranks by 0.63, the weights of another model by 1.4.
 TOLERANCE = 0.75
 
 # State dicts of modules that train whole, by name.

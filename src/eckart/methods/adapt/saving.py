@@ -89,7 +89,7 @@ def _state(model: nn.Module, head: str, layers: Mapping[str, AdaptedHost]) -> di
     inside = next((layer for layer in layers if f"{layer}.".startswith(f"{head}.")), None)
     if inside is not None:
         raise EckartError(f"{head} trains whole and holds the adapted layer {inside}; save the whole model instead")
-    return {key: tensor.detach() for key, tensor in model.get_submodule(head).state_dict().items()}
+    return {key: tensor.detach().clone() for key, tensor in model.get_submodule(head).state_dict().items()}
 
 
 def _stored(layer: AdaptedHost, name: str) -> StoredLayer:
