@@ -157,6 +157,7 @@ def test_a_peft_folder_is_read_as_written(tmp_path):
 
 PEFT_DAMAGES = {
     "rank": (lambda raw: raw.update(r=5), "h.0.fc has rank 2, but the config says 5"),
+    "no rank": (lambda raw: raw.update(r=0), "the config says 0"),
     "pattern": (lambda raw: raw.update(rank_pattern={"(": 1}), "is damaged"),
     "type": (lambda raw: raw.update(peft_type=None), "PEFT's type None; eckart reads LORA, MISS, HRA, OFT"),
     "later variant": (lambda raw: raw.update(use_magic=True), "says use_magic=True, which eckart cannot express"),

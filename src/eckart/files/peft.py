@@ -45,7 +45,8 @@ PASSED_OVER = frozenset({
     "fan_in_fan_out", "inference_mode", "init_lora_weights", "init_weights", "layers_pattern", "layers_to_transform",
     "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "mini_r", "miss_dropout",
     "modules_to_save", "num_cayley_neumann_terms", "oft_block_size", "peft_type", "peft_version", "qalora_group_size",
-    "r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
+    "r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_cayley_neumann",
+    "use_dora", "use_rslora",
 })  # fmt: skip
 # Starts of LoRA that leave the base as it is.
 STARTS = (True, False, "gaussian", "eva", "orthogonal")
@@ -62,9 +63,9 @@ class PeftAdapter:
         dropout: share of the inputs that is dropped in training, of LORA and MISS.
         modules: what modules_to_save names; each is the end of a module's name.
         trained: tensors of those modules, by full name.
-        rank: r of the config; 0 if the type has none.
-        alpha: lora_alpha of the config.
-        rank_stabilized: whether alpha counts over the root of the rank.
+        rank: r of the config as read.
+        alpha: lora_alpha of the config as read.
+        rank_stabilized: whether the config read divides alpha by the root of the rank.
     """
 
     kind: str
@@ -195,7 +196,7 @@ def read_peft(folder: Path) -> PeftAdapter:
     try:
         modules = tuple(str(name) for name in config.get("modules_to_save") or ())
         dropout = float(config.get({LORA: "lora_dropout", MISS: "miss_dropout"}.get(kind, ""), 0.0))
-        rank, alpha = int(config.get("r") or 0), float(config.get("lora_alpha", 8))
+        rank, alpha = int(config.get("r", 8) or 0), float(config.get("lora_alpha", 8))
         alphas = {layer: _alpha(layer, own, config) for layer, own in layers.items()} if kind == LORA else {}
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout {dropout}")
@@ -227,7 +228,7 @@ def _check_config(folder: Path, kind: str, config: Mapping[str, Any]) -> None:
             f"{folder} holds OFT with use_cayley_neumann, a cut series; eckart reads exact rotations alone"
         )
     for key, value in config.items():
-        if key not in PASSED_OVER and value and value != "none" and key != "use_cayley_neumann":
+        if key not in PASSED_OVER and value and value != "none":
             raise EckartError(f"{folder / CONFIG} says {key}={value!r}, which eckart cannot express; train without it")
 
 
@@ -266,7 +267,7 @@ def _alpha(layer: str, own: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     """
     found = own["lora_A.weight"].shape[0]
     rank = int(_by_pattern(config.get("rank_pattern") or {}, layer, config.get("r", 8)))
-    if rank != found:
+    if rank != found or rank < 1:
         raise ValueError(f"{layer} has rank {found}, but the config says {rank}")
     alpha = float(_by_pattern(config.get("alpha_pattern") or {}, layer, config.get("lora_alpha", 8)))
     return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
