@@ -23,6 +23,7 @@ from eckart.errors import EckartError
 from eckart.hosts import AdaptedHost, Adapter, host, replace
 from eckart.hosts.adapter import Plus, Rescaled, Times
 from eckart.maps import Dense, Householder, LowRank
+from eckart.methods.adapt.adapters import ATTRIBUTE
 from eckart.methods.adapt.saving import in_peft_terms
 
 peft = pytest.importorskip("peft")
@@ -105,8 +106,11 @@ def made_by_peft(base: nn.Module, config, folder: Path) -> tuple[nn.Module, Path
 
 def unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
     after = model.state_dict()
-    modules = not any(isinstance(module, AdaptedHost) for module in model.modules())
-    return modules and after.keys() == before.keys() and all(torch.equal(after[k], v) for k, v in before.items())
+    bare = not any(isinstance(module, AdaptedHost) for module in model.modules()) and not hasattr(model, ATTRIBUTE)
+    trains = all(parameter.requires_grad for parameter in model.parameters())
+    return (
+        bare and trains and after.keys() == before.keys() and all(torch.equal(after[k], v) for k, v in before.items())
+    )
 
 
 def refuses(model: nn.Module, folder: Path, message: str) -> None:
@@ -311,6 +315,30 @@ def test_pickles_and_folders_without_an_adapter_are_refused(tmp_path):
     refuses(llama(), tmp_path / "nowhere", "holds no adapter")
 
 
+def test_a_damaged_folder_leaves_the_model_alone(tmp_path):
+    folder = tmp_path / "a"
+    eckart.adapters(trained(classifier(), "lora-xs")).save(folder)
+    text, numbers = (folder / "eckart_adapter.json").read_text(), (folder / "adapter.safetensors").read_bytes()
+    for old, new, message in (
+        ('"lora-xs"', '"lora-xl"', "unknown method 'lora-xl'; did you mean 'lora-xs'"),
+        ('"rank"', '"rink"', "has no setting 'rink'"),
+        ('"name": "default"', '"name": "a.b"', "no dot"),
+        ('"delta.0.weight"', '"delta.9.weight"', "freezes delta.9.weight, which it does not have"),
+        ('"score"', '"model.norm"', "holds score.weight, which eckart_adapter.json does not mention"),
+    ):
+        assert old in text
+        (folder / "eckart_adapter.json").write_text(text.replace(old, new))
+        refuses(classifier(), folder, message)
+    (folder / "eckart_adapter.json").write_text(text)
+    (folder / "adapter.safetensors").write_bytes(numbers[:-100])
+    refuses(classifier(), folder, "cannot be read")
+    (folder / "adapter.safetensors").write_bytes(numbers)
+    narrow = classifier()
+    narrow.score = nn.Linear(64, 2, bias=False)
+    refuses(narrow, folder, r"the adapter has score as .*3, 64.*, this model as .*2, 64")
+    refuses(llama(), folder, "the adapter trains score, which this model does not have")
+
+
 def test_another_base_is_refused_but_not_another_dtype(tmp_path):
     model = trained(llama(), "pissa")
     eckart.adapters(model).save(tmp_path / "a")
@@ -395,6 +423,12 @@ def test_chains_that_no_method_makes(tmp_path):
     for chain in ([turn, plus[0]], [plus[0], turn], [Rescaled(torch.ones(8))], [Plus(Dense(torch.randn(8, 6)))]):
         with pytest.raises(EckartError, match=r'PEFT has no type for .*; save it with format="eckart"'):
             in_peft_terms({"a": (nn.Linear(6, 8), Adapter(chain))}, {})
+    base = nn.Linear(6, 8)
+    with torch.no_grad():
+        base.weight[3] = 0
+    zero = Adapter([Plus(LowRank(torch.zeros(8, 2), torch.randn(2, 6))), Rescaled(torch.ones(8))])
+    with pytest.raises(EckartError, match="1 rows of a are zero, and PEFT divides by their length"):
+        in_peft_terms({"a": (base, zero)}, {})
     two = {"a": (nn.Linear(6, 8), Adapter([turn])), "b": (nn.Linear(6, 8), Adapter([plus[0]]))}
     with pytest.raises(EckartError, match="the type differs between a and b"):
         in_peft_terms(two, {})

@@ -32,7 +32,7 @@ from eckart.files.adapters import (
 from eckart.files.peft import HRA, LORA, MISS, OFT, PeftAdapter, write_peft
 from eckart.hosts import AdaptedHost, Adapter, is_conv1d, is_linear, map_of
 from eckart.hosts.adapter import Change, Plus, Rescaled, Times
-from eckart.maps import Cayley, Dense, Diagonal, Householder, LinearMap, LowRank, Product, Scaled, Sum, Tiled
+from eckart.maps import Cayley, Dense, Diagonal, Householder, LinearMap, LowRank, Product, Scaled, Sum, Tiled, row_norms
 from eckart.methods.adapt.described import Described
 
 Format = Literal["eckart", "peft"]
@@ -135,6 +135,8 @@ def in_peft_terms(
             raise EckartError(f"PEFT has no {kinds[name]} for a {type(base).__name__}, which {name} is; {OWN}")
         if kinds[name] == LORA:
             alphas[name] = scale * tensors[name]["lora_A.weight"].shape[0]
+        if "lora_magnitude_vector" in tensors[name]:
+            _check_rows(name, base, Adapter(adapter.chain()[:-1]))
     _same("the type", kinds)
     _same("the dropout", dropouts)
     kind, dropout = next(iter(kinds.values())), next(iter(dropouts.values()))
@@ -145,6 +147,13 @@ def in_peft_terms(
         _same("the rank or block", {name: next(iter(own.values())).shape[axis] for name, own in tensors.items()})
     rest = {f"{head}.{key}": tensor for head, state in trained.items() for key, tensor in state.items()}
     return PeftAdapter(kind, tensors, alphas, dropout, tuple(trained), rest)
+
+
+def _check_rows(name: str, base: nn.Module, adapter: Adapter) -> None:
+    """Refuse rows of zeros, such as that of a padding token: PEFT divides by their length."""
+    count = int((row_norms(adapter.of(map_of(base))) == 0).sum())
+    if count:
+        raise EckartError(f"{count} rows of {name} are zero, and PEFT divides by their length; {OWN}")
 
 
 def _same(what: str, values: Mapping[str, object]) -> None:
