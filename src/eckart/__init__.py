@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from eckart.methods.adapt.adapt import adapt as adapt
     from eckart.methods.adapt.adapt import adapters as adapters
     from eckart.methods.adapt.adapters import Adapters as Adapters
+    from eckart.methods.adapt.loading import load_adapter as load_adapter
     from eckart.methods.adapt.table import ADAPTERS as ADAPTERS
     from eckart.methods.attention import adaptive_attention as adaptive_attention
     from eckart.methods.compress.outcome import LayerPlan as LayerPlan
@@ -86,6 +87,7 @@ PUBLIC: dict[str, str] = {
         "eckart.methods.evaluate": ("evaluate", "Evaluation"),
         "eckart.methods.adapt.adapt": ("adapt", "adapters"),
         "eckart.methods.adapt.adapters": ("Adapters",),
+        "eckart.methods.adapt.loading": ("load_adapter",),
         "eckart.methods.adapt.table": ("ADAPTERS",),
         "eckart.methods.attention": ("adaptive_attention",),
         "eckart.files.attention": ("AdaptiveAttention", "load_attention"),

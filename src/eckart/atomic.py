@@ -64,3 +64,35 @@ def copy_file(source: Path, target: Path) -> None:
     """Copy a file, atomically."""
     with replacing(target) as temporary:
         shutil.copyfile(source, temporary)
+
+
+def check_output(out: Path) -> None:
+    """Check that a folder can be written.
+
+    Raises:
+        EckartError: if it holds something, is a file, or lies where nothing can be written.
+    """
+    if out.is_dir() and any(out.iterdir()):
+        raise EckartError(f"the output folder {out} already holds something; give a new or an empty one")
+    if out.exists() and not out.is_dir():
+        raise EckartError(f"the output {out} is a file; give the path of a folder that does not exist yet")
+    parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise EckartError(f"{parent} cannot be written to; give a folder elsewhere")
+
+
+@contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside `out` that takes its place on success and is removed on failure."""
+    out = out.absolute()
+    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.replace(out)
+    except OSError as error:
+        raise EckartError(
+            f"cannot write {out}: {error.strerror or error}; free some space or choose another place"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

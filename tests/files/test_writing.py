@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import eckart
+from eckart.atomic import check_output
 from eckart.errors import EckartError
 from eckart.files import shards
 from eckart.files.folder import INDEX, SINGLE, open_model, tensor_file
-from eckart.files.writing import LayerRecord, Partial, check_output, layer_entries, publish, write_folder
+from eckart.files.writing import LayerRecord, Partial, layer_entries, publish, write_folder
 from eckart.maps import LowRank, pivot
 from eckart.progress import silent
 
@@ -161,10 +162,10 @@ def test_outputs_that_cannot_be_written(tmp_path, monkeypatch):
         check_output(tmp_path / "full")
     with pytest.raises(EckartError, match="x is a file; give the path of a folder that does not exist yet"):
         check_output(tmp_path / "full" / "x")
-    with pytest.raises(EckartError, match=r"x cannot be written to; give an --out elsewhere"):
+    with pytest.raises(EckartError, match=r"x cannot be written to; give a folder elsewhere"):
         check_output(tmp_path / "full" / "x" / "out")
     monkeypatch.setattr("os.access", lambda *args: False)
-    with pytest.raises(EckartError, match="cannot be written to; give an --out elsewhere"):
+    with pytest.raises(EckartError, match="cannot be written to; give a folder elsewhere"):
         check_output(tmp_path / "new")
 
 

@@ -185,7 +185,7 @@ def test_outputs(tmp_path, demo):
     for out, message in (
         ("full", "already holds something; give a new or an empty one"),
         ("file", "is a file; give the path of a folder that does not exist yet"),
-        ("file/out", "cannot be written to; give an --out elsewhere"),
+        ("file/out", "cannot be written to; give a folder elsewhere"),
     ):
         with pytest.raises(EckartError, match=message):
             eckart.compress(demo, tmp_path / out, method="svd", keep=0.7)

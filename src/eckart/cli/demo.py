@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from eckart.atomic import check_output
 from eckart.errors import EckartError
 from eckart.files.inspect import show
 from eckart.files.text import encode_document, load_tokenizer
-from eckart.files.writing import check_output
 from eckart.methods.compress.pipeline import compress
 from eckart.methods.evaluate import Evaluation, evaluate, load
 from eckart.progress import Progress

@@ -23,12 +23,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from eckart.atomic import copy_file, write_tensors, write_text
+from eckart.atomic import appearing, check_output, copy_file, write_tensors, write_text
 from eckart.errors import EckartError, NumericalWarning
 from eckart.files.folder import COMPANIONS, DTYPES, TensorFile, check_model_folder, tensor_file
-from eckart.files.inspect import appearing
 from eckart.files.shards import Source, write_shards
-from eckart.files.writing import check_output
 from eckart.linalg import all_finite
 from eckart.maps import FAMILIES, LinearMap, blank, from_spec, rank_bound
 from eckart.progress import Progress, silent

@@ -1,9 +1,6 @@
 """What a compressed folder holds, read from its headers alone; and the way back to an ordinary dense folder."""
 
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +12,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from eckart.atomic import write_json
+from eckart.atomic import appearing, check_output, write_json
 from eckart.errors import EckartError
 from eckart.files.elastic import FOLDER as ELASTIC
 from eckart.files.elastic import read_order
@@ -34,7 +31,6 @@ from eckart.files.huggingface import check_contents
 from eckart.files.neurons import full_shape, padded
 from eckart.files.shards import Source, write_shards
 from eckart.files.sharing import SHARED, stored_name
-from eckart.files.writing import check_output
 from eckart.hosts import EmbeddingHost, is_conv1d, is_linear, map_of, offset_of
 from eckart.maps import rank_bound
 from eckart.progress import Progress, silent
@@ -333,20 +329,3 @@ def _weight(name: str, entry: Mapping[str, Any], tensors: TensorFile, transposed
 
 def _bias(name: str, entry: Mapping[str, Any], tensors: TensorFile) -> Tensor:
     return padded(entry, cast(Tensor, offset_of(_filled(name, entry, tensors))).detach())
-
-
-@contextmanager
-def appearing(out: Path) -> Iterator[Path]:
-    """Yield a hidden folder beside `out` that takes its place on success and is removed on failure."""
-    out = out.absolute()
-    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.replace(out)
-    except OSError as error:
-        raise EckartError(
-            f"cannot write {out}: {error.strerror or error}; free some space or choose another place"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

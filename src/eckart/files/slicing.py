@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from eckart.atomic import write_json, write_text
+from eckart.atomic import appearing, check_output, write_json, write_text
 from eckart.files.card import inherited, model_card
 from eckart.files.elastic import Elastic, Slice, module_of, read_order
 from eckart.files.entries import FORMAT, QUANT_METHOD, TIED_HEAD, EckartConfig, expected_tensors, sentinel_name
 from eckart.files.folder import TensorFile, check_model_folder, copy_companions, tensor_file
-from eckart.files.inspect import appearing
 from eckart.files.shards import Source, write_shards
-from eckart.files.writing import check_output
 from eckart.maps import LinearMap
 from eckart.progress import Progress, silent
 

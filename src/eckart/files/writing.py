@@ -13,7 +13,6 @@ While it runs, a job's parts lie in a hidden folder beside the output, `.<name>.
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -185,21 +184,6 @@ class Partial:
 
 def _block(index: int) -> str:
     return f"block-{index:04d}"
-
-
-def check_output(out: Path) -> None:
-    """Check that a folder can be written.
-
-    Raises:
-        EckartError: if it holds something, is a file, or lies where nothing can be written.
-    """
-    if out.is_dir() and any(out.iterdir()):
-        raise EckartError(f"the output folder {out} already holds something; give a new or an empty one")
-    if out.exists() and not out.is_dir():
-        raise EckartError(f"the output {out} is a file; give the path of a folder that does not exist yet")
-    parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise EckartError(f"{parent} cannot be written to; give an --out elsewhere")
 
 
 def _stored(partial: Partial) -> dict[str, Source]:

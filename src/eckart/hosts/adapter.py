@@ -140,6 +140,8 @@ class Adapter(nn.Module):
     def __init__(self, changes: Iterable[Change]) -> None:
         super().__init__()
         self.changes = nn.ModuleList(changes)
+        for parameter in self.parameters():  # as it is when loaded, which has to compute the same bits
+            parameter.data = parameter.data.contiguous()
         self._fixed = {name for name, p in self.named_parameters() if not p.requires_grad}
 
     def chain(self) -> list[Change]:

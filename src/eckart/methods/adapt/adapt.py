@@ -8,7 +8,8 @@ from torch import nn
 
 from eckart.errors import EckartError
 from eckart.hosts import AdaptedHost, adaptable_layers, anatomy, replace
-from eckart.methods.adapt.adapters import ATTRIBUTE, Adapters, Described, State
+from eckart.methods.adapt.adapters import ATTRIBUTE, Adapters, State
+from eckart.methods.adapt.described import Described
 from eckart.methods.adapt.layer import Layer
 from eckart.methods.adapt.recipe import Recipe
 from eckart.progress import Progress, silent
@@ -52,11 +53,7 @@ def adapt(
     """
     described = Described(method, dict(settings), seed)
     recipe = described.recipe()
-    state: State | None = getattr(model, ATTRIBUTE, None)
-    if "." in name or not name:
-        raise EckartError(f"an adapter's name must have at least one letter and no dot, got {name!r}")
-    if state is not None and name in state.described:
-        raise EckartError(f"there is an adapter called {name!r} already; give another name")
+    check_name(model, name)
     chosen = target_layers(model, targets)
     heads = _heads(model, trained)
     layers = _layers(model, chosen, recipe, data, seed, progress)
@@ -65,6 +62,21 @@ def adapt(
         adapter.rule(recipe.rule)
     described = Described(method, dict(settings), seed, heads)
     return attach(model, name, described, built)
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """Check that an adapter of that name can be put on a model.
+
+    Raises:
+        EckartError: if the name is none or taken, or the model's adapters are merged.
+    """
+    if "." in name or not name:
+        raise EckartError(f"an adapter's name must have at least one letter and no dot, got {name!r}")
+    if hasattr(model, ATTRIBUTE):
+        present = Adapters(model)
+        if name in present.names:
+            raise EckartError(f"there is an adapter called {name!r} already; give another name")
+        present.require_unmerged()
 
 
 def attach(model: nn.Module, name: str, described: Described, built: Mapping[str, Any]) -> nn.Module:

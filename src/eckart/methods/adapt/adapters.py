@@ -1,47 +1,23 @@
 """The adapters of a model: which there are, which are active, and taking them in and out."""
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from eckart.errors import EckartError
 from eckart.hosts import AdaptedHost, replace
+from eckart.methods.adapt.described import Described
 from eckart.methods.adapt.merging import merged
 from eckart.methods.adapt.recipe import Recipe
-from eckart.methods.adapt.table import adapter_recipe
+from eckart.methods.adapt.saving import Format, save_adapter
 from eckart.methods.pages import nearest
 
 # Where a model keeps the description of its adapters, and which of its parameters trained before the first one.
 ATTRIBUTE = "eckart_adapters"
-
-
-@dataclass(frozen=True, slots=True)
-class Described:
-    """How an adapter was made.
-
-    Attributes:
-        method: its name.
-        settings: those given.
-        seed: seed of everything random in its start.
-        trained: modules that train whole beside it.
-    """
-
-    method: str
-    settings: dict[str, Any]
-    seed: int
-    trained: tuple[str, ...] = ()
-
-    def recipe(self) -> Recipe:
-        """Return the method's recipe."""
-        return adapter_recipe(self.method, self.settings)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values."""
-        return dataclasses.asdict(self)
 
 
 @dataclass(slots=True)
@@ -89,7 +65,7 @@ class Adapters:
         wanted = {**dict.fromkeys(names, 1.0), **weights}
         for name in wanted:
             self._require(name)
-        self._require_unmerged()
+        self.require_unmerged()
         for layer in self.layers.values():
             layer.active = {name: weight for name, weight in wanted.items() if name in layer.adapters}
         self._train_only(wanted)
@@ -100,7 +76,7 @@ class Adapters:
         for name in names:
             if name is not None:
                 self._require(name)
-        self._require_unmerged()
+        self.require_unmerged()
         for layer in self.layers.values():
             layer.requests = tuple(names)
         try:
@@ -155,12 +131,32 @@ class Adapters:
     def drop(self, name: str) -> None:
         """Delete one adapter."""
         self._require(name)
-        self._require_unmerged()
+        self.require_unmerged()
         for layer in self.layers.values():
             layer.active.pop(name, None)
             if name in layer.adapters:
                 del layer.adapters[name]
         del self.state.described[name]
+
+    def save(self, folder: str | Path, name: str | None = None, *, format: Format = "eckart") -> None:
+        """Write an adapter to a folder of its own, which `eckart.load_adapter` puts back.
+
+        Args:
+            folder: where; must not hold anything yet.
+            name: the adapter; may be left out if there is one, or one is active.
+            format: "eckart" keeps everything, bit for bit; "peft" writes what PEFT and its followers read, for methods
+                that it can express.
+
+        Raises:
+            EckartError: if the folder cannot be written or the format cannot express the adapter; nothing is written.
+        """
+        if name is None:
+            among = self.names if len(self.names) == 1 else list(self.active)
+            if len(among) != 1:
+                raise EckartError(f"which adapter? Give name=, one of {', '.join(self.names)}")
+            name = among[0]
+        self._require(name)
+        save_adapter(self.model, self.layers, name, self.state.described[name], Path(folder), format)
 
     def parameter_groups(self, rate: float | None = None, **options: Any) -> list[dict[str, Any]]:
         """Return the trained parameters as groups for any optimizer of torch, with each one's own learning rate.
@@ -203,7 +199,8 @@ class Adapters:
         if name not in self.state.described:
             raise EckartError(f"no adapter is called {name!r}; {nearest(name, self.names)}")
 
-    def _require_unmerged(self) -> None:
+    def require_unmerged(self) -> None:
+        """Raise an `EckartError` if merged layers stand for the adapted ones."""
         if any(layer.is_merged for layer in self.layers.values()):
             raise EckartError("the adapters are merged; call unmerge() first")
 

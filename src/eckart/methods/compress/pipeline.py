@@ -9,10 +9,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from eckart.atomic import write_text
+from eckart.atomic import check_output, write_text
 from eckart.errors import EckartError
 from eckart.files.card import inherited, model_card
-from eckart.files.writing import HEALED, LayerRecord, Partial, check_output, layer_entries, publish, write_folder
+from eckart.files.writing import HEALED, LayerRecord, Partial, layer_entries, publish, write_folder
 from eckart.hosts.memory import peak_memory
 from eckart.methods.compress.allocate import Allocation, allocate, plan_from, plan_of
 from eckart.methods.compress.blocks import measured_stack, short_plan, shortened, write_short

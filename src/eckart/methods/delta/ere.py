@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eckart.atomic import appearing, check_output
 from eckart.budget import DENSE, Option, knapsack
 from eckart.errors import EckartError
 from eckart.files.delta import (
@@ -40,8 +41,6 @@ from eckart.files.delta import (
     write_delta,
 )
 from eckart.files.folder import check_model_folder, tensor_file
-from eckart.files.inspect import appearing
-from eckart.files.writing import check_output
 from eckart.fit import error_of
 from eckart.methods.compress.job import Request
 from eckart.methods.compress.limits import parse_size
