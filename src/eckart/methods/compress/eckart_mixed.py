@@ -20,7 +20,13 @@ import dataclasses
 
 from eckart.errors import EckartError
 from eckart.fit.dictionary import orthogonal_learner
-from eckart.fit.families import dictionary_family, n_of_m_family, sparse_family, sparse_plus_lowrank_family
+from eckart.fit.families import (
+    dictionary_family,
+    kronecker_family,
+    n_of_m_family,
+    sparse_family,
+    sparse_plus_lowrank_family,
+)
 from eckart.fit.pruned import improve_entries
 from eckart.maps import BITS
 from eckart.methods.compress.eckart import eckart
@@ -37,6 +43,8 @@ def eckart_mixed(
     output_shrinkage: float = 0.03,
     iterations: int = 10,
     period: int = 0,
+    kronecker: bool = False,
+    neurons: bool = False,
 ) -> Recipe:
     """Pivoted maps, dictionaries, sparse maps, low rank plus sparse, and rows of codes in one knapsack.
 
@@ -46,6 +54,8 @@ def eckart_mixed(
         output_shrinkage: share of the isotropic moment in the output-gradient moment.
         iterations: rounds of learning codes, or entries, and what they multiply.
         period: if not 0, M of the maps N:M that are offered as well; those with 4 are what GPUs have units for.
+        kronecker: whether sums of Kronecker products are offered as well.
+        neurons: whether MLPs may get fewer hidden units instead of maps of their layers.
     """
     check_least("iterations", iterations, 1)
     if not (period == 0 or 2 <= period <= 256):
@@ -54,5 +64,8 @@ def eckart_mixed(
     learner = orthogonal_learner(iterations)
     families = [dictionary_family(learner, RATIO), sparse_plus_lowrank_family(iterations=iterations), sparse_family()]
     families += [n_of_m_family(period)] if period else []
-    improved = tuple(dataclasses.replace(family, finish=improve_entries) for family in families)
-    return dataclasses.replace(recipe, families=improved, mixed=True, widths=BITS, symmetric=True)
+    improved = [dataclasses.replace(family, finish=improve_entries) for family in families]
+    improved += [kronecker_family()] if kronecker else []
+    return dataclasses.replace(
+        recipe, families=tuple(improved), mixed=True, neurons=neurons, widths=BITS, symmetric=True
+    )
