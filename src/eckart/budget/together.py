@@ -50,7 +50,7 @@ def knapsack_together(
     known, members = {layer.name: layer for layer in layers}, {name for one in sets for name in one.members}
     corners = {one.name: _corners([known[name] for name in one.members], measure) for one in sets}
     table = [layer for layer in layers if layer.name not in members]
-    found = knapsack([*table, *(_as_one(one, corners[one.name]) for one in sets)], budget, measure)
+    found = knapsack([*table, *(_as_one(one, corners[one.name], measure) for one in sets)], budget, measure)
     chosen = {layer.name: found[layer.name] for layer in table}
     for one in sets:
         option = found[one.name]
@@ -73,10 +73,10 @@ def _corners(members: Sequence[Candidates], measure: Measure) -> list[dict[str, 
     return out
 
 
-def _as_one(one: Together, corners: Sequence[dict[str, Option]]) -> Candidates:
+def _as_one(one: Together, corners: Sequence[dict[str, Option]], measure: Measure) -> Candidates:
     """Return the options of a set: together, or each for itself, with the number of the corner as the rank."""
     apart = [_sum(at, list(corner.values())) for at, corner in enumerate(corners)]
-    return Candidates(one.name, (0, 0), (*one.options, *apart))
+    return Candidates(one.name, (0, 0), tuple(sorted((*one.options, *apart), key=measure.of)))
 
 
 def _sum(rank: int, options: Sequence[Option]) -> Option:
