@@ -6,8 +6,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eckart.budget import DENSE, FLOPS, Candidates, Option, Together, knapsack, knapsack_together, least_cost
+from eckart.budget import (
+    DENSE,
+    FLOPS,
+    Candidates,
+    Option,
+    Together,
+    knapsack,
+    knapsack_together,
+    least_cost,
+    least_cost_together,
+)
 from eckart.budget.knapsack import hull
+from eckart.errors import EckartError
 
 Instance = tuple[list[Candidates], list[Together]]
 
@@ -70,7 +81,7 @@ def loss(chosen: dict[str, Option]) -> float:
 @settings(max_examples=300, deadline=None)
 def test_within_one_upgrade_of_the_optimum_and_never_worse_than_without_sets(instance, share):
     layers, sets = instance
-    least, most = least_cost(layers), sum(layer.dense.numbers for layer in layers)
+    least, most = least_cost_together(layers, sets), sum(layer.dense.numbers for layer in layers)
     budget = least + round(share * (most - least))
     chosen = knapsack_together(layers, sets, budget)
     assert sum(option.numbers for option in chosen.values()) <= budget
@@ -85,7 +96,18 @@ def test_within_one_upgrade_of_the_optimum_and_never_worse_than_without_sets(ins
     hulls = [hull([Option("", 0, n, n, x) for n, x in several]) for several in choices(layers, sets)]
     steps = [a.loss - b.loss for corners in hulls for a, b in itertools.pairwise(corners)]
     assert best - 1e-9 <= loss(chosen) <= best + max(steps, default=0.0) + 1e-9
-    assert loss(chosen) <= loss(knapsack(layers, budget)) + 1e-9
+    if budget >= least_cost(layers):
+        assert loss(chosen) <= loss(knapsack(layers, budget)) + 1e-9
+
+
+@given(instances())
+@settings(max_examples=100, deadline=None)
+def test_refused_below_the_cheapest(instance):
+    layers, sets = instance
+    least = sum(min(numbers for numbers, _ in several) for several in choices(layers, sets))
+    assert least_cost_together(layers, sets) == least
+    with pytest.raises(EckartError, match="cheapest options take"):
+        knapsack_together(layers, sets, least - 1)
 
 
 @given(instances(), st.floats(0.003, 30))
@@ -96,8 +118,6 @@ def test_optimal_where_the_relaxation_is_integral(instance, price):
     price += 1e-6 * 2**0.5  # no two choices are equally good
     several = [min(options, key=lambda o: o[1] + price * o[0]) for options in choices(layers, sets)]
     budget = sum(numbers for numbers, _ in several)
-    if budget < least_cost(layers):
-        return
     expected = sum(lost for _, lost in several)
     assert brute_force(layers, sets, budget) == pytest.approx(expected, abs=1e-9)
     assert loss(knapsack_together(layers, sets, budget)) == pytest.approx(expected, abs=1e-9)

@@ -193,6 +193,23 @@ def test_a_latency_budget_is_met(method, settings, times, demo, quick):
     assert len(tables) == count  # nothing was measured twice
 
 
+def test_narrow_layers_are_fast_where_no_map_is(demo, quick, monkeypatch):
+    """Times of dense layers fall with the units that are left; no map is faster than the dense layer."""
+
+    def measured(tasks):
+        sizes = {name: name.rpartition(" ")[::2] for name in tasks}
+        narrow = {name: int(size) / 172 for name, (kind, size) in sizes.items() if kind in ("rows", "columns")}
+        return {name: 1e-4 * narrow.get(name, 1.0) for name in tasks}
+
+    monkeypatch.setattr(latency, "measured", measured)
+    monkeypatch.setattr("eckart.fit.families.SHARES", (0.3,))
+    with pytest.raises(EckartError, match="cannot be met"):
+        eckart.plan(demo, latency="0.8x", **quick("eckart-mixed"))
+    plan = eckart.plan(demo, latency="0.8x", **quick("eckart-mixed", neurons=True))
+    assert plan.spent.after <= 0.8 * plan.spent.before
+    assert {row.structure for row in plan.layers} == {"neurons", "dense"}
+
+
 def test_no_layer_is_slower_than_dense(times, demo):
     times(2.0)
     plan = eckart.plan(demo, method="svd", latency="0.9x")

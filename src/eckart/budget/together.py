@@ -8,7 +8,7 @@ over sets and single layers is again off by less than one upgrade.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from eckart.budget.candidates import NUMBERS, Candidates, Measure, Option
+from eckart.budget.candidates import NUMBERS, Candidates, Measure, Option, least_cost
 from eckart.budget.knapsack import hull, knapsack, topped_up, upgrades
 
 EACH = "each for itself"
@@ -44,9 +44,8 @@ def knapsack_together(
         the option by layer; of a set that changes together under its name, without its other members.
 
     Raises:
-        EckartError: if the cheapest options of single layers exceed the budget.
+        EckartError: if the cheapest options exceed the budget.
     """
-    apart = knapsack(layers, budget, measure)
     known, members = {layer.name: layer for layer in layers}, {name for one in sets for name in one.members}
     corners = {one.name: _corners([known[name] for name in one.members], measure) for one in sets}
     table = [layer for layer in layers if layer.name not in members]
@@ -62,7 +61,18 @@ def knapsack_together(
             table.append(Candidates(one.name, known[one.name].shape, one.options))
     left = budget - sum(measure.of(option) for option in chosen.values())
     chosen = topped_up(table, chosen, left, measure)
-    return min((apart, chosen), key=lambda choice: sum(option.loss for option in choice.values()))
+    if least_cost(layers, measure) > budget:
+        return chosen
+    return min((knapsack(layers, budget, measure), chosen), key=lambda c: sum(option.loss for option in c.values()))
+
+
+def least_cost_together(layers: Sequence[Candidates], sets: Sequence[Together], measure: Measure = NUMBERS) -> float:
+    """Return what the cheapest choice for every layer, or set of layers, costs together."""
+    known, total = {layer.name: layer for layer in layers}, least_cost(layers, measure)
+    for one in sets:
+        apart = least_cost([known[name] for name in one.members], measure)
+        total += min([0.0, *(measure.of(option) - apart for option in one.options)])
+    return total
 
 
 def _corners(members: Sequence[Candidates], measure: Measure) -> list[dict[str, Option]]:

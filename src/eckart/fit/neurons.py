@@ -57,16 +57,7 @@ def leverage_scores(second: Tensor, ridge: float = 1.0) -> Tensor:
 
 
 def neurons_fitter(weight: Tensor, metric: Metric, *, ridge: float = 1.0) -> Callable[[int], NeuronFit]:
-    """Return what keeps so many of the units, those of largest leverage, and fits the layer behind them.
-
-    Args:
-        weight: W (m, n) of the layer that reads the units.
-        metric: what close means; needs the units' second moment.
-        ridge: lambda of the leverage scores over the mean of C's diagonal.
-
-    Raises:
-        EckartError: for a metric without moments of the units; when called, for a count beyond the units there are.
-    """
+    """Return `fit_neurons` for any count, with the scores computed once; arguments and errors are the same."""
     n = weight.shape[1]
     if metric.seen is None or metric.seen.ndim != 2:
         raise EckartError("choosing hidden units needs their second moment, a matrix, but the metric has none")
@@ -86,7 +77,17 @@ def neurons_fitter(weight: Tensor, metric: Metric, *, ridge: float = 1.0) -> Cal
 
 
 def fit_neurons(weight: Tensor, metric: Metric, count: int, *, ridge: float = 1.0) -> NeuronFit:
-    """Return the layer behind a number of units; see `neurons_fitter`."""
+    """Keep the units of largest leverage and fit the layer behind them.
+
+    Args:
+        weight: W (m, n) of the layer that reads the units.
+        metric: what close means; needs the units' second moment.
+        count: k, units kept.
+        ridge: lambda of the leverage scores over the mean of C's diagonal.
+
+    Raises:
+        EckartError: for a count beyond the units there are, or a metric without moments of the units.
+    """
     return neurons_fitter(weight, metric, ridge=ridge)(count)
 
 

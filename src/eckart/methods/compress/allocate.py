@@ -13,7 +13,7 @@ from eckart.budget import (
     Together,
     knapsack,
     knapsack_together,
-    least_cost,
+    least_cost_together,
     proportional,
     threshold,
     uniform,
@@ -98,7 +98,8 @@ def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, prog
     latencies = Latencies(known.store.folder.parent, job.runner.device)
     sets = narrower_sets(job, layers, known) if job.recipe.together else []
     table, sets, fixed = costed(job, alone, table, latencies, progress, sets)
-    budget = budget_of(job, [layer.by(measure) for layer in table], fixed, job.request.limit)
+    together = _together(sets, measure)
+    budget = budget_of(job, [layer.by(measure) for layer in table], fixed, job.request.limit, together)
     if budget >= sum(measure.of(layer.dense) for layer in table):  # nothing is gained by dropping what seems useless
         chosen = {layer.name: layer.dense for layer in table}
         chosen = _with_codes(job, layers, known, chosen, progress) if predict else chosen
@@ -109,7 +110,7 @@ def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, prog
     elif allocation == "calibrated":
         table = _calibrated(job, layers, known, table, progress)
     if job.recipe.together:
-        chosen = knapsack_together([one.by(measure) for one in table], _together(sets, measure), budget, measure)
+        chosen = knapsack_together([one.by(measure) for one in table], together, budget, measure)
         narrowed = [layer for layer, _ in sets if chosen[layer.name].structure == NEURONS]
         progress("plan", len(layers), len(layers))
         return Allocation(chosen, table, fixed, narrowed=narrowed)
@@ -207,14 +208,16 @@ def _with_codes(
     return out
 
 
-def budget_of(job: Job, table: Sequence[Candidates], fixed: float, limit: Limit) -> float:
+def budget_of(
+    job: Job, table: Sequence[Candidates], fixed: float, limit: Limit, together: Sequence[Together] = ()
+) -> float:
     """Return what all candidate layers may cost together under a limit, beside what the rest of the model costs.
 
     Raises:
         EckartError: if the rest of the model alone, or with the cheapest options, exceeds what may remain.
     """
     total = fixed + sum(limit.measure.of(layer.dense) for layer in table)
-    budget, least = limit.budget(total) * (1 + 1e-12) - fixed, least_cost(table, limit.measure)
+    budget, least = limit.budget(total) * (1 + 1e-12) - fixed, least_cost_together(table, together, limit.measure)
     if budget < least:
         hint = "" if job.recipe.embeddings else ", or let embeddings be compressed as well with --set embeddings=true"
         raise EckartError(

@@ -12,8 +12,15 @@ Under a budget over bytes, codes take the place of these families: every row of 
 bits (fit/widths.py), so that one knapsack says how many bits each layer gets, and another which of its rows get them.
 The codes chosen are improved column by column under the whole metric (fit/descent.py).
 
+Three more families are offered if asked for, since at equal numbers they gained nothing on the trained models tried
+(docs/LOG.md): `period`, maps with N of every M entries; `kronecker`, sums of near-square Kronecker products; `neurons`,
+fewer hidden units in a whole MLP, as in `modegpt`: gate and up keep the rows of the k units of largest leverage, down
+is refitted to them, all stay dense. An MLP gets either that, or maps of its layers: what these lose together, along the
+sum of their convex hulls, is compared with what down then loses under the same metric (budget/together.py).
+
 Structure: pivoted low rank, dictionary with sparse codes, sparse, low rank plus sparse, or dense; or rows of codes.
-Embeddings are pivoted, or rows of codes. Budget: knapsack on predicted loss. Trained: nothing.
+Embeddings are pivoted, or rows of codes. Asked for: N:M, Kronecker products, fewer hidden units. Budget: knapsack on
+predicted loss. Trained: nothing.
 """
 
 import dataclasses

@@ -63,10 +63,10 @@ def narrower_sets(job: Job, layers: list[Layer], known: Known) -> list[tuple[Lay
     """
     out = []
     for layer, reader in weights(job, sets_of(job, layers)):
-        metric = known.metric(layer, reader)
-        if metric is None:
+        metric, found = known.metric(layer, reader), layer_candidates(job, layer, None)
+        if metric is None or len(found.options) == 1:
             continue
-        fit, found = neurons_fitter(reader, metric, ridge=job.recipe.ridge), layer_candidates(job, layer, None)
+        fit = neurons_fitter(reader, metric, ridge=job.recipe.ridge)
         nearest = {min(found.options[:-1], key=lambda o: abs(o.rank - share * layer.units)) for share in SHARES}
         offered = sorted(nearest, key=lambda option: option.rank)
         lossy = [replace(option, loss=fit(option.rank).error * known.scale()) for option in offered]
