@@ -16,7 +16,8 @@ Three more families are offered if asked for, since at equal numbers they gained
 (docs/LOG.md): `period`, maps with N of every M entries; `kronecker`, sums of near-square Kronecker products; `neurons`,
 fewer hidden units in a whole MLP, as in `modegpt`: gate and up keep the rows of the k units of largest leverage, down
 is refitted to them, all stay dense. An MLP gets either that, or maps of its layers: what these lose together, along the
-sum of their convex hulls, is compared with what down then loses under the same metric (budget/together.py).
+sum of their convex hulls, is compared with what down then loses under the same metric (budget/together.py). Under a
+budget over time `neurons` gains much, since narrow dense layers are fast where sparse maps are not.
 
 Structure: pivoted low rank, dictionary with sparse codes, sparse, low rank plus sparse, or dense; or rows of codes.
 Embeddings are pivoted, or rows of codes. Asked for: N:M, Kronecker products, fewer hidden units. Budget: knapsack on
