@@ -5,6 +5,7 @@ import torch
 
 from eckart.errors import EckartError
 from eckart.fit import Metric, error_of
+from eckart.fit.families import kronecker_family
 from eckart.fit.kronecker import fit_kronecker
 from eckart.maps import rank_bound, rearranged
 
@@ -51,3 +52,19 @@ def test_what_does_not_fit_is_refused():
         fit_kronecker(WEIGHT, Metric(), (4, 2), 1)
     with pytest.raises(EckartError, match="1 to 6 Kronecker products of 2 x 4 left, got 7"):
         fit_kronecker(WEIGHT, Metric(), (2, 4), 7)
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (12, 20), (7, 9), (16, 3), (1, 4), (13, 11)])
+def test_the_family_takes_what_it_says_at_every_size(shape):
+    family, weight = kronecker_family(), normal(*shape, seed=4)
+    m, n = shape
+    for size in {1, family.largest(shape), *family.sizes(shape)}:
+        fitted = family.fit(weight, Metric(inputs=moment(n, 1)), size)
+        example = family.example(shape, size, torch.device("cpu"))
+        assert fitted.shape == example.shape == shape
+        assert fitted.numbers == example.numbers == family.numbers(shape, size)
+        assert fitted.left.shape == example.left.shape
+        assert fitted.nbytes == family.nbytes(shape, size, 8)
+    assert family.fit(weight, Metric(), family.largest(shape)).dense().allclose(weight)
+    (_, rows, columns), divisors = fitted.left.shape, [d for d in range(1, n + 1) if n % d == 0]
+    assert rows * columns + (m // rows) * (n // columns) == min(rows * d + (m // rows) * (n // d) for d in divisors)

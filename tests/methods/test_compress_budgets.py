@@ -62,6 +62,11 @@ def test_slicing_meets_a_byte_budget_in_steps_of_whole_coordinates(demo, quick, 
         ("basis-sharing", {"latency": "0.7x"}, "latency of basis-sharing cannot be told beforehand"),
         ("slicegpt", {"flops": "0.7x"}, "flops of slicegpt cannot be told beforehand"),
         ("modegpt", {"latency": "0.7x"}, "latency of modegpt cannot be told beforehand"),
+        (
+            "eckart-mixed",
+            {"bytes": "0.2MB", "settings": {"period": 4, "kronecker": True, "neurons": True}},
+            "chooses the bits of every row, not among N:4, kronecker, fewer hidden units; leave those settings out",
+        ),
         ("svd", {"flops": "0.7x", "settings": {"bits": 4}}, "flops of codes, which bits asks for, cannot be told"),
     ],
 )
@@ -143,7 +148,7 @@ def operations(folder) -> int:
         ("svd", "0.7x", {}),
         ("lord", "0.8x", {}),
         ("eckart", "0.6x", {}),
-        ("eckart-mixed", "0.7x", {}),
+        ("eckart-mixed", "0.3x", {"neurons": True, "kronecker": True}),
         ("modegpt", "0.8x", {}),
     ],
 )
@@ -173,16 +178,36 @@ def times(monkeypatch):
     return set_slope
 
 
-@pytest.mark.parametrize("method", ["svd", "welore", "eckart", "eckart-mixed"])
-def test_a_latency_budget_is_met(method, times, demo, quick):
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("svd", {}), ("welore", {}), ("eckart", {}), ("eckart-mixed", {"neurons": True})],
+)
+def test_a_latency_budget_is_met(method, settings, times, demo, quick):
     tables = times(1.25)
-    plan = eckart.plan(demo, latency="0.6x", **quick(method))
+    plan = eckart.plan(demo, latency="0.6x", **quick(method, **settings))
     assert 0.59 <= plan.spent.after / plan.spent.before <= 0.6
     assert (plan.spent.limit, plan.spent.unit) == ("latency 0.6x", "microseconds")
     count = len(tables)
-    again = eckart.plan(demo, latency="0.6x", **quick(method))
+    again = eckart.plan(demo, latency="0.6x", **quick(method, **settings))
     assert again == plan
     assert len(tables) == count  # nothing was measured twice
+
+
+def test_narrow_layers_are_fast_where_no_map_is(demo, quick, monkeypatch):
+    """Times of dense layers fall with the units that are left; no map is faster than the dense layer."""
+
+    def measured(tasks):
+        sizes = {name: name.rpartition(" ")[::2] for name in tasks}
+        narrow = {name: int(size) / 172 for name, (kind, size) in sizes.items() if kind in ("rows", "columns")}
+        return {name: 1e-4 * narrow.get(name, 1.0) for name in tasks}
+
+    monkeypatch.setattr(latency, "measured", measured)
+    monkeypatch.setattr("eckart.fit.families.SHARES", (0.3,))
+    with pytest.raises(EckartError, match="cannot be met"):
+        eckart.plan(demo, latency="0.8x", **quick("eckart-mixed"))
+    plan = eckart.plan(demo, latency="0.8x", **quick("eckart-mixed", neurons=True))
+    assert plan.spent.after <= 0.8 * plan.spent.before
+    assert {row.structure for row in plan.layers} == {"neurons", "dense"}
 
 
 def test_no_layer_is_slower_than_dense(times, demo):

@@ -93,8 +93,13 @@ SETTINGS = {
     "zs-svd": {"corrections": 2},
     "fusegpt": {"epochs": 60},  # of one batch
     "lora": {"heal": 60, "heal_kind": "lora"},
+    "neurons": {"iterations": 1, "neurons": True},
 }
-OTHERS = {"elastic": {"method": "eckart", "elastic": True}, "lora": {"method": "svd"}}
+OTHERS = {
+    "neurons": {"method": "eckart-mixed", "keep": 0.2},
+    "elastic": {"method": "eckart", "elastic": True},
+    "lora": {"method": "svd"},
+}
 KILLED = [
     Case("eckart", ["forward", 0]),
     Case("eckart", ["forward", 3]),
@@ -130,6 +135,8 @@ KILLED = [
     Case("fusegpt", ["fuse", 113]),
     Case("fusegpt", ["write", 0]),
     Case("fusegpt", kill_in_file=2),
+    Case("neurons", ["compress", 2]),
+    Case("neurons", ["write", 0]),
     Case("lora", ["lora", 53]),
     Case("lora", ["lora", 117]),
     Case("lora", ["write", 0]),
@@ -154,6 +161,7 @@ USUAL = {
     "acip-tune-57",
     "zs-svd-file-120",
     "fusegpt-fuse-113",
+    "neurons-compress-2",
     "lora-lora-117",
 }
 

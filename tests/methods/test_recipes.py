@@ -83,6 +83,13 @@ def test_published_defaults():
         ("svd", {"bits": 7}, "bits must be one of 2, 3, 4, 5, 6, 8, or 0 for no codes, got 7"),
         ("eckart-mixed", {"period": 1}, "period must be 0, for no maps N:M, or 2 to 256, got 1"),
         ("eckart-mixed", {"levels": "learned"}, "codes of several widths have uniform levels, got levels=learned"),
+        (
+            "eckart-mixed",
+            {"kronecker": True, "bits": 4},
+            "numbers of kronecker are not stored in codes; leave bits at 0",
+        ),
+        ("eckart-mixed", {"neurons": True, "bits": 4}, "narrower layers are not stored in codes; leave bits at 0"),
+        ("eckart-mixed", {"neurons": True, "allocation": "uniform"}, "cannot choose among structures; use knapsack"),
         ("eckart", {"group_size": 0}, "group_size is the number of entries that share a scale, at least 1, got 0"),
         ("lrq", {"levels": "learned"}, "codes are learned for uniform levels only; give levels=uniform"),
         ("lrq", {"rank": 0}, "rank must be at least 1, got 0"),

@@ -19,6 +19,9 @@ from eckart.budget.proportional import proportional as proportional
 from eckart.budget.proportional import weights_by_influence as weights_by_influence
 from eckart.budget.proportional import weights_by_loss as weights_by_loss
 from eckart.budget.threshold import threshold as threshold
+from eckart.budget.together import Together as Together
+from eckart.budget.together import knapsack_together as knapsack_together
+from eckart.budget.together import least_cost_together as least_cost_together
 from eckart.budget.uniform import uniform as uniform
 from eckart.budget.uniform import uniform_rank as uniform_rank
 from eckart.budget.zero_sum import zero_sum as zero_sum

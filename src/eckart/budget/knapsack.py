@@ -32,7 +32,7 @@ def knapsack(layers: Sequence[Candidates], budget: float, measure: Measure = NUM
             continue
         left -= step
         chosen[name] = option
-    return _filled(layers, chosen, left, measure)
+    return topped_up(layers, chosen, left, measure)
 
 
 def upgrades(layers: Sequence[Candidates], measure: Measure = NUMBERS) -> list[tuple[str, Option]]:
@@ -76,7 +76,7 @@ def _slope(a: Option, b: Option, measure: Measure) -> float:
     return (a.loss - b.loss) / (measure.of(b) - measure.of(a))
 
 
-def _filled(
+def topped_up(
     layers: Sequence[Candidates], chosen: dict[str, Option], left: float, measure: Measure
 ) -> dict[str, Option]:
     """Spend what the hulls left over on the best single upgrades to options between their corners."""

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from eckart.fit.dictionary import Learner, fit_dictionary, keep_largest
+from eckart.fit.kronecker import fit_kronecker
 from eckart.fit.metric import Metric
 from eckart.fit.pruned import improve_entries, pruner
 from eckart.fit.sparse_plus_lowrank import fit_sparse_plus_lowrank
-from eckart.maps import Dense, LinearMap, Product, Sum, bitmap, n_of_m, random_lowrank
+from eckart.maps import Dense, Kronecker, LinearMap, Product, Sum, bitmap, n_of_m, random_lowrank
 
 # Shares of a layer's dense numbers at which a family is offered where its error has to be measured by fitting it.
 SHARES = (0.1, 0.16, 0.22, 0.28, 0.34, 0.4, 0.46, 0.52, 0.58, 0.64, 0.7, 0.76, 0.82, 0.88, 0.94)
@@ -36,6 +37,7 @@ class Family:
         finish: (W, metric, map) -> a better map of the same size, where that takes too long to compare sizes by.
         code_bytes: where numbers are codes, (shape, size, bytes per scale) -> the most bytes stored in all.
         offered: the sizes offered, where they are not those nearest to `SHARES`.
+        codable: whether `coded` (fit/coded.py) can store its numbers as codes.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Family:
     finish: Callable[[Tensor, Metric, LinearMap], LinearMap] | None = None
     code_bytes: Callable[[tuple[int, int], int, int], int] | None = None
     offered: tuple[int, ...] = ()
+    codable: bool = True
 
     def fit(self, weight: Tensor, metric: Metric, size: int) -> LinearMap:
         """Return the map fitted to W (m, n) at a size, float64."""
@@ -161,7 +164,45 @@ def n_of_m_family(period: int) -> Family:
     def example(shape: tuple[int, int], size: int, device: torch.device) -> LinearMap:
         return n_of_m(torch.randn(shape, device=device), size, period)
 
-    return Family(f"N:{period}", numbers, numbers, largest, fitter, example, finish=improve_entries)
+    return Family(f"N:{period}", numbers, numbers, largest, fitter, example, finish=improve_entries, codable=False)
+
+
+def kronecker_family(name: str = "kronecker") -> Family:
+    """Return the family of sums of r Kronecker products, at size r.
+
+    Factors are near square: of the shapes whose left one has about the root of the rows, that of fewest numbers.
+
+    Args:
+        name: as plans show it.
+    """
+
+    def left(shape: tuple[int, int]) -> tuple[int, int]:
+        m, n = shape
+        rows = next(d for d in range(math.isqrt(m), 0, -1) if m % d == 0)
+        columns = (d for d in range(1, n + 1) if n % d == 0)
+        return rows, min(columns, key=lambda d: rows * d + (m // rows) * (n // d))
+
+    def right(shape: tuple[int, int]) -> tuple[int, int]:
+        return shape[0] // left(shape)[0], shape[1] // left(shape)[1]
+
+    def numbers(shape: tuple[int, int], size: int) -> int:
+        return size * (math.prod(left(shape)) + math.prod(right(shape)))
+
+    def fit(weight: Tensor, metric: Metric, size: int) -> LinearMap:
+        return fit_kronecker(weight, metric, left((weight.shape[0], weight.shape[1])), size)
+
+    def example(shape: tuple[int, int], size: int, device: torch.device) -> LinearMap:
+        return Kronecker(*(torch.randn(size, *side(shape), device=device) for side in (left, right)))
+
+    return Family(
+        name,
+        numbers,
+        lambda shape, size: 0,
+        lambda shape: min(math.prod(left(shape)), math.prod(right(shape))),
+        fitter_of(fit),
+        example,
+        codable=False,
+    )
 
 
 def sparse_plus_lowrank_family(share: float = 0.25, iterations: int = 80, name: str = "sparse + lowrank") -> Family:

@@ -10,6 +10,7 @@ Source: McCurdy 2018, "Ridge regression and provable deterministic ridge leverag
 "MoDeGPT", Algorithm 1.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,26 @@ def leverage_scores(second: Tensor, ridge: float = 1.0) -> Tensor:
     return 1 - amount * torch.cholesky_inverse(_factor(damped)).diagonal()
 
 
+def neurons_fitter(weight: Tensor, metric: Metric, *, ridge: float = 1.0) -> Callable[[int], NeuronFit]:
+    """Return `fit_neurons` for any count, with the scores computed once; arguments and errors are the same."""
+    n = weight.shape[1]
+    if metric.seen is None or metric.seen.ndim != 2:
+        raise EckartError("choosing hidden units needs their second moment, a matrix, but the metric has none")
+    scores = leverage_scores(metric.seen, ridge)
+    whole = torch.zeros_like(weight, dtype=torch.float64)
+    zero = error_of(weight, whole, metric)
+
+    def fit(count: int) -> NeuronFit:
+        if not 0 < count <= n:
+            raise EckartError(f"{count} of {n} hidden units cannot be kept; give a number from 1 to {n}")
+        kept = scores.topk(count).indices.sort().values
+        reduced = best_columns(weight, metric, kept)
+        error = error_of(weight, whole.index_copy(1, kept, reduced), metric)
+        return NeuronFit(kept, reduced, error, error / zero if zero > 0 else 0.0)
+
+    return fit
+
+
 def fit_neurons(weight: Tensor, metric: Metric, count: int, *, ridge: float = 1.0) -> NeuronFit:
     """Keep the units of largest leverage and fit the layer behind them.
 
@@ -67,16 +88,7 @@ def fit_neurons(weight: Tensor, metric: Metric, count: int, *, ridge: float = 1.
     Raises:
         EckartError: for a count beyond the units there are, or a metric without moments of the units.
     """
-    n = weight.shape[1]
-    if not 0 < count <= n:
-        raise EckartError(f"{count} of {n} hidden units cannot be kept; give a number from 1 to {n}")
-    if metric.seen is None or metric.seen.ndim != 2:
-        raise EckartError("choosing hidden units needs their second moment, a matrix, but the metric has none")
-    kept = leverage_scores(metric.seen, ridge).topk(count).indices.sort().values
-    reduced = best_columns(weight, metric, kept)
-    whole = torch.zeros_like(weight, dtype=torch.float64)
-    error, zero = error_of(weight, whole.index_copy(1, kept, reduced), metric), error_of(weight, whole, metric)
-    return NeuronFit(kept, reduced, error, error / zero if zero > 0 else 0.0)
+    return neurons_fitter(weight, metric, ridge=ridge)(count)
 
 
 def best_columns(weight: Tensor, metric: Metric, kept: Tensor) -> Tensor:

@@ -10,8 +10,10 @@ from eckart.budget import (
     Candidates,
     Measure,
     Option,
+    Together,
     knapsack,
-    least_cost,
+    knapsack_together,
+    least_cost_together,
     proportional,
     threshold,
     uniform,
@@ -29,17 +31,19 @@ from eckart.methods.compress.groups import Group, SharedPlan, fit_group, group_c
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import (
     LINEAR,
+    NEURONS,
     Known,
     Layer,
     dense_bytes,
     errors_at,
+    merged,
     surveyed,
     type_of,
     unit_of,
     weights,
 )
 from eckart.methods.compress.limits import Limit
-from eckart.methods.compress.narrowing import foreseen
+from eckart.methods.compress.narrowing import foreseen, narrower_sets
 from eckart.methods.compress.outcome import LayerPlan, Plan, Spent
 from eckart.methods.compress.probe import levels, probe, remembered
 from eckart.progress import Progress
@@ -57,12 +61,15 @@ class Allocation:
         table: the options there were, of layers in groups the dense one.
         fixed: what the rest of the model costs in the measure of the budget.
         shared: what groups of layers become together.
+        narrowed: sets of layers that were chosen to become narrower together; each stands under the name of the layer
+            that reads, and those that write stand nowhere.
     """
 
     chosen: dict[str, Option]
     table: list[Candidates]
     fixed: float
     shared: list[SharedPlan] = field(default_factory=list)
+    narrowed: list[Layer] = field(default_factory=list)
 
 
 def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, progress: Progress) -> Allocation:
@@ -89,8 +96,10 @@ def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, prog
     table = surveyed(job, alone, known, errors=errors, progress=lambda i: progress("plan", i, len(layers)))
     table += [group_candidates(job, known, group, errors=errors) for group in groups]
     latencies = Latencies(known.store.folder.parent, job.runner.device)
-    table, fixed = costed(job, alone, table, latencies, progress)
-    budget = budget_of(job, [layer.by(measure) for layer in table], fixed, job.request.limit)
+    sets = narrower_sets(job, layers, known) if job.recipe.together else []
+    table, sets, fixed = costed(job, alone, table, latencies, progress, sets)
+    together = _together(sets, measure)
+    budget = budget_of(job, [layer.by(measure) for layer in table], fixed, job.request.limit, together)
     if budget >= sum(measure.of(layer.dense) for layer in table):  # nothing is gained by dropping what seems useless
         chosen = {layer.name: layer.dense for layer in table}
         chosen = _with_codes(job, layers, known, chosen, progress) if predict else chosen
@@ -100,6 +109,11 @@ def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, prog
         table = _sensitivities(job, layers, known, table, progress)
     elif allocation == "calibrated":
         table = _calibrated(job, layers, known, table, progress)
+    if job.recipe.together:
+        chosen = knapsack_together([one.by(measure) for one in table], together, budget, measure)
+        narrowed = [layer for layer, _ in sets if chosen[layer.name].structure == NEURONS]
+        progress("plan", len(layers), len(layers))
+        return Allocation(chosen, table, fixed, narrowed=narrowed)
     chosen = choose(job, layers, known, table, budget)
     if predict and job.recipe.coding is not None:
         chosen = _with_codes(job, layers, known, chosen, progress)
@@ -138,6 +152,14 @@ def choose(
         "zero-sum": lambda table, budget, measure: zero_sum(table, budget, job.recipe.floor),
     }
     return solve[job.recipe.allocation]([layer.by(measure) for layer in table], budget, measure)
+
+
+def _together(sets: Sequence[tuple[Layer, Candidates]], measure: Measure) -> list[Together]:
+    """Return the sets that may become narrower together, as the knapsack knows them."""
+    return [
+        Together(layer.name, tuple(member.name for member in layer.members), found.by(measure).options[:-1])
+        for layer, found in sets
+    ]
 
 
 def _unfolded(job: Job, groups: Sequence[Group], found: Allocation) -> Allocation:
@@ -186,14 +208,16 @@ def _with_codes(
     return out
 
 
-def budget_of(job: Job, table: Sequence[Candidates], fixed: float, limit: Limit) -> float:
+def budget_of(
+    job: Job, table: Sequence[Candidates], fixed: float, limit: Limit, together: Sequence[Together] = ()
+) -> float:
     """Return what all candidate layers may cost together under a limit, beside what the rest of the model costs.
 
     Raises:
         EckartError: if the rest of the model alone, or with the cheapest options, exceeds what may remain.
     """
     total = fixed + sum(limit.measure.of(layer.dense) for layer in table)
-    budget, least = limit.budget(total) * (1 + 1e-12) - fixed, least_cost(table, limit.measure)
+    budget, least = limit.budget(total) * (1 + 1e-12) - fixed, least_cost_together(table, together, limit.measure)
     if budget < least:
         hint = "" if job.recipe.embeddings else ", or let embeddings be compressed as well with --set embeddings=true"
         raise EckartError(
@@ -265,6 +289,7 @@ def _influence_weights(job: Job, layers: list[Layer], known: Known) -> dict[str,
 
 def plan_of(job: Job, layers: Sequence[Layer], allocation: Allocation) -> Plan:
     """Return the plan of an allocation, as it was chosen."""
+    layers = merged(layers, allocation.narrowed)
     rows = [row for layer in layers for row in _rows(job, layer, allocation.chosen[layer.name])]
     return plan_from(job, rows, allocation)
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from eckart.budget import BYTES, DENSE, FLOPS, SECONDS, Candidates, Option
 from eckart.budget.latency import Latencies, between, grid, rising
+from eckart.files.neurons import COLUMNS, ROWS
 from eckart.fit import coded_blank
 from eckart.hosts import EmbeddingHost, TiedHead, host, leaf
 from eckart.maps import STORAGES, Dense, LinearMap, random_pivoted, storage
@@ -35,9 +36,15 @@ Curve = tuple[list[int], list[float]]  # sizes and their seconds
 
 
 def costed(
-    job: Job, layers: Sequence[Layer], table: Sequence[Candidates], latencies: Latencies, progress: Progress
-) -> tuple[list[Candidates], float]:
-    """Return candidates that know what the job's budget counts, and what the rest of the model costs.
+    job: Job,
+    layers: Sequence[Layer],
+    table: Sequence[Candidates],
+    latencies: Latencies,
+    progress: Progress,
+    sets: Sequence[tuple[Layer, Candidates]] = (),
+) -> tuple[list[Candidates], list[tuple[Layer, Candidates]], float]:
+    """Return candidates that know what the job's budget counts, of layers and of sets of them, and what the rest of the
+    model costs.
 
     Args:
         job: the job.
@@ -45,15 +52,16 @@ def costed(
         table: their candidates.
         latencies: times measured on this device.
         progress: told of the stage "latency".
+        sets: layers that may also become narrower together, with their candidates.
     """
     measure = job.request.limit.measure
     if measure not in (FLOPS, SECONDS):
         total = job.model.nbytes if measure == BYTES else job.model.numel
         fixed = total - sum(measure.of(layer.dense) for layer in table)
         coded = measure == BYTES and job.recipe.coding is not None
-        return _with_code_bytes(job, layers, table) if coded else list(table), fixed
+        return _with_code_bytes(job, layers, table) if coded else list(table), list(sets), fixed
     outside = _head_outside(job, layers)
-    everything = [*zip(layers, table, strict=True), *outside]
+    everything = [*zip(layers, table, strict=True), *outside, *sets]
     out = []
     if measure == FLOPS:
         known: dict[tuple[str, Shape, str, int], float] = {}
@@ -71,7 +79,9 @@ def costed(
             progress("latency", i, len(everything))
             out.append(replace(candidates, options=tuple(timing.timed(layer, o) for o in candidates.options)))
         progress("latency", len(everything), len(everything))
-    return out[: len(table)], sum(measure.of(layer.dense) for layer in out[len(table) :])
+    inside, rest = len(table), len(table) + len(outside)
+    together = [(layer, found) for (layer, _), found in zip(sets, out[rest:], strict=True)]
+    return out[:inside], together, sum(measure.of(layer.dense) for layer in out[inside:rest])
 
 
 def _with_code_bytes(job: Job, layers: Sequence[Layer], table: Sequence[Candidates]) -> list[Candidates]:
@@ -140,6 +150,13 @@ def _example(job: Job, layer: Layer, structure: str, rank: int, device: torch.de
     return family.example(layer.shape, rank, device)
 
 
+def _singles(layer: Layer, option: Option) -> list[tuple[Layer, str]]:
+    """Return the single layers that an option is of, and what it makes of each."""
+    if not layer.writers or option.structure == DENSE:
+        return [(member, option.structure) for member in layer.members]
+    return [(member, COLUMNS if member.name == layer.name else ROWS) for member in layer.members]
+
+
 class _Timing:
     """The times of all options, one measurement per shape and structure."""
 
@@ -148,10 +165,11 @@ class _Timing:
         self._offered: dict[tuple[bool, Shape, torch.dtype], dict[str, set[int]]] = {}
         self._curves: dict[tuple[bool, Shape, torch.dtype], dict[str, Curve]] = {}
         for layer, candidates in everything:
-            offered = self._offered.setdefault(self._group(layer), {})
             for option in candidates.options[:-1]:
-                offered.setdefault(option.structure, set()).add(option.rank)
-        self._count = Counter(self._group(layer) for layer, _ in everything)
+                for single, structure in _singles(layer, option):
+                    offered = self._offered.setdefault(self._group(single), {})
+                    offered.setdefault(structure, set()).add(option.rank)
+        self._count = Counter(self._group(layer) for layer, _ in everything if not layer.writers)
 
     def _group(self, layer: Layer) -> tuple[bool, Shape, torch.dtype]:
         return layer.kind == EMBEDDING, layer.shape, self.job.weight_dtype(layer.name)
@@ -160,9 +178,12 @@ class _Timing:
         """Return an option with the seconds it takes for one token."""
         if layer.kind == EMBEDDING and not self.job.parts.tied:  # a lookup costs nothing, as long as it is one
             return replace(option, seconds=0.0 if option.structure == DENSE else math.inf)
+        return replace(option, seconds=sum(self._seconds(*one, option.rank) for one in _singles(layer, option)))
+
+    def _seconds(self, layer: Layer, structure: str, rank: int) -> float:
         dense = self._curve(layer, DENSE)[1][0]
-        seconds = between(*self._curve(layer, option.structure), option.rank)
-        return replace(option, seconds=dense if seconds > WORTH * dense else seconds)
+        seconds = between(*self._curve(layer, structure), rank)
+        return dense if seconds > WORTH * dense else seconds
 
     def _curve(self, layer: Layer, structure: str) -> Curve:
         """Return the times of a structure at some sizes; those of the dense layer at one."""
@@ -206,8 +227,10 @@ class _Timing:
     def _one(
         self, layer: Layer, structure: str, size: int, hidden: torch.Tensor, ids: torch.Tensor
     ) -> Callable[[], object]:
-        if structure == DENSE:
-            weight = torch.randn(layer.shape, dtype=hidden.dtype, device=hidden.device)
+        if structure in (DENSE, ROWS, COLUMNS):
+            rows, columns = layer.shape
+            shape = {DENSE: (rows, columns), ROWS: (size, columns), COLUMNS: (rows, size)}[structure]
+            weight, hidden = torch.randn(shape, dtype=hidden.dtype, device=hidden.device), hidden[..., : shape[1]]
             if layer.kind == EMBEDDING:
                 return lambda: (F.embedding(ids, weight), F.linear(hidden, weight))
             dense = leaf(weight).requires_grad_(False)

@@ -12,15 +12,29 @@ Under a budget over bytes, codes take the place of these families: every row of 
 bits (fit/widths.py), so that one knapsack says how many bits each layer gets, and another which of its rows get them.
 The codes chosen are improved column by column under the whole metric (fit/descent.py).
 
+Three more families are offered if asked for, since at equal numbers they gained nothing on the trained models tried
+(docs/LOG.md): `period`, maps with N of every M entries; `kronecker`, sums of near-square Kronecker products; `neurons`,
+fewer hidden units in a whole MLP, as in `modegpt`: gate and up keep the rows of the k units of largest leverage, down
+is refitted to them, all stay dense. An MLP gets either that, or maps of its layers: what these lose together, along the
+sum of their convex hulls, is compared with what down then loses under the same metric (budget/together.py). Under a
+budget over time `neurons` gains much, since narrow dense layers are fast where sparse maps are not.
+
 Structure: pivoted low rank, dictionary with sparse codes, sparse, low rank plus sparse, or dense; or rows of codes.
-Embeddings are pivoted, or rows of codes. Budget: knapsack on predicted loss. Trained: nothing.
+Embeddings are pivoted, or rows of codes. Asked for: N:M, Kronecker products, fewer hidden units. Budget: knapsack on
+predicted loss. Trained: nothing.
 """
 
 import dataclasses
 
 from eckart.errors import EckartError
 from eckart.fit.dictionary import orthogonal_learner
-from eckart.fit.families import dictionary_family, n_of_m_family, sparse_family, sparse_plus_lowrank_family
+from eckart.fit.families import (
+    dictionary_family,
+    kronecker_family,
+    n_of_m_family,
+    sparse_family,
+    sparse_plus_lowrank_family,
+)
 from eckart.fit.pruned import improve_entries
 from eckart.maps import BITS
 from eckart.methods.compress.eckart import eckart
@@ -37,6 +51,8 @@ def eckart_mixed(
     output_shrinkage: float = 0.03,
     iterations: int = 10,
     period: int = 0,
+    kronecker: bool = False,
+    neurons: bool = False,
 ) -> Recipe:
     """Pivoted maps, dictionaries, sparse maps, low rank plus sparse, and rows of codes in one knapsack.
 
@@ -46,6 +62,8 @@ def eckart_mixed(
         output_shrinkage: share of the isotropic moment in the output-gradient moment.
         iterations: rounds of learning codes, or entries, and what they multiply.
         period: if not 0, M of the maps N:M that are offered as well; those with 4 are what GPUs have units for.
+        kronecker: whether sums of Kronecker products are offered as well.
+        neurons: whether MLPs may get fewer hidden units instead of maps of their layers.
     """
     check_least("iterations", iterations, 1)
     if not (period == 0 or 2 <= period <= 256):
@@ -54,5 +72,8 @@ def eckart_mixed(
     learner = orthogonal_learner(iterations)
     families = [dictionary_family(learner, RATIO), sparse_plus_lowrank_family(iterations=iterations), sparse_family()]
     families += [n_of_m_family(period)] if period else []
-    improved = tuple(dataclasses.replace(family, finish=improve_entries) for family in families)
-    return dataclasses.replace(recipe, families=improved, mixed=True, widths=BITS, symmetric=True)
+    improved = [dataclasses.replace(family, finish=improve_entries) for family in families]
+    improved += [kronecker_family()] if kronecker else []
+    return dataclasses.replace(
+        recipe, families=tuple(improved), mixed=True, neurons=neurons, widths=BITS, symmetric=True
+    )

@@ -210,8 +210,15 @@ def _check_budget(request: Request, recipe: Recipe) -> None:
         raise EckartError(f"{method} drops singular values by what they count in parameters; give keep, not {limit}")
     if limit.option != "keep" and recipe.learner is not None:
         raise EckartError(f"{method} trains towards a number of parameters; give keep, not {limit}")
+    extra = [family.name for family in recipe.families if not family.codable] + ["fewer hidden units"] * recipe.together
+    if limit.option == "bytes" and recipe.widths and extra:
+        raise EckartError(
+            f"under a budget over bytes {method} chooses the bits of every row, not among {', '.join(extra)}; leave "
+            "those settings out, or give keep"
+        )
     unknown = recipe.bits or recipe.sharing is not None or recipe.plain
-    if limit.option in ("flops", "latency") and (unknown or (limit.option == "latency" and recipe.narrows)):
+    untimed = limit.option == "latency" and recipe.narrows and not recipe.together
+    if limit.option in ("flops", "latency") and (unknown or untimed):
         what = "codes, which bits asks for," if recipe.bits else method
         raise EckartError(f"{limit.option} of {what} cannot be told beforehand; give keep or bytes instead")
 

@@ -96,27 +96,48 @@ class Layer:
 
 
 def layers_of(job: Job) -> list[Layer]:
-    """Return all layers a job may compress, in the model's order."""
+    """Return all layers a job may compress, in the model's order; those that only become narrower together as one."""
+    found = _single_layers(job)
+    return found if job.recipe.together else merged(found, sets_of(job, found))
+
+
+def _single_layers(job: Job) -> list[Layer]:
     out = []
     parts, model = job.parts, job.model.model
     if job.recipe.embeddings and parts.embedding is not None:
         table = cast(Tensor, model.get_submodule(parts.embedding).weight)
         out.append(Layer(parts.embedding, EMBEDDING, (table.shape[0], table.shape[1]), 0, -1))
-    groups = _narrowing(job) if job.recipe.narrows else [[] for _ in parts.blocks]
     for index, block in enumerate(parts.blocks):
-        inside = {
-            name: _layer(name, LINEAR, module, index)
-            for name, module in linear_layers(model.get_submodule(block), block).items()
-        }
-        for group in groups[index]:
-            writers = tuple(inside.pop(f"{block}.{name}") for name in group.into)
-            reader = f"{block}.{group.out_of}"
-            kind, heads = (HEADS, group) if isinstance(group, Heads) else (NEURONS, None)
-            inside[reader] = replace(inside[reader], kind=kind, writers=writers, heads=heads)
-        out.extend(inside.values())
+        inside = linear_layers(model.get_submodule(block), block)
+        out.extend(_layer(name, LINEAR, module, index) for name, module in inside.items())
     if job.recipe.embeddings and parts.head is not None and not parts.tied:
         out.append(_layer(parts.head, HEAD, model.get_submodule(parts.head), len(parts.blocks)))
     return out
+
+
+def sets_of(job: Job, layers: Sequence[Layer]) -> list[Layer]:
+    """Return the sets of layers around hidden units and heads, as the recipe asks for them, each as one layer.
+
+    Args:
+        job: the job.
+        layers: its layers, one by one.
+    """
+    if not job.recipe.narrows:
+        return []
+    by_name, out = {layer.name: layer for layer in layers}, []
+    for block, groups in zip(job.parts.blocks, _narrowing(job), strict=True):
+        for group in groups:
+            writers = tuple(by_name[f"{block}.{name}"] for name in group.into)
+            kind, heads = (HEADS, group) if isinstance(group, Heads) else (NEURONS, None)
+            out.append(replace(by_name[f"{block}.{group.out_of}"], kind=kind, writers=writers, heads=heads))
+    return out
+
+
+def merged(layers: Sequence[Layer], sets: Sequence[Layer]) -> list[Layer]:
+    """Return layers with sets of them in place of the one that reads, and without those that write."""
+    by_reader = {layer.name: layer for layer in sets}
+    written = {writer.name for layer in sets for writer in layer.writers}
+    return [by_reader.get(layer.name, layer) for layer in layers if layer.name not in written]
 
 
 @torch.no_grad()

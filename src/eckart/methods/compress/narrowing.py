@@ -11,16 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eckart.budget import DENSE, Option
+from eckart.budget import DENSE, Candidates, Option
 from eckart.errors import EckartError
 from eckart.files.neurons import COLUMNS, ROWS, neurons_entry
 from eckart.fit import Fit, regress
+from eckart.fit.families import SHARES
 from eckart.fit.heads import choose_channels, fit_values, output_moments
-from eckart.fit.neurons import fit_neurons
+from eckart.fit.neurons import fit_neurons, neurons_fitter
 from eckart.hosts import Heads
 from eckart.maps import Dense, LinearMap, Placement, Product, Selection
 from eckart.methods.compress.job import Job
-from eckart.methods.compress.layers import INDEX, Known, Layer, bias_of, map_loss, predicted, weights
+from eckart.methods.compress.layers import (
+    INDEX,
+    Known,
+    Layer,
+    bias_of,
+    layer_candidates,
+    map_loss,
+    predicted,
+    sets_of,
+    weights,
+)
 from eckart.stats import CrossMoments, Moments
 
 
@@ -37,6 +48,30 @@ class Narrowed:
     layer: Layer
     fit: Fit
     entry: dict[str, Any] | None = None
+
+
+def narrower_sets(job: Job, layers: list[Layer], known: Known) -> list[tuple[Layer, Candidates]]:
+    """Return the sets of layers around hidden units, with the numbers of units they may have and what each loses.
+
+    The loss is that of the layer that reads the units, under its whole metric, and so in the unit of maps of layers:
+    what writes the units that stay is not changed.
+
+    Args:
+        job: the job.
+        layers: its layers, one by one.
+        known: their statistics.
+    """
+    out = []
+    for layer, reader in weights(job, sets_of(job, layers)):
+        metric, found = known.metric(layer, reader), layer_candidates(job, layer, None)
+        if metric is None or len(found.options) == 1:
+            continue
+        fit = neurons_fitter(reader, metric, ridge=job.recipe.ridge)
+        nearest = {min(found.options[:-1], key=lambda o: abs(o.rank - share * layer.units)) for share in SHARES}
+        offered = sorted(nearest, key=lambda option: option.rank)
+        lossy = [replace(option, loss=fit(option.rank).error * known.scale()) for option in offered]
+        out.append((layer, replace(found, options=(*lossy, found.dense))))
+    return out
 
 
 def fit_narrowed(

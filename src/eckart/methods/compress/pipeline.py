@@ -280,7 +280,8 @@ def _request(
 
 def _as_stored(job: Job, layers: list[Layer], allocation: Allocation, records: list[LayerRecord]) -> Plan:
     """Return the plan with the ranks, numbers and errors of what was written."""
-    base = plan_of(job, layers, replace(allocation, chosen={c.name: c.dense for c in allocation.table}))
+    dense = {c.name: c.dense for c in allocation.table}
+    base = plan_of(job, layers, replace(allocation, chosen=dense, narrowed=[]))
     written = {record.name: record for record in records}
     rows = [
         replace(row, structure=r.structure, rank=r.rank, numbers=r.numbers, nbytes=r.nbytes, loss=r.loss)

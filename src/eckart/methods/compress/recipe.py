@@ -80,7 +80,7 @@ class Recipe:
             block turns its input).
         storage: of low-rank maps: "lowrank", k (m + n) numbers, or "pivoted", k (m + n - k).
         families: what a linear layer may become instead of a low-rank map; several only with "knapsack".
-        mixed: whether low-rank maps stay among the choices beside the families.
+        mixed: whether low-rank maps stay among the choices beside the families, and maps beside fewer hidden units.
         neurons: whether the layers of an MLP get fewer hidden units instead of maps.
         heads: whether the layers of an attention get fewer channels per head instead of maps.
         sliced: whether the whole model gets fewer residual coordinates; nothing else is done then.
@@ -208,10 +208,14 @@ class Recipe:
             raise EckartError("the factor that layers share is not stored in codes; leave bits at 0")
 
     def _check_narrowing(self) -> None:
-        if self.narrows and self.allocation not in ("uniform", "influence"):
+        if self.narrows and not self.mixed and self.allocation not in ("uniform", "influence"):
             raise EckartError(f"allocation={self.allocation} does not know hidden units; use uniform or influence")
-        if self.heads and (self.sequential or not self.uses_inputs):
-            raise EckartError("heads are fitted under the moments of their original inputs only")
+        if self.together and not self.output_metric:
+            raise EckartError("fewer hidden units compare with maps of their layers in units of the loss only")
+        if self.heads and (self.mixed or self.sequential or not self.uses_inputs):
+            raise EckartError(
+                "heads are fitted under the moments of their original inputs, and are no choice beside maps"
+            )
         answers = self.allocation, self.storage, self.embeddings, self.heal
         if self.bits and (self.narrows or self.plain):
             raise EckartError("narrower layers are not stored in codes; leave bits at 0")
@@ -234,6 +238,9 @@ class Recipe:
     def _check_coding(self) -> None:
         Coding(self.bits or 8, self.group_size)  # refuses what cannot be
         _ = self.codes  # likewise
+        rigid = [family.name for family in self.families if not family.codable]
+        if self.bits and rigid:
+            raise EckartError(f"the numbers of {' and '.join(rigid)} are not stored in codes; leave bits at 0")
         if self.widths and self.allocation != "knapsack":
             raise EckartError(f"allocation={self.allocation} cannot choose among widths of codes; use knapsack")
         if self.scale_rank and self.levels != "uniform":
@@ -280,6 +287,11 @@ class Recipe:
     def narrows(self) -> bool:
         """Whether some layers become narrower together."""
         return self.neurons or self.heads
+
+    @property
+    def together(self) -> bool:
+        """Whether fewer hidden units are a choice beside maps of the layers around them."""
+        return self.neurons and self.mixed
 
     @property
     def usual_keep(self) -> float:

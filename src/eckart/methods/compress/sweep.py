@@ -34,7 +34,7 @@ from eckart.methods.compress.fitting import (
 from eckart.methods.compress.groups import GroupFits, without_borrowed
 from eckart.methods.compress.heal import heal
 from eckart.methods.compress.job import Job
-from eckart.methods.compress.layers import EMBEDDING, HEAD, Known, Layer, bias_of, weights
+from eckart.methods.compress.layers import EMBEDDING, HEAD, Known, Layer, bias_of, merged, weights
 from eckart.methods.compress.measure import divergence, next_token_loss
 from eckart.methods.compress.narrowing import fit_narrowed
 from eckart.methods.compress.outcome import Measured
@@ -94,6 +94,7 @@ class Sweep:
         progress: Progress,
     ) -> None:
         self.job, self.known, self.chosen, self.partial, self.progress = job, known, found.chosen, partial, progress
+        layers = merged(layers, found.narrowed)
         self.layers = [layer for layer in layers if job.recipe.coding or not is_dense(found.chosen[layer.name])]
         self.groups = GroupFits(job, known, found.shared, partial.folder)
         self.streams = Store(partial.folder)
