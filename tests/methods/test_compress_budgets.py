@@ -64,7 +64,7 @@ def test_slicing_meets_a_byte_budget_in_steps_of_whole_coordinates(demo, quick, 
         ("modegpt", {"latency": "0.7x"}, "latency of modegpt cannot be told beforehand"),
         (
             "eckart-mixed",
-            {"bytes": "0.2MB", "settings": {"period": 4, "kronecker": True, "neurons": True}},
+            {"bytes": "0.2MB", "settings": {"period": 4, "kronecker": True, "neurons": "always"}},
             "chooses the bits of every row, not among N:4, kronecker, fewer hidden units; leave those settings out",
         ),
         ("svd", {"flops": "0.7x", "settings": {"bits": 4}}, "flops of codes, which bits asks for, cannot be told"),
@@ -148,7 +148,7 @@ def operations(folder) -> int:
         ("svd", "0.7x", {}),
         ("lord", "0.8x", {}),
         ("eckart", "0.6x", {}),
-        ("eckart-mixed", "0.3x", {"neurons": True, "kronecker": True}),
+        ("eckart-mixed", "0.3x", {"neurons": "always", "kronecker": True}),
         ("modegpt", "0.8x", {}),
     ],
 )
@@ -180,7 +180,7 @@ def times(monkeypatch):
 
 @pytest.mark.parametrize(
     ("method", "settings"),
-    [("svd", {}), ("welore", {}), ("eckart", {}), ("eckart-mixed", {"neurons": True})],
+    [("svd", {}), ("welore", {}), ("eckart", {}), ("eckart-mixed", {"neurons": "always"})],
 )
 def test_a_latency_budget_is_met(method, settings, times, demo, quick):
     tables = times(1.25)
@@ -204,8 +204,8 @@ def test_narrow_layers_are_fast_where_no_map_is(demo, quick, monkeypatch):
     monkeypatch.setattr(latency, "measured", measured)
     monkeypatch.setattr("eckart.fit.families.SHARES", (0.3,))
     with pytest.raises(EckartError, match="cannot be met"):
-        eckart.plan(demo, latency="0.8x", **quick("eckart-mixed"))
-    plan = eckart.plan(demo, latency="0.8x", **quick("eckart-mixed", neurons=True))
+        eckart.plan(demo, latency="0.8x", **quick("eckart-mixed", neurons="never"))
+    plan = eckart.plan(demo, latency="0.8x", **quick("eckart-mixed"))
     assert plan.spent.after <= 0.8 * plan.spent.before
     assert {row.structure for row in plan.layers} == {"neurons", "dense"}
 

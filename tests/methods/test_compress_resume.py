@@ -93,7 +93,7 @@ SETTINGS = {
     "zs-svd": {"corrections": 2},
     "fusegpt": {"epochs": 60},  # of one batch
     "lora": {"heal": 60, "heal_kind": "lora"},
-    "neurons": {"iterations": 1, "neurons": True},
+    "neurons": {"iterations": 1, "neurons": "always"},
 }
 OTHERS = {
     "neurons": {"method": "eckart-mixed", "keep": 0.2},

@@ -33,7 +33,7 @@ def _few_sizes():
 def narrow(demo, quick, tmp_path_factory) -> Outcome:
     """The demonstration model so small that narrow MLPs are predicted to lose least."""
     folder = tmp_path_factory.mktemp("narrow")
-    return eckart.compress(demo, folder / "out", keep=0.2, cache=False, **quick("eckart-mixed", neurons=True))
+    return eckart.compress(demo, folder / "out", keep=0.2, cache=False, **quick("eckart-mixed", neurons="always"))
 
 
 def load(folder: Path) -> nn.Module:
@@ -80,7 +80,7 @@ def test_the_folder_is_what_the_plan_says(narrow, tmp_path):
 
 
 def test_a_plan_has_the_same_choice(narrow, demo, quick):
-    planned = eckart.plan(demo, keep=0.2, **quick("eckart-mixed", neurons=True))
+    planned = eckart.plan(demo, keep=0.2, **quick("eckart-mixed", neurons="always"))
     assert [(row.name, row.structure, row.rank, row.numbers, row.nbytes) for row in planned.layers] == [
         (row.name, row.structure, row.rank, row.numbers, row.nbytes) for row in narrow.plan.layers
     ]
@@ -89,13 +89,13 @@ def test_a_plan_has_the_same_choice(narrow, demo, quick):
 
 
 def test_at_moderate_budgets_maps_lose_less_and_nothing_changes(demo, quick):
-    with_neurons = eckart.plan(demo, keep=0.7, **quick("eckart-mixed", neurons=True))
+    with_neurons = eckart.plan(demo, keep=0.7, **quick("eckart-mixed", neurons="always"))
     assert with_neurons == eckart.plan(demo, keep=0.7, **quick("eckart-mixed"))
 
 
 def test_the_predicted_loss_of_fewer_units_is_that_of_the_layer_that_reads_them(demo, text, tmp_path):
     """In the metric of the maps it competes with: tr(B E G E^T), E the change of W against zeros for units removed."""
-    request = Request(demo, "eckart-mixed", 0.2, text, 8, 64, 0, {"neurons": True})
+    request = Request(demo, "eckart-mixed", 0.2, text, 8, 64, 0, {"neurons": "always"})
     job = open_job(request, silent)
     store = statistics_store(job, tmp_path)
     collect(job, store, Store(tmp_path / "boundaries"), silent)

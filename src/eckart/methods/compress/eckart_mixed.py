@@ -12,12 +12,12 @@ Under a budget over bytes, codes take the place of these families: every row of 
 bits (fit/widths.py), so that one knapsack says how many bits each layer gets, and another which of its rows get them.
 The codes chosen are improved column by column under the whole metric (fit/descent.py).
 
-Three more families are offered if asked for, since at equal numbers they gained nothing on the trained models tried
-(docs/LOG.md): `period`, maps with N of every M entries; `kronecker`, sums of near-square Kronecker products; `neurons`,
-fewer hidden units in a whole MLP, as in `modegpt`: gate and up keep the rows of the k units of largest leverage, down
+Three more families gained nothing at equal numbers on the trained models tried (docs/LOG.md), hence are offered if asked
+for: `period`, maps with N of every M entries; `kronecker`, sums of near-square Kronecker products; `neurons`, fewer
+hidden units in a whole MLP, as in `modegpt`: gate and up keep the rows of the k units of largest leverage, down
 is refitted to them, all stay dense. An MLP gets either that, or maps of its layers: what these lose together, along the
 sum of their convex hulls, is compared with what down then loses under the same metric (budget/together.py). Under a
-budget over time `neurons` gains much, since narrow dense layers are fast where sparse maps are not.
+budget over latency it is offered unasked: narrow dense layers are fast where sparse maps are not.
 
 Structure: pivoted low rank, dictionary with sparse codes, sparse, low rank plus sparse, or dense; or rows of codes.
 Embeddings are pivoted, or rows of codes. Asked for: N:M, Kronecker products, fewer hidden units. Budget: knapsack on
@@ -25,6 +25,7 @@ predicted loss. Trained: nothing.
 """
 
 import dataclasses
+from typing import Literal
 
 from eckart.errors import EckartError
 from eckart.fit.dictionary import orthogonal_learner
@@ -40,6 +41,7 @@ from eckart.maps import BITS
 from eckart.methods.compress.eckart import eckart
 from eckart.methods.compress.recipe import Recipe, check_least
 
+Neurons = Literal["latency", "always", "never"]
 # Atoms per non-zero of the dictionaries.
 RATIO = 2.0
 
@@ -52,7 +54,7 @@ def eckart_mixed(
     iterations: int = 10,
     period: int = 0,
     kronecker: bool = False,
-    neurons: bool = False,
+    neurons: Neurons = "latency",
 ) -> Recipe:
     """Pivoted maps, dictionaries, sparse maps, low rank plus sparse, and rows of codes in one knapsack.
 
@@ -63,7 +65,8 @@ def eckart_mixed(
         iterations: rounds of learning codes, or entries, and what they multiply.
         period: if not 0, M of the maps N:M that are offered as well; those with 4 are what GPUs have units for.
         kronecker: whether sums of Kronecker products are offered as well.
-        neurons: whether MLPs may get fewer hidden units instead of maps of their layers.
+        neurons: when MLPs may get fewer hidden units instead of maps of their layers: under a budget over "latency",
+            "always" or "never".
     """
     check_least("iterations", iterations, 1)
     if not (period == 0 or 2 <= period <= 256):
@@ -75,5 +78,11 @@ def eckart_mixed(
     improved = [dataclasses.replace(family, finish=improve_entries) for family in families]
     improved += [kronecker_family()] if kronecker else []
     return dataclasses.replace(
-        recipe, families=tuple(improved), mixed=True, neurons=neurons, widths=BITS, symmetric=True
+        recipe,
+        families=tuple(improved),
+        mixed=True,
+        neurons=neurons == "always",
+        widths=BITS,
+        symmetric=True,
+        neurons_for_latency=neurons == "latency",
     )

@@ -151,7 +151,7 @@ def open_job(request: Request, progress: Progress) -> Job:
         EckartError: for anything wrong with it, cheapest checks first.
     """
     _check_numbers(request)
-    recipe = recipe_of(request.method, request.settings)
+    recipe = recipe_of(request.method, request.settings).under(request.limit.option)
     _check_budget(request, recipe)
     check_model_folder(request.model)
     if recipe.needs_text and request.calibration is None:

@@ -8,7 +8,7 @@ made.
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -82,6 +82,7 @@ class Recipe:
         families: what a linear layer may become instead of a low-rank map; several only with "knapsack".
         mixed: whether low-rank maps stay among the choices beside the families, and maps beside fewer hidden units.
         neurons: whether the layers of an MLP get fewer hidden units instead of maps.
+        neurons_for_latency: whether they do under a budget over latency, where narrow dense layers are what saves time.
         heads: whether the layers of an attention get fewer channels per head instead of maps.
         sliced: whether the whole model gets fewer residual coordinates; nothing else is done then.
         removal: how whole blocks are removed; nothing else is done then. None where all stay.
@@ -130,6 +131,7 @@ class Recipe:
     families: tuple[Family, ...] = ()
     mixed: bool = False
     neurons: bool = False
+    neurons_for_latency: bool = False
     heads: bool = False
     sliced: bool = False
     removal: Removal | None = None
@@ -282,6 +284,11 @@ class Recipe:
 
     def _coding(self, bits: int) -> Coding:
         return Coding(bits, self.group_size, self.rounding, self.levels, self.symmetric, self.clip)
+
+    def under(self, option: str) -> "Recipe":
+        """Return the recipe for a budget given by an option: keep, bytes, flops or latency."""
+        fits = option == "latency" and not self.bits and self.allocation == "knapsack"
+        return replace(self, neurons=True) if self.neurons_for_latency and fits else self
 
     @property
     def narrows(self) -> bool:
