@@ -62,6 +62,8 @@ if TYPE_CHECKING:
     from eckart.methods.adapt.adapters import Adapters as Adapters
     from eckart.methods.adapt.loading import load_adapter as load_adapter
     from eckart.methods.adapt.table import ADAPTERS as ADAPTERS
+    from eckart.methods.adapt.tune import Tuned as Tuned
+    from eckart.methods.adapt.tune import tune as tune
     from eckart.methods.attention import adaptive_attention as adaptive_attention
     from eckart.methods.compress.outcome import LayerPlan as LayerPlan
     from eckart.methods.compress.outcome import Outcome as Outcome
@@ -89,6 +91,7 @@ PUBLIC: dict[str, str] = {
         "eckart.methods.adapt.adapters": ("Adapters",),
         "eckart.methods.adapt.loading": ("load_adapter",),
         "eckart.methods.adapt.table": ("ADAPTERS",),
+        "eckart.methods.adapt.tune": ("tune", "Tuned"),
         "eckart.methods.attention": ("adaptive_attention",),
         "eckart.files.attention": ("AdaptiveAttention", "load_attention"),
         "eckart.methods.delta.ere": ("delta",),

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -78,60 +79,77 @@ def tune(
     settings: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> Tuned:
-    """Fine-tune a Hugging Face model folder with an adapter and save the adapter.
-
-    A run that was stopped is continued by the same call and ends in the same bits. The folder holds the adapter, which
-    `eckart.load_adapter` puts on the model again, and a report.
+    """Fine-tune a model folder with an adapter and save that; the same call continues a run that was stopped.
 
     Args:
         model: folder of a decoder, or of an encoder or decoder to classify with; dense or compressed by eckart.
         data: text or .jsonl to learn, or labelled rows in a .jsonl or .tsv file, plain or gzip.
         out: folder to write; must not hold anything yet.
         method: one of `eckart.ADAPTERS`.
-        validation: what to measure on; by default the last tenth of the data, at most 512 examples.
+        validation: what to measure on; by default the last tenth of the data, 512 examples at most.
         text_field: field or column of the text.
-        label_field: field or column of the label, which makes it a classification.
-        steps: optimizer steps.
+        label_field: the same of the label, which makes it a classification.
+        steps: optimizer steps, of `batch` examples each.
         batch: examples per step.
         length: tokens of a window of text, and the most of a sentence.
         rate: learning rate of AdamW; by default the method's.
         targets: layers to adapt, as `eckart.adapt` takes them.
         seed: seed of everything random.
-        format: "eckart", or "peft" for methods that PEFT can express.
+        format: "eckart", or "peft" for what PEFT can express.
         settings: settings of the method by name, typed.
         progress: told of the stages "statistics", "gradients" and "train".
 
     Raises:
-        EckartError: for bad input of any kind, in one sentence, or a run that diverges; nothing is written then.
+        EckartError: for bad input, in one sentence, or a run that diverges; nothing is written then.
     """
     began, target, given = time.perf_counter(), Path(out), dict(settings or {})
     recipe = Described(method, given, seed).recipe()
     check_output(target)
     course = Course(steps, recipe.rate if rate is None else rate, batch)
-    tokenizer = load_tokenizer(Path(model))
-    fields: dict[str, Any] = {"length": length, "text_field": text_field, "label_field": label_field}
-    examples = read_examples(tokenizer, Path(data), **fields)
-    if validation is None:
-        examples, held_out = examples.split()
-    else:
-        held_out = read_examples(tokenizer, Path(validation), **fields, labels=examples.labels)
+    fields = {"length": length, "text_field": text_field, "label_field": label_field}
+    examples, held_out = _examples(Path(model), Path(data), validation, fields)
     torch.manual_seed(seed)  # a head that is new starts anew
     base = load_task_model(Path(model), examples.labels)
-    before = measured(base, held_out)
-    starts = [batch_of(rows, examples.labels) for rows in examples.rows[:START].split(batch)]
-    adapt(base, method, targets=targets, data=starts, seed=seed, progress=progress, **given)
-    handle = adapters(base)
-    described = [str(model), method, given, seed, asdict(course), list(targets or ()), *fields.values()]
-    partial = _partial(target, described, examples)
+    before, start = measured(base, held_out), _batches(examples, batch)
+    handle = adapters(adapt(base, method, targets=targets, data=start, seed=seed, progress=progress, **given))
+    _rehearse(handle, format)
+    decides = str(model), method, given, seed, asdict(course), list(targets or ()), fields
+    partial = _partial(target, decides, examples)
     _train(handle, examples, course, partial / "state.safetensors", seed, progress)
-    after = measured(base, held_out)
-    count = sum(p.numel() for p in base.parameters())
-    tuned = Tuned(method, target, handle.count(), count, course.rate, steps, before, after, time.perf_counter() - began)
-    with appearing(target) as folder:
-        handle.save(folder, format=format)
+    after, numbers = measured(base, held_out), (handle.count(), sum(p.numel() for p in base.parameters()))
+    tuned = Tuned(method, target, *numbers, course.rate, steps, before, after, time.perf_counter() - began)
+    _publish(handle, tuned, partial, format)
+    return tuned
+
+
+def _rehearse(handle: Adapters, form: Format) -> None:
+    """Save the adapter as it starts, so that a format that cannot express it is refused before hours of work."""
+    with tempfile.TemporaryDirectory(prefix="eckart-") as scratch:
+        handle.save(Path(scratch) / "adapter", format=form)
+
+
+def _publish(handle: Adapters, tuned: Tuned, partial: Path, form: Format) -> None:
+    """Write the adapter and the report, without what differs between two runs, and delete the run's state."""
+    with appearing(tuned.out) as folder:
+        handle.save(folder, format=form)
         write_json(folder / REPORT, {k: v for k, v in tuned.as_dict().items() if k not in ("out", "seconds")})
     shutil.rmtree(partial, ignore_errors=True)
-    return tuned
+
+
+def _batches(examples: Examples, size: int) -> list[dict[str, Tensor]]:
+    """Return the first examples as batches that data-driven starts are made from."""
+    return [batch_of(rows, examples.labels) for rows in examples.rows[:START].split(size)]
+
+
+def _examples(
+    model: Path, data: Path, validation: str | Path | None, fields: Mapping[str, Any]
+) -> tuple[Examples, Examples]:
+    """Return what to train on and what to measure on."""
+    tokenizer = load_tokenizer(model)
+    examples = read_examples(tokenizer, data, **fields)
+    if validation is None:
+        return examples.split()
+    return examples, read_examples(tokenizer, Path(validation), **fields, labels=examples.labels)
 
 
 def _partial(target: Path, described: Sequence[Any], examples: Examples) -> Path:

@@ -12,7 +12,7 @@ Under a budget over bytes, codes take the place of these families: every row of 
 bits (fit/widths.py), so that one knapsack says how many bits each layer gets, and another which of its rows get them.
 The codes chosen are improved column by column under the whole metric (fit/descent.py).
 
-Three more families gained nothing at equal numbers on the trained models tried (docs/LOG.md), hence are offered if asked
+Three more families gained nothing at equal numbers on the trained models tried (docs/LOG.md) and are offered if asked
 for: `period`, maps with N of every M entries; `kronecker`, sums of near-square Kronecker products; `neurons`, fewer
 hidden units in a whole MLP, as in `modegpt`: gate and up keep the rows of the k units of largest leverage, down
 is refitted to them, all stay dense. An MLP gets either that, or maps of its layers: what these lose together, along the

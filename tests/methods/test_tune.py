@@ -1,0 +1,144 @@
+"""Fine-tuning from data to a saved adapter: what it learns, that it resumes, and what it refuses."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerFast,
+)
+
+import eckart
+from eckart.errors import EckartError
+from eckart.methods.adapt import tune as tuning
+
+DEMO = Path(eckart.__file__).parent / "demo"
+MODEL, TEXT = DEMO / "stories260k", DEMO / "train.txt"
+QUICK = {"steps": 12, "batch": 4, "length": 32, "rate": 3e-3}
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Sentences whose label is a word in them."""
+    lines = [
+        {"sentence": f"the {w} ran to the {o}", "kind": w} for o in ("house", "tree", "sea") for w in ("dog", "cat")
+    ]
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress("\n".join(map(json.dumps, lines * 12)).encode()))
+    return path
+
+
+def test_a_fine_tune_lowers_the_loss_and_its_adapter_loads(tmp_path: Path):
+    text = tmp_path / "capitals.txt"
+    text.write_text(TEXT.read_text().upper()[:40_000])  # what the model does not know yet
+    done = eckart.tune(MODEL, text, tmp_path / "out", method="lora", settings={"rank": 4}, **QUICK)
+    assert done.after["loss"] < done.before["loss"]
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["after"] == done.after
+    assert (
+        done.trained
+        == report["trained"]
+        == 4 * sum(sum(layer.shape) for name, layer in _linear(MODEL).items() if "layers" in name)
+    )
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    eckart.load_adapter(model, tmp_path / "out")
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert not torch.equal(model(ids).logits, AutoModelForCausalLM.from_pretrained(MODEL)(ids).logits)
+    assert {p.name for p in tmp_path.iterdir()} == {"capitals.txt", "out"}
+
+
+def _linear(folder: Path) -> dict[str, torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return {name: m.weight for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+
+
+def test_a_run_that_was_stopped_ends_in_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    options = {"method": "dora", "settings": {"rank": 2}, **QUICK}
+    monkeypatch.setattr(tuning, "Course", lambda *args: _Course(*args, save_every=4))
+    eckart.tune(MODEL, TEXT, tmp_path / "whole", **options)
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "train" and done == 9:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        eckart.tune(MODEL, TEXT, tmp_path / "parts", progress=stop, **options)
+    assert not (tmp_path / "parts").exists()
+    assert any(p.name.startswith(".parts.eckart-") for p in tmp_path.iterdir())
+    seen = []
+    eckart.tune(MODEL, TEXT, tmp_path / "parts", progress=lambda stage, done, total: seen.append(done), **options)
+    assert min(seen) == 8
+    for name in ("adapter.safetensors", "eckart_adapter.json", "report.json"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+_Course = tuning.Course
+
+
+def test_a_classification_trains_its_head_and_keeps_it(tmp_path: Path, rows: Path):
+    folder = tmp_path / "encoder"
+    torch.manual_seed(0)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(MODEL)
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=len(tokenizer)
+    )
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    done = eckart.tune(
+        folder, rows, tmp_path / "out", text_field="sentence", label_field="kind", steps=60, batch=12, length=32,
+        rate=1e-2, settings={"rank": 4},
+    )  # fmt: skip
+    assert done.after["accuracy"] == 1.0
+    assert done.after["loss"] < done.before["loss"]
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    eckart.load_adapter(model, tmp_path / "out")
+    ids = [tokenizer(f"the {word} ran to the sea", return_tensors="pt")["input_ids"] for word in ("cat", "dog")]
+    with torch.no_grad():
+        assert [int(model.eval()(one).logits.argmax()) for one in ids] == [0, 1]
+
+
+def test_peft_s_format_comes_out_if_asked_for(tmp_path: Path):
+    eckart.tune(MODEL, TEXT, tmp_path / "out", format="peft", settings={"rank": 2}, **QUICK)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "report.json",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"method": "lorra"}, "unknown method 'lorra'"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"rate": -1.0}, "rate must be positive, got -1.0"),
+        ({"length": 10**6}, "too few for one window of 1000000"),
+        ({"label_field": "kind"}, "is not JSON"),
+        ({"rate": 1e38, "steps": 40}, "use a smaller learning rate"),
+        ({"method": "soka", "format": "peft", "steps": 10**9}, "PEFT has no type for Plus of a Kronecker"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path: Path, options: dict[str, object], sentence: str):
+    data = tmp_path / "data.jsonl"
+    data.write_text(TEXT.read_text() if "label_field" in options else "")
+    given = data if "label_field" in options else TEXT
+    with pytest.raises(EckartError, match=sentence):
+        eckart.tune(MODEL, given, tmp_path / "out", **{**QUICK, **options})
+    assert not (tmp_path / "out").exists()
+
+
+def test_fields_and_labels_that_are_not_there_are_named(tmp_path: Path, rows: Path):
+    with pytest.raises(EckartError, match="has no field 'text'; it has sentence, kind"):
+        eckart.tune(MODEL, rows, tmp_path / "out", label_field="kind", **QUICK)
+    other = tmp_path / "other.tsv"
+    other.write_text("sentence\tkind\nthe cow ran\tcow\n")
+    with pytest.raises(EckartError, match="has the label 'cow', which the training data does not have"):
+        eckart.tune(MODEL, rows, tmp_path / "out", validation=other, text_field="sentence", label_field="kind", **QUICK)
