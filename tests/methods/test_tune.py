@@ -122,7 +122,7 @@ def test_peft_s_format_comes_out_if_asked_for(tmp_path: Path):
         ({"rate": -1.0}, "rate must be positive, got -1.0"),
         ({"length": 10**6}, "too few for one window of 1000000"),
         ({"label_field": "kind"}, "is not JSON"),
-        ({"rate": 1e38, "steps": 40}, "use a smaller learning rate"),
+        ({"rate": 1e30, "steps": 40}, "use a smaller learning rate"),
         ({"method": "soka", "format": "peft", "steps": 10**9}, "PEFT has no type for Plus of a Kronecker"),
     ],
 )
