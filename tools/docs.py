@@ -1,19 +1,21 @@
-"""Writes the generated pages: docs/methods.md from the methods' docstrings, docs/benchmarks.md from measured results.
+"""Writes the generated pages of docs/: methods.md and adapters.md from docstrings, benchmarks.md from measured results.
 
-python tools/docs.py            writes both
+python tools/docs.py            writes them
 python tools/docs.py --check    fails if a page differs from what would be written
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from eckart.methods.adapt.table import ADAPTERS, adapter_settings, adapter_source, adapter_summary
 from eckart.methods.compress.table import METHODS, settings_of, source_of, summary_of
+from eckart.methods.pages import Setting
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
@@ -32,14 +34,24 @@ def type_name(annotation: Any) -> str:
 
 def methods() -> list[dict[str, Any]]:
     """Return what docs/methods.md says of every method."""
-    out = []
-    for name in METHODS:
-        settings = [
-            {"name": s.name, "type": type_name(s.type), "default": s.default, "common": s.common}
-            for s in settings_of(name).values()
-        ]
-        out.append({"name": name, "summary": summary_of(name), "page": source_of(name), "settings": settings})
+    return [_described(name, summary_of(name), source_of(name), settings_of(name)) for name in METHODS]
+
+
+def adapters() -> list[dict[str, Any]]:
+    """Return what docs/adapters.md says of every method."""
+    out = [_described(name, adapter_summary(name), adapter_source(name), adapter_settings(name)) for name in ADAPTERS]
+    for i, method in enumerate(out):  # a heading that was there already gets a number
+        before = sum(other["anchor"] == method["anchor"] for other in out[:i])
+        method["anchor"] += f"-{before}" if before else ""
     return out
+
+
+def _described(name: str, summary: str, page: str, settings: Mapping[str, Setting]) -> dict[str, Any]:
+    listed = [
+        {"name": s.name, "type": type_name(s.type), "default": s.default, "common": s.common} for s in settings.values()
+    ]
+    anchor = "".join(c for c in name if c.isalnum() or c in "-_")
+    return {"name": name, "anchor": anchor, "summary": summary, "page": page, "settings": listed}
 
 
 def results(name: str) -> dict[str, Any]:
@@ -145,6 +157,7 @@ def pages() -> dict[Path, str]:
     compression = results("compression")
     values = {
         "methods": methods(),
+        "adapters": adapters(),
         "compression": compression,
         "tables": tables(compression["rows"]),
         "headline": headline(compression["rows"]),
@@ -158,10 +171,11 @@ def pages() -> dict[Path, str]:
         "attention": results("attention"),
         "equal_bytes": results("equal_bytes"),
         "delta": results("delta"),
+        "adapter_costs": results("adapters"),
     }
     return {
         ROOT / f"docs/{name}.md": environment.get_template(f"{name}.md.jinja").render(values)
-        for name in ("methods", "benchmarks")
+        for name in ("methods", "adapters", "benchmarks")
     }
 
 
