@@ -26,7 +26,9 @@ from eckart.methods.compress import check
 from eckart.methods.compress.table import METHODS
 
 DEMO = Path(str(files("eckart"))) / "demo"
-VERBS = ("compress", "eval", "methods", "show", "densify", "slice", "delta", "restore", "demo")
+VERBS = (
+    "compress", "adapt", "adapters", "eval", "methods", "show", "densify", "slice", "delta", "restore", "demo",
+)  # fmt: skip
 RUN = ["compress", "MODEL", "--keep", "0.5", "--out", "x"]
 BYTES = ["compress", "MODEL", "--method", "svd", "--out", "x", "--bytes"]
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}

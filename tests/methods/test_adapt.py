@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
 )
 
 import eckart
@@ -417,3 +420,28 @@ def test_sums_of_factors_are_recombined_exactly():
     assert float(found.errors[4]) == pytest.approx(float(values[4:].square().sum()), rel=1e-4)
     left, values, right = torch.linalg.svd(dense, full_matrices=False)
     assert torch.allclose(found.dense(), (left[:, :4] * values[:4]) @ right[:4], atol=1e-4)
+
+
+def test_the_trainer_of_transformers_trains_what_is_adapted(tmp_path: Path):
+    model = adapted("dora")
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    trained = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
+    options = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=1, learning_rate=1e-2, report_to=[],
+        save_strategy="no", disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    rows = [{"input_ids": ids, "labels": ids} for ids in IDS]
+    Trainer(model=model, args=options, train_dataset=rows).train()
+    assert all(torch.equal(p, model.get_parameter(name)) for name, p in frozen.items())
+    assert not any(torch.equal(p, model.get_parameter(name)) for name, p in trained.items() if "down" not in name)
+
+
+def test_checkpointed_blocks_have_the_same_gradients():
+    for method in ("lora", "dora", "hra", "lora-pro"):
+        model = adapted(method)
+        disturb(model)
+        plain = gradients(model, [IDS])
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        checkpointed = gradients(model, [IDS])
+        assert all(torch.allclose(plain[name], checkpointed[name], atol=1e-6) for name in plain)
