@@ -107,6 +107,22 @@ def test_a_classification_trains_its_head_and_keeps_it(tmp_path: Path, rows: Pat
         assert [int(model.eval()(one).logits.argmax()) for one in ids] == [0, 1]
 
 
+def test_a_sweep_finds_a_better_rate_than_one_that_is_far_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    text = tmp_path / "capitals.txt"
+    text.write_text(TEXT.read_text().upper()[:40_000])
+    options = {**QUICK, "settings": {"rank": 2}, "steps": 30}
+    found = eckart.tune(MODEL, text, tmp_path / "auto", **{**options, "rate": "auto"})
+    assert found.rate in [1e-3 * factor for factor in (0.1, 0.3, 1.0, 3.0, 10.0)]
+    far_off = eckart.tune(MODEL, text, tmp_path / "far", **{**options, "rate": 1e-5})
+    assert found.after["loss"] < far_off.after["loss"]
+    again = eckart.tune(MODEL, text, tmp_path / "again", **{**options, "rate": found.rate})
+    assert again.after == found.after  # the sweep leaves the start as it was
+    monkeypatch.setattr("eckart.methods.adapt.rates.GRID", (1e30,))
+    monkeypatch.setattr("eckart.methods.adapt.rates.find_rate.__kwdefaults__", {"grid": (1e30,)})
+    with pytest.raises(EckartError, match="diverges at every rate tried"):
+        eckart.tune(MODEL, text, tmp_path / "none", **{**options, "rate": "auto"})
+
+
 def test_peft_s_format_comes_out_if_asked_for(tmp_path: Path):
     eckart.tune(MODEL, TEXT, tmp_path / "out", format="peft", settings={"rank": 2}, **QUICK)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {

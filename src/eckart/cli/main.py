@@ -141,7 +141,9 @@ def adapt(
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 500,
     batch: Annotated[int, typer.Option(help="Examples per step.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens of a window of text, and the most of a sentence.")] = 256,
-    rate: Annotated[float | None, typer.Option(help="Learning rate.  [default: the method's]")] = None,
+    rate: Annotated[
+        str | None, typer.Option(help="Learning rate, or auto for a short sweep.  [default: the method's]")
+    ] = None,
     targets: Annotated[
         list[str] | None, typer.Option("--target", help="Layer to adapt, as its name ends.  [default: all in blocks]")
     ] = None,
@@ -171,10 +173,20 @@ def adapt(
     with Bars() as progress:
         done = tune(
             model, data, out, method=method, validation=validation, text_field=text_field, label_field=label_field,
-            steps=steps, batch=batch, length=length, rate=rate, targets=targets or None, seed=seed,
+            steps=steps, batch=batch, length=length, rate=_rate(rate), targets=targets or None, seed=seed,
             format="peft" if file_format == "peft" else "eckart", settings=typed, progress=progress,
         )  # fmt: skip
     print_json(done.as_dict()) if as_json else print_all(tuned_table(done))
+
+
+def _rate(given: str | None) -> Any:
+    """Return a learning rate as `tune` takes it."""
+    if given is None or given == "auto":
+        return given
+    try:
+        return float(given)
+    except ValueError:
+        raise EckartError(f"--rate must be a number or auto, got {given!r}") from None
 
 
 @app.command("adapters")

@@ -29,6 +29,10 @@ CLIP = 1.0
 STRIDE = 1_000_003
 
 
+class DivergedError(EckartError):
+    """A run whose loss became NaN, Inf or far larger than it was at first."""
+
+
 @dataclass(frozen=True, slots=True)
 class Course:
     """How long and how fast a method trains.
@@ -118,7 +122,7 @@ def train(
         progress: told of the stage.
 
     Raises:
-        EckartError: if the loss becomes NaN, Inf or far larger than it was at first; the last good state is kept.
+        DivergedError: if the loss becomes NaN, Inf or far larger than it was at first; the last good state is kept.
     """
     accelerator = _accelerator(samples.device)
     parameters = {name: p for name, p in trained.named_parameters() if p.requires_grad}
@@ -167,8 +171,8 @@ def _groups(parameters: Mapping[str, nn.Parameter], share: Share) -> list[dict[s
     return list(groups.values())
 
 
-def _diverged(stage: str, index: int, value: float, first: float, state: Path) -> EckartError:
-    return EckartError(
+def _diverged(stage: str, index: int, value: float, first: float, state: Path) -> "DivergedError":
+    return DivergedError(
         f"the {stage} run diverged at step {index}: its loss went from {first:.4g} to {value:.4g}; the last good state "
         f"is kept in {state}; use a smaller learning rate"
     )

@@ -6,9 +6,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,17 @@ from eckart.files.text import load_tokenizer
 from eckart.methods.adapt.adapt import adapt, adapters
 from eckart.methods.adapt.adapters import Adapters
 from eckart.methods.adapt.described import Described
+from eckart.methods.adapt.rates import find_rate
 from eckart.methods.adapt.saving import Format
 from eckart.methods.adapt.tasks import Examples, batch_of, load_task_model, measured, read_examples
-from eckart.methods.training import Course, Step, train
+from eckart.methods.training import Course, Share, Step, train
 from eckart.progress import Progress, silent
 
 REPORT = "report.json"
 # Examples that data-driven starts are made from.
 START = 64
+# Fewest and most steps of the short runs that a rate is chosen by.
+SWEEP = 10, 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,7 @@ def tune(
     steps: int = 500,
     batch: int = 8,
     length: int = 256,
-    rate: float | None = None,
+    rate: float | Literal["auto"] | None = None,
     targets: str | Sequence[str] | None = None,
     seed: int = 0,
     format: Format = "eckart",
@@ -92,7 +95,7 @@ def tune(
         steps: optimizer steps, of `batch` examples each.
         batch: examples per step.
         length: tokens of a window of text, and the most of a sentence.
-        rate: learning rate of AdamW; by default the method's.
+        rate: of AdamW; by default the method's, and what a short sweep around that finds if "auto".
         targets: layers to adapt, as `eckart.adapt` takes them.
         seed: seed of everything random.
         format: "eckart", or "peft" for what PEFT can express.
@@ -105,7 +108,7 @@ def tune(
     began, target, given = time.perf_counter(), Path(out), dict(settings or {})
     recipe = Described(method, given, seed).recipe()
     check_output(target)
-    course = Course(steps, recipe.rate if rate is None else rate, batch)
+    course = Course(steps, rate if isinstance(rate, float | int) else recipe.rate, batch)
     fields = {"length": length, "text_field": text_field, "label_field": label_field}
     examples, held_out = _examples(Path(model), Path(data), validation, fields)
     torch.manual_seed(seed)  # a head that is new starts anew
@@ -115,7 +118,9 @@ def tune(
     _rehearse(handle, format)
     decides = str(model), method, given, seed, asdict(course), list(targets or ()), fields
     partial = _partial(target, decides, examples)
-    _train(handle, examples, course, partial / "state.safetensors", seed, progress)
+    run = _Run(handle, examples, held_out, seed, partial, progress)
+    course = run.tuned(course) if rate == "auto" else course
+    run.train(course)
     after, numbers = measured(base, held_out), (handle.count(), sum(p.numel() for p in base.parameters()))
     tuned = Tuned(method, target, *numbers, course.rate, steps, before, after, time.perf_counter() - began)
     _publish(handle, tuned, partial, format)
@@ -159,24 +164,61 @@ def _partial(target: Path, described: Sequence[Any], examples: Examples) -> Path
     return target.absolute().with_name(f".{target.absolute().name}.eckart-{digest.hexdigest()[:8]}")
 
 
-def _train(handle: Adapters, examples: Examples, course: Course, state: Path, seed: int, progress: Progress) -> None:
-    """Train what the adapter's method trains, or go on from where an earlier run stopped."""
-    model = handle.model.train()
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The training of an adapter that is on its model."""
 
-    def loss(step: Step) -> tuple[Tensor, Tensor]:
-        task: Tensor = model(**batch_of(step.samples, examples.labels)).loss
-        return task + handle.penalty(), task
+    handle: Adapters
+    examples: Examples
+    held_out: Examples
+    seed: int
+    partial: Path
+    progress: Progress
 
-    shares = {id(p): group["lr"] for group in handle.parameter_groups(1.0) for p in group["params"]}
-    named = {name: shares[id(p)] for name, p in model.named_parameters() if id(p) in shares}
-    try:
-        state.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EckartError(f"cannot write beside {state.parent.parent}: {error.strerror}; choose another out") from error
-    device = next(model.parameters()).device
-    rows = examples.rows.to(device)
-    train(model, rows, course, loss, state=state, seed=seed, share=lambda name: named.get(name, 1.0), progress=progress)
-    _release(model)
+    def train(self, course: Course) -> None:
+        """Train what the adapter's method trains, or go on from where an earlier run stopped."""
+        self._make_folder()
+        state = self.partial / "state.safetensors"
+        train(
+            self.handle.model.train(), self._rows(), course, self._loss,
+            state=state, seed=self.seed, share=self._shares(), progress=self.progress,
+        )  # fmt: skip
+        _release(self.handle.model)
+
+    def tuned(self, course: Course) -> Course:
+        """Return the course at the rate that a short sweep finds, or that an earlier run found."""
+        self._make_folder()
+        path = self.partial / "rates.json"
+        if not path.is_file():
+            short = replace(course, steps=max(SWEEP[0], min(SWEEP[1], course.steps // 10)), final=1.0)
+            model, few = self.handle.model.train(), replace(self.held_out, rows=self.held_out.rows[:START])
+            found = find_rate(
+                model, self._rows(), short, self._loss, lambda: measured(model, few)["loss"],
+                share=self._shares(), seed=self.seed, progress=self.progress,
+            )  # fmt: skip
+            write_json(path, list(found))
+        return replace(course, rate=float(json.loads(path.read_text(encoding="utf-8"))[0]))
+
+    def _loss(self, step: Step) -> tuple[Tensor, Tensor]:
+        task: Tensor = self.handle.model(**batch_of(step.samples, self.examples.labels)).loss
+        return task + self.handle.penalty(), task
+
+    def _rows(self) -> Tensor:
+        return self.examples.rows.to(next(self.handle.model.parameters()).device)
+
+    def _shares(self) -> Share:
+        groups = self.handle.parameter_groups(1.0)
+        shares = {id(p): group["lr"] for group in groups for p in group["params"]}
+        named = {name: shares[id(p)] for name, p in self.handle.model.named_parameters() if id(p) in shares}
+        return lambda name: named.get(name, 1.0)
+
+    def _make_folder(self) -> None:
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EckartError(
+                f"cannot write beside {self.partial.parent}: {error.strerror}; choose another out"
+            ) from error
 
 
 def _release(model: nn.Module) -> None:
