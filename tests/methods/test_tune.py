@@ -117,8 +117,7 @@ def test_a_sweep_finds_a_better_rate_than_one_that_is_far_off(tmp_path: Path, mo
     assert found.after["loss"] < far_off.after["loss"]
     again = eckart.tune(MODEL, text, tmp_path / "again", **{**options, "rate": found.rate})
     assert again.after == found.after  # the sweep leaves the start as it was
-    monkeypatch.setattr("eckart.methods.adapt.rates.GRID", (1e30,))
-    monkeypatch.setattr("eckart.methods.adapt.rates.find_rate.__kwdefaults__", {"grid": (1e30,)})
+    monkeypatch.setattr(tuning, "GRID", (1e30,))
     with pytest.raises(EckartError, match="diverges at every rate tried"):
         eckart.tune(MODEL, text, tmp_path / "none", **{**options, "rate": "auto"})
 

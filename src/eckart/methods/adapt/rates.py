@@ -31,7 +31,7 @@ def find_rate(
     *,
     share: Callable[[str], float],
     seed: int,
-    grid: Sequence[float] = GRID,
+    grid: Sequence[float],
     progress: Progress,
 ) -> dict[float, float]:
     """Return the held-out loss after a short run at each rate, the best first; the model is as it was then.

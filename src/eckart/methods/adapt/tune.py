@@ -19,7 +19,7 @@ from eckart.files.text import load_tokenizer
 from eckart.methods.adapt.adapt import adapt, adapters
 from eckart.methods.adapt.adapters import Adapters
 from eckart.methods.adapt.described import Described
-from eckart.methods.adapt.rates import find_rate
+from eckart.methods.adapt.rates import GRID, find_rate
 from eckart.methods.adapt.saving import Format
 from eckart.methods.adapt.tasks import Examples, batch_of, load_task_model, measured, read_examples
 from eckart.methods.training import Course, Share, Step, train
@@ -116,11 +116,9 @@ def tune(
     before, start = measured(base, held_out), _batches(examples, batch)
     handle = adapters(adapt(base, method, targets=targets, data=start, seed=seed, progress=progress, **given))
     _rehearse(handle, format)
-    decides = str(model), method, given, seed, asdict(course), list(targets or ()), fields
+    decides = str(model), method, given, seed, rate, asdict(course), list(targets or ()), fields
     partial = _partial(target, decides, examples)
-    run = _Run(handle, examples, held_out, seed, partial, progress)
-    course = run.tuned(course) if rate == "auto" else course
-    run.train(course)
+    course = _Run(handle, examples, held_out, seed, partial, progress).train(course, sweep=rate == "auto")
     after, numbers = measured(base, held_out), (handle.count(), sum(p.numel() for p in base.parameters()))
     tuned = Tuned(method, target, *numbers, course.rate, steps, before, after, time.perf_counter() - began)
     _publish(handle, tuned, partial, format)
@@ -175,26 +173,27 @@ class _Run:
     partial: Path
     progress: Progress
 
-    def train(self, course: Course) -> None:
-        """Train what the adapter's method trains, or go on from where an earlier run stopped."""
+    def train(self, course: Course, *, sweep: bool) -> Course:
+        """Train what the adapter's method trains, or go on from where an earlier run stopped; return how it went."""
         self._make_folder()
+        course = self._swept(course) if sweep else course
         state = self.partial / "state.safetensors"
         train(
             self.handle.model.train(), self._rows(), course, self._loss,
             state=state, seed=self.seed, share=self._shares(), progress=self.progress,
         )  # fmt: skip
         _release(self.handle.model)
+        return course
 
-    def tuned(self, course: Course) -> Course:
+    def _swept(self, course: Course) -> Course:
         """Return the course at the rate that a short sweep finds, or that an earlier run found."""
-        self._make_folder()
         path = self.partial / "rates.json"
         if not path.is_file():
             short = replace(course, steps=max(SWEEP[0], min(SWEEP[1], course.steps // 10)), final=1.0)
             model, few = self.handle.model.train(), replace(self.held_out, rows=self.held_out.rows[:START])
             found = find_rate(
                 model, self._rows(), short, self._loss, lambda: measured(model, few)["loss"],
-                share=self._shares(), seed=self.seed, progress=self.progress,
+                share=self._shares(), seed=self.seed, grid=GRID, progress=self.progress,
             )  # fmt: skip
             write_json(path, list(found))
         return replace(course, rate=float(json.loads(path.read_text(encoding="utf-8"))[0]))
