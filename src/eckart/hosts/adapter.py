@@ -10,7 +10,7 @@ Legend: W the map so far (m, n); x (..., n) inputs; D, R the change's own maps, 
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -84,6 +84,11 @@ class Plus(Change):
             return y + (self.scale * applied(self.delta, x)).to(y.dtype)
         up, down = factors  # what is thin is cast, never x
         return add_product(y, F.linear(x, down.to(x.dtype)), up.to(x.dtype), self.scale)
+
+    def scaled_factors(self) -> tuple[Tensor, Tensor] | None:
+        """Return s U and V of a low-rank D whose inputs are not dropped, behind the gradient rule; None otherwise."""
+        factors = None if self.dropout is not None and self.training else self.factors()
+        return None if factors is None else (factors[0] * self.scale if self.scale != 1.0 else factors[0], factors[1])
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """Return U and V of a low-rank D behind the gradient rule; None if D is no plain pair of linear layers."""
@@ -176,12 +181,29 @@ class Adapter(nn.Module):
 
     def call(self, x: Tensor, inner: Inner, weight: float = 1.0) -> Tensor:
         """Return (W + w (f(W) - W)) x."""
-        current = inner
+        current, run = inner, list[tuple[Tensor, Tensor]]()
         for change in self.chain():
-            current = _composed(change, current)
+            pair = change.scaled_factors() if isinstance(change, Plus) else None
+            if pair is not None:
+                run.append(pair)
+                continue
+            current, run = _composed(change, _with_products(current, run)), []
+        current = _with_products(current, run)
         if weight == 1.0:
             return current.call(x)
         return torch.lerp(inner.call(x), current.call(x), weight)
+
+
+def _with_products(inner: Inner, pairs: Sequence[tuple[Tensor, Tensor]]) -> Inner:
+    """Return W + U_1 V_1 + U_2 V_2 + ...: side by side, so that what is as large as the output is made once."""
+    if not pairs:
+        return inner
+    up, down = (torch.cat(side, dim) if len(side) > 1 else side[0] for side, dim in zip(zip(*pairs), (1, 0)))
+
+    def call(x: Tensor) -> Tensor:
+        return add_product(inner.call(x), F.linear(x, down.to(x.dtype)), up.to(x.dtype), 1.0)
+
+    return Inner(call, lambda: Sum((inner.map(), *(LowRank(u, v) for u, v in pairs))))
 
 
 def _composed(change: Change, inner: Inner) -> Inner:
