@@ -198,7 +198,9 @@ def _with_products(inner: Inner, pairs: Sequence[tuple[Tensor, Tensor]]) -> Inne
     """Return W + U_1 V_1 + U_2 V_2 + ...: side by side, so that what is as large as the output is made once."""
     if not pairs:
         return inner
-    up, down = (torch.cat(side, dim) if len(side) > 1 else side[0] for side, dim in zip(zip(*pairs), (1, 0)))
+    up, down = pairs[0]
+    if len(pairs) > 1:
+        up, down = torch.cat([u for u, _ in pairs], dim=1), torch.cat([v for _, v in pairs], dim=0)
 
     def call(x: Tensor) -> Tensor:
         return add_product(inner.call(x), F.linear(x, down.to(x.dtype)), up.to(x.dtype), 1.0)
