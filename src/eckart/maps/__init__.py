@@ -13,6 +13,8 @@ from eckart.maps.bitmap import Bitmap as Bitmap
 from eckart.maps.bitmap import Scattered as Scattered
 from eckart.maps.bitmap import bitmap as bitmap
 from eckart.maps.bitmap import compressed_rows as compressed_rows
+from eckart.maps.bitmap import packed as packed
+from eckart.maps.bitmap import unpacked as unpacked
 from eckart.maps.dense import Dense as Dense
 from eckart.maps.dense import Diagonal as Diagonal
 from eckart.maps.facts import Fact as Fact
@@ -54,6 +56,7 @@ from eckart.maps.sparse import by_compressed_rows as by_compressed_rows
 from eckart.maps.sparse import multiply_compressed_rows as multiply_compressed_rows
 from eckart.maps.sparse import n_of_m as n_of_m
 from eckart.maps.sparse import sparse as sparse
+from eckart.maps.sparse import sparse_of as sparse_of
 from eckart.maps.spec import blank as blank
 from eckart.maps.spec import from_spec as from_spec
 from eckart.maps.storage import STORAGES as STORAGES

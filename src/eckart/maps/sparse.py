@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eckart.maps.base import LinearMap, linear_map, require, require_shape
+from eckart.maps.support import multiply_trained, rows_of
 
 # With more vectors than this, a half-full matrix is written out and multiplied densely (benchmarks/constants.py).
 ROWS_TOKENS = 128
@@ -42,6 +43,9 @@ class Sparse(LinearMap):
     def __call__(self, x: Tensor) -> Tensor:
         if by_compressed_rows(x, self.values):
             return multiply_compressed_rows(x, self.values, self.columns, self.starts)
+        if trains_by_places(x, self.values):
+            quiet()
+            return multiply_trained(x, self.values, self.columns, self.starts)
         return F.linear(x, self.dense())
 
     def validate(self) -> None:
@@ -70,8 +74,7 @@ class Sparse(LinearMap):
 
     def rows(self) -> Tensor:
         """Return the row of each non-zero, (nonzeros,) int32."""
-        at = torch.arange(self.values.shape[0], dtype=torch.int32, device=self.values.device)
-        return (torch.searchsorted(self.starts, at, right=True) - 1).to(torch.int32)
+        return rows_of(self.starts, self.values.shape[0])
 
 
 def by_compressed_rows(x: Tensor, values: Tensor) -> bool:
@@ -90,12 +93,25 @@ def by_compressed_rows(x: Tensor, values: Tensor) -> bool:
     )
 
 
+def trains_by_places(x: Tensor, values: Tensor) -> bool:
+    """Tell whether `multiply_trained` applies: with gradients, outside of compiled code and functional transforms."""
+    return (
+        torch.is_grad_enabled()
+        and (x.requires_grad or values.requires_grad)
+        and x.dtype == values.dtype
+        and x.shape[-1] > 0
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(values)
+    )
+
+
 def multiply_compressed_rows(x: Tensor, values: Tensor, columns: Tensor, starts: Tensor) -> Tensor:
     """Return W x for a sparse W in compressed rows: x (..., n) -> (..., m), by torch's sparse product.
 
     On CPU it takes a fifth to two thirds of the time of writing W out, at a density of 0.1 (benchmarks/constants.py).
     """
-    _quiet()
+    quiet()
     m, flat = starts.shape[0] - 1, x.reshape(-1, x.shape[-1])
     matrix = torch.sparse_csr_tensor(starts, columns, values, (m, flat.shape[1]), check_invariants=False)
     product: Tensor = (matrix @ flat.mT).mT
@@ -103,7 +119,7 @@ def multiply_compressed_rows(x: Tensor, values: Tensor, columns: Tensor, starts:
 
 
 @functools.cache
-def _quiet() -> None:
+def quiet() -> None:
     """Have torch's one warning of the process, that its sparse tensors are in beta, appear here and unseen."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,0 +1,60 @@
+"""SaRA: the smallest weights, which did little, train.
+
+    W' = W + P,    P zero outside of {|W| < t},    penalty  lambda |M * W + P|_*,  M the support
+
+The gradient of P is sampled at the support and no dense one is kept (maps/support.py). Weights below t are counted
+layer by layer; the published optimizer passes trained values through abs(), which is left out, and selects anew once
+during training, where the support here stays.
+
+Structure: sparse values added. Start: W. Trained: P on the support; as many numbers as |W| < t.
+
+Source: Hu et al. 2024, "SaRA: High-Efficient Diffusion Model Fine-tuning with Progressive Sparse Low-Rank Adaptation",
+and its published optimizer for the penalty and the learning rate 1e-3 exp(-350 t). It penalizes one of L matrices,
+drawn at random, with 5e-4 in every step; here all are, so that 5e-4 / L is the same on average.
+"""
+
+import dataclasses
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from eckart.errors import EckartError
+from eckart.hosts import Adapter, map_of
+from eckart.hosts.adapter import Plus
+from eckart.maps import Sparse
+from eckart.methods.adapt.layer import Layer
+from eckart.methods.adapt.recipe import Recipe
+from eckart.methods.adapt.support import added_on
+
+
+def sara(*, threshold: float = 2e-3, nuclear: float = 5e-6) -> Recipe:
+    """Train the smallest weights.
+
+    Args:
+        threshold: t; weights of smaller magnitude train.
+        nuclear: lambda, weight of the nuclear norm of what trains; it costs an SVD of every matrix in every step, 0
+            none.
+    """
+    if threshold <= 0 or nuclear < 0:
+        came = f"{threshold} and {nuclear}"
+        raise EckartError(f"threshold must be positive and nuclear not negative, got {came}")
+
+    def build(layer: Layer) -> Adapter:
+        weight = layer.weight()
+        chosen = weight.abs() < threshold
+        if not bool(chosen.any()):
+            least = float(weight.abs().min())
+            raise EckartError(f"{layer.name} has no weight below threshold={threshold}; its smallest is {least:.2g}")
+        change = added_on(chosen)
+        change.register_buffer("start", weight[chosen])
+        return Adapter([change])
+
+    def penalty(adapter: Adapter) -> Tensor:
+        change = cast(Plus, adapter.chain()[0])
+        held = cast(Sparse, map_of(change.delta))
+        now = dataclasses.replace(cast(Any, held), values=held.values + change.get_buffer("start"))
+        return nuclear * cast(Tensor, torch.linalg.matrix_norm(now.dense(), "nuc"))
+
+    return Recipe(build, rate=1e-3 * math.exp(-350 * threshold), penalty=penalty if nuclear else None)
