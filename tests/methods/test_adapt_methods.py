@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import eckart
 from eckart.errors import EckartError
-from eckart.hosts import AdaptedHost
+from eckart.hosts import AdaptedHost, map_of
+from eckart.hosts.adapter import Inner
 
 HIDDEN, INNER = 32, 48
 
@@ -48,7 +49,28 @@ CASES = [
     Case("lors", {"rank": 4}, lambda w: 4 * sum(w.shape)),
     Case("sqft", {"rank": 4}, lambda w: 4 * sum(w.shape)),
     Case("snella", {"rank": 4}, lambda w: 4 * sum(w.shape), exact=False),
+    Case("flylora", {"rank": 8, "kept": 3}, lambda w: 8 * w.shape[0], merges=False),
+    Case("spectralft", {"rank": 3, "top": 6}, lambda w: 3 * (sum(w.shape) + 12)),
+    Case("flora", {"rank": 4}, lambda w: 16 + 4 * sum(w.shape)),
+    Case("mps", {"rank": 3, "sites": 2}, lambda w: mps_count(w, 3)),
+    Case("tlora", {"rank": 3, "sites": 2}, lambda w: tlora_count(w, 3)),
 ]
+
+
+def mps_count(weight: Tensor, bond: int) -> int:
+    (a, b), (c, d) = (split(size) for size in weight.shape)
+    return bond * a + bond * b * bond + bond * c * bond + bond * d
+
+
+def tlora_count(weight: Tensor, bond: int) -> int:
+    (a, b), (c, d) = (split(size) for size in weight.shape)
+    return bond * (c * c + d * d) + bond * (a * c + b * d)
+
+
+def split(size: int) -> tuple[int, int]:
+    """Return the two factors of a size that are nearest to each other."""
+    pairs = [(d, size // d) for d in range(1, size + 1) if size % d == 0]
+    return min(pairs, key=lambda pair: abs(pair[0] - pair[1]))
 
 
 def named(cases: list[Case]) -> list[Any]:
@@ -325,6 +347,69 @@ def test_snella_changes_a_share_of_the_entries():
         assert where.float().mean() > 0.05
 
 
+def test_flylora_uses_a_few_parts_per_token():
+    model = eckart.adapt(base(), "flylora", rank=8, kept=3)
+    change = next(iter(layers(model).values())).adapter("default").chain()[0]
+    with torch.no_grad():
+        change.up.copy_(torch.eye(change.up.shape[0], 8))
+    x = torch.randn(7, HIDDEN)
+    zero = Inner(lambda x: torch.zeros(*x.shape[:-1], change.up.shape[0]), lambda: None)
+    used = change.call(x, zero)[:, :8]
+    hidden = x @ map_of(change.down).dense().mT
+    assert (used.count_nonzero(1) == 3).all()
+    kept = hidden.abs() >= hidden.abs().topk(3, dim=1).values[:, -1:]
+    torch.testing.assert_close(used, 8.0 * hidden * kept)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_flylora_balances_once_for_every_batch_that_trains(checkpointed: bool):
+    model = eckart.adapt(base(), "flylora", rank=8, kept=3)
+    if checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    biases = [layer.adapter("default").chain()[0].bias for layer in layers(model).values()]
+    logits(model.train())
+    assert not any(bias.any() for bias in biases)
+    for step in range(1, 4):
+        model(IDS, labels=IDS).loss.backward()
+        for bias in biases:
+            assert bias.any()
+            assert bias.abs().max() <= step * 1e-3 + 1e-9
+    assert all((bias > 0).any() and (bias < 0).any() for bias in biases)
+    model.eval()(IDS, labels=IDS).loss.backward()
+    assert all(bias.abs().max() <= 3e-3 + 1e-9 for bias in biases)
+
+
+def test_spectralft_moves_the_top_singular_vectors_only():
+    model = eckart.adapt(base(), "spectralft", rank=3, top=6)
+    trained(model, rate=1e-2)
+    for name, made in matrices(model).items():
+        left, values, right = torch.linalg.svd(weights(model)[name], full_matrices=False)
+        rest = (left[:, 6:] * values[6:]) @ right[6:]
+        moved = torch.linalg.svdvals(made - rest)
+        assert moved[0] > 1e-3
+        assert moved[6:].max() < 1e-5
+
+
+def test_a_matrix_product_state_of_two_sites_is_lora():
+    adapter = next(iter(layers(eckart.adapt(base(), "mps", rank=3, sites=1)).values())).adapter("default")
+    held = map_of(adapter.chain()[0].delta)
+    with torch.no_grad():
+        held.entries.normal_()
+    up, down = (core.squeeze() for core in held.cores())
+    torch.testing.assert_close(held.dense(), up @ down)
+
+
+def test_tlora_is_a_transform_and_a_residual():
+    model = eckart.adapt(base(), "tlora", rank=3, sites=2)
+    trained(model, rate=1e-2)
+    for name, made in matrices(model).items():
+        times, plus = layers(model)[name].adapter("default").chain()
+        transform, residual = map_of(times.right).dense(), map_of(plus.delta).dense()
+        assert (transform - torch.eye(len(transform))).abs().max() > 1e-3
+        assert residual.abs().max() > 1e-3
+        torch.testing.assert_close(made, weights(model)[name] @ transform + residual, atol=1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("method", "settings", "words"),
     [
@@ -334,6 +419,9 @@ def test_snella_changes_a_share_of_the_entries():
         ("s2ft", {"channels_trained": 33, "side": "inputs"}, "33 channels are more than the 32 inputs"),
         ("sqft", {"rank": 6}, "divisible by 4"),
         ("snella", {"rank": 3}, "must be even"),
+        ("flylora", {"rank": 4, "kept": 5}, "kept must be 1 to rank"),
+        ("spectralft", {"rank": 8, "top": 4}, "top must be at least the rank"),
+        ("mps", {"sites": 0}, "sites must be at least 1"),
     ],
 )
 def test_bad_settings_are_refused(method: str, settings: dict[str, Any], words: str):

@@ -63,6 +63,9 @@ from eckart.maps.storage import STORAGES as STORAGES
 from eckart.maps.storage import Storage as Storage
 from eckart.maps.storage import storage as storage
 from eckart.maps.storage import stored as stored
+from eckart.maps.tensor_train import TensorTrain as TensorTrain
+from eckart.maps.tensor_train import factored as factored
+from eckart.maps.tensor_train import tensor_train as tensor_train
 from eckart.maps.tiled import Tiled as Tiled
 
 # Every map a checkpoint may name.
@@ -70,7 +73,7 @@ FAMILIES: dict[str, type[LinearMap]] = {
     cls.__name__: cls
     for cls in (
         Dense, LowRank, Pivoted, Diagonal, Permutation, Selection, Placement, Sparse, NM, Kronecker,
-        Householder, Cayley, Tiled,
+        Householder, Cayley, Tiled, TensorTrain,
         Bitmap, Scattered, Quantized, Sum, Product, Scaled, Blocks, Interleaved, RowNormalized, Masked,
     )
 }  # fmt: skip
