@@ -47,6 +47,8 @@ from eckart.maps.quantized import BITS as BITS
 from eckart.maps.quantized import Quantized as Quantized
 from eckart.maps.quantized import pack as pack
 from eckart.maps.quantized import unpack as unpack
+from eckart.maps.recomputed import multiply_by_rows as multiply_by_rows
+from eckart.maps.rows import rows_of as rows_of
 from eckart.maps.rules import simplify as simplify
 from eckart.maps.selection import Placement as Placement
 from eckart.maps.selection import Selection as Selection

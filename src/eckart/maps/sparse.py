@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eckart.maps.base import LinearMap, linear_map, require, require_shape
-from eckart.maps.support import multiply_trained, rows_of
+from eckart.maps.recomputed import is_recorded
+from eckart.maps.support import multiply_trained, row_of_each
 
 # With more vectors than this, a half-full matrix is written out and multiplied densely (benchmarks/constants.py).
 ROWS_TOKENS = 128
@@ -43,7 +44,7 @@ class Sparse(LinearMap):
     def __call__(self, x: Tensor) -> Tensor:
         if by_compressed_rows(x, self.values):
             return multiply_compressed_rows(x, self.values, self.columns, self.starts)
-        if trains_by_places(x, self.values):
+        if x.dtype == self.values.dtype and x.shape[-1] > 0 and is_recorded(x, self.values):
             quiet()
             return multiply_trained(x, self.values, self.columns, self.starts)
         return F.linear(x, self.dense())
@@ -74,7 +75,7 @@ class Sparse(LinearMap):
 
     def rows(self) -> Tensor:
         """Return the row of each non-zero, (nonzeros,) int32."""
-        return rows_of(self.starts, self.values.shape[0])
+        return row_of_each(self.starts, self.values.shape[0])
 
 
 def by_compressed_rows(x: Tensor, values: Tensor) -> bool:
@@ -88,19 +89,6 @@ def by_compressed_rows(x: Tensor, values: Tensor) -> bool:
         and x.shape[-1] > 0
         and not torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and (x.requires_grad or values.requires_grad))
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-        and not torch._C._functorch.is_functorch_wrapped_tensor(values)
-    )
-
-
-def trains_by_places(x: Tensor, values: Tensor) -> bool:
-    """Tell whether `multiply_trained` applies: with gradients, outside of compiled code and functional transforms."""
-    return (
-        torch.is_grad_enabled()
-        and (x.requires_grad or values.requires_grad)
-        and x.dtype == values.dtype
-        and x.shape[-1] > 0
-        and not torch.compiler.is_compiling()
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
         and not torch._C._functorch.is_functorch_wrapped_tensor(values)
     )

@@ -62,14 +62,14 @@ class _OnSupport(torch.autograd.Function):
         return of_x, of_values, None, None
 
 
-def rows_of(starts: Tensor, count: int) -> Tensor:
+def row_of_each(starts: Tensor, count: int) -> Tensor:
     """Return the row of each of `count` non-zeros, int32, from where each row starts, (m + 1,) int32."""
     at = torch.arange(count, dtype=torch.int32, device=starts.device)
     return (torch.searchsorted(starts, at, right=True) - 1).to(torch.int32)
 
 
 def _places(columns: Tensor, starts: Tensor, n: int) -> Tensor:
-    return rows_of(starts, columns.shape[0]).long() * n + columns.long()
+    return row_of_each(starts, columns.shape[0]).long() * n + columns.long()
 
 
 def _written(values: Tensor, columns: Tensor, starts: Tensor, n: int) -> Tensor:

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 from eckart.maps.base import LinearMap, linear_map, require
+from eckart.maps.recomputed import multiply_by_rows
+
+# An operation in the chain of small products takes as long as this many in one large product, on CPU.
+EFFORT = 5
 
 
 @linear_map
@@ -16,7 +20,8 @@ class TensorTrain(LinearMap):
 
     Core k has shape (r_(k-1), m_k, n_k, r_k), r_0 = r_d = 1. With every n_k = 1 up to some k and every m_k = 1 after it
     the train runs through the rows first and then the columns: a matrix product state, whose case of two cores is low
-    rank. Applied core by core, the last one first; W is never written out.
+    rank. Applied core by core, the last one first, unless that takes longer than writing W
+    out.
 
     Attributes:
         entries: all cores, one after the other, flattened.
@@ -58,6 +63,8 @@ class TensorTrain(LinearMap):
 
     def __call__(self, x: Tensor) -> Tensor:
         vectors, left, done = math.prod(x.shape[:-1]), self.shape[1], 1
+        if self._is_written(vectors):
+            return multiply_by_rows(x, self._rows, (self.entries,), self.shape[0], step=self.shape[0])
         y = x
         for core in reversed(self.cores()):
             before, m, n, after = core.shape
@@ -68,6 +75,9 @@ class TensorTrain(LinearMap):
             y = outer.reshape(vectors * left, done, m, before).transpose(1, 2)
             done *= m
         return y.reshape(*x.shape[:-1], done)
+
+    def _rows(self, start: int, stop: int, entries: Sequence[Tensor]) -> Tensor:
+        return TensorTrain(entries[0], self.heights, self.widths, self.ranks).dense()[start:stop]
 
     @property
     def T(self) -> LinearMap:
@@ -85,6 +95,15 @@ class TensorTrain(LinearMap):
         return out.reshape(rows, columns).contiguous()
 
     def flops(self, tokens: int = 1) -> int:
+        if self._is_written(tokens):
+            return self.dense_flops() + 2 * tokens * math.prod(self.shape)
+        return self._chain_flops(tokens)
+
+    def _is_written(self, tokens: int) -> bool:
+        """Tell whether writing W out takes less time than the chain of small products and the states it keeps."""
+        return EFFORT * self._chain_flops(tokens) > self.dense_flops() + 2 * tokens * math.prod(self.shape)
+
+    def _chain_flops(self, tokens: int) -> int:
         total, left, done = 0, self.shape[1], 1
         for before, m, n, after in reversed(self.core_shapes()):
             left //= n
