@@ -229,6 +229,26 @@ def test_composes_with_another_adapter(case: Case):
 
 
 @every
+@pytest.mark.parametrize("autocast", [False, True])
+def test_works_in_half_precision(case: Case, autocast: bool):
+    """On a base of bfloat16 and under autocast the outputs keep their dtype and every gradient arrives."""
+    model = base() if autocast else base().to(torch.bfloat16)
+    eckart.adapt(model, case.method, data=[IDS], **case.settings)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in parameters} == {torch.float32}
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(1e-3)
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = model(IDS, labels=IDS)
+    out.loss.backward()
+    assert out.logits.dtype == torch.bfloat16
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in parameters)
+    assert all(p.grad.any() for p in parameters if p.numel() > 1)
+
+
+@every
 def test_the_same_seed_starts_the_same(case: Case):
     states = [eckart.adapters(adapted(case, seed=seed)).layers for seed in (3, 3)]
     for name, layer in states[0].items():

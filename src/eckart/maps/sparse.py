@@ -80,13 +80,15 @@ class Sparse(LinearMap):
 
 def by_compressed_rows(x: Tensor, values: Tensor) -> bool:
     """Tell whether torch multiplies such a sparse matrix by such vectors: on CPU in float32 or float64, outside of
-    compiled code and of functional transforms; and whether that suffices, since it knows no gradient of the values.
+    autocast, compiled code and functional transforms; and whether that suffices, since it knows no gradient of the
+    values.
     """
     return (
         x.is_cpu
         and x.dtype in (torch.float32, torch.float64)
         and x.dtype == values.dtype
         and x.shape[-1] > 0
+        and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and (x.requires_grad or values.requires_grad))
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)

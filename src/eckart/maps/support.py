@@ -6,7 +6,8 @@ On CPU below a density of 1/8 all three are products of compressed rows, the las
 is written out twice, for one product each, and freed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -36,30 +37,49 @@ class _OnSupport(torch.autograd.Function):
         m, n = starts.shape[0] - 1, x.shape[-1]
         ctx.save_for_backward(x, values, columns, starts)
         ctx.sampled = x.is_cpu and x.dtype in (torch.float32, torch.float64) and values.numel() <= SAMPLED * m * n
-        if not ctx.sampled:
-            return F.linear(x, _written(values, columns, starts, n))
-        flat = x.reshape(-1, n)
-        return (_compressed(values, columns, starts, n) @ flat.mT).mT.reshape(*x.shape[:-1], m)
+        with _without_autocast(x):
+            if not ctx.sampled:
+                return F.linear(x, _written(values, columns, starts, n))
+            flat = x.reshape(-1, n)
+            return (_compressed(values, columns, starts, n) @ flat.mT).mT.reshape(*x.shape[:-1], m)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, values, columns, starts = ctx.saved_tensors
-        m, n = starts.shape[0] - 1, x.shape[-1]
-        flat, gradient = x.reshape(-1, n), gradients[0].reshape(-1, m)
-        of_x = of_values = None
-        if ctx.sampled and not torch.is_grad_enabled():  # these products have no derivatives of their own
-            turned = gradient.mT.contiguous()
-            if ctx.needs_input_grad[0]:
-                of_x = (_compressed(values, columns, starts, n).mT @ turned).mT.reshape(x.shape)
-            if ctx.needs_input_grad[1]:
-                places = _compressed(torch.zeros_like(values), columns, starts, n)
-                of_values = torch.sparse.sampled_addmm(places, turned, flat.contiguous(), beta=0.0).values()
-            return of_x, of_values, None, None
-        if ctx.needs_input_grad[0]:
-            of_x = (gradient @ _written(values, columns, starts, n)).reshape(x.shape)
-        if ctx.needs_input_grad[1]:
-            of_values = (gradient.mT @ flat).flatten()[_places(columns, starts, n)]
-        return of_x, of_values, None, None
+        x, *matrix = ctx.saved_tensors
+        # products sampled at places have no derivatives of their own
+        derivatives = _sampled if ctx.sampled and not torch.is_grad_enabled() else _whole
+        flat, gradient = x.reshape(-1, x.shape[-1]), gradients[0].reshape(-1, gradients[0].shape[-1])
+        with _without_autocast(x):
+            of_x, of_values = derivatives(flat, gradient, matrix, ctx.needs_input_grad)
+        return None if of_x is None else of_x.reshape(x.shape), of_values, None, None
+
+
+Two = tuple[Tensor | None, Tensor | None]
+
+
+def _sampled(
+    x: Tensor, gradient: Tensor, values: Tensor, columns: Tensor, starts: Tensor, wanted: Sequence[bool]
+) -> Two:
+    """Return the derivatives by x and by the values, by products of compressed rows."""
+    n, turned = x.shape[1], gradient.mT.contiguous()
+    of_x = (_compressed(values, columns, starts, n).mT @ turned).mT if wanted[0] else None
+    if not wanted[1]:
+        return of_x, None
+    places = _compressed(torch.zeros_like(values), columns, starts, n)
+    return of_x, torch.sparse.sampled_addmm(places, turned, x.contiguous(), beta=0.0).values()
+
+
+def _whole(x: Tensor, gradient: Tensor, values: Tensor, columns: Tensor, starts: Tensor, wanted: Sequence[bool]) -> Two:
+    """Return the derivatives by x and by the values, by dense products."""
+    n = x.shape[1]
+    of_x = gradient @ _written(values, columns, starts, n) if wanted[0] else None
+    return of_x, (gradient.mT @ x).flatten()[_places(columns, starts, n)] if wanted[1] else None
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Return a context that computes in the dtype of x: sparse products know no half precision on CPU."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def row_of_each(starts: Tensor, count: int) -> Tensor:
