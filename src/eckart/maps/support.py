@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 # Sampling products by compressed rows takes less time than dense ones below a density of about this, on CPU.
 SAMPLED = 1 / 8
+# Derivatives by x and by the values.
+Two = tuple[Tensor | None, Tensor | None]
 
 
 def multiply_trained(x: Tensor, values: Tensor, columns: Tensor, starts: Tensor) -> Tensor:
@@ -54,13 +56,9 @@ class _OnSupport(torch.autograd.Function):
         return None if of_x is None else of_x.reshape(x.shape), of_values, None, None
 
 
-Two = tuple[Tensor | None, Tensor | None]
-
-
-def _sampled(
-    x: Tensor, gradient: Tensor, values: Tensor, columns: Tensor, starts: Tensor, wanted: Sequence[bool]
-) -> Two:
+def _sampled(x: Tensor, gradient: Tensor, matrix: Sequence[Tensor], wanted: Sequence[bool]) -> Two:
     """Return the derivatives by x and by the values, by products of compressed rows."""
+    values, columns, starts = matrix
     n, turned = x.shape[1], gradient.mT.contiguous()
     of_x = (_compressed(values, columns, starts, n).mT @ turned).mT if wanted[0] else None
     if not wanted[1]:
@@ -69,8 +67,9 @@ def _sampled(
     return of_x, torch.sparse.sampled_addmm(places, turned, x.contiguous(), beta=0.0).values()
 
 
-def _whole(x: Tensor, gradient: Tensor, values: Tensor, columns: Tensor, starts: Tensor, wanted: Sequence[bool]) -> Two:
+def _whole(x: Tensor, gradient: Tensor, matrix: Sequence[Tensor], wanted: Sequence[bool]) -> Two:
     """Return the derivatives by x and by the values, by dense products."""
+    values, columns, starts = matrix
     n = x.shape[1]
     of_x = gradient @ _written(values, columns, starts, n) if wanted[0] else None
     return of_x, (gradient.mT @ x).flatten()[_places(columns, starts, n)] if wanted[1] else None
