@@ -39,12 +39,12 @@ class Case:
 
 
 CASES = [
-    Case("sara", {"threshold": 5e-3}, lambda w: int((w.abs() < 5e-3).sum())),
+    Case("sara", {"threshold": 5e-3, "nuclear": 5e-6}, lambda w: int((w.abs() < 5e-3).sum())),
     Case("lift", {"rank": 4, "budget": 2}, lambda w: 2 * sum(w.shape)),
     Case("lift", {"select": "gradient", "budget": 2}, lambda w: 2 * sum(w.shape)),
     Case("lift", {"select": "small", "budget": 2}, lambda w: 2 * sum(w.shape)),
-    Case("s2ft", {"channels_trained": 3}, lambda w: 3 * min(w.shape)),
-    Case("s2ft", {"channels_trained": 3, "side": "outputs", "select": "norm"}, lambda w: 3 * w.shape[1]),
+    Case("s2ft", {"channels": 3}, lambda w: 3 * min(w.shape)),
+    Case("s2ft", {"channels": 3, "side": "outputs", "select": "norm"}, lambda w: 3 * w.shape[1]),
     Case("spp", {"rank": 4}, lambda w: 4 * w.shape[1] + w.shape[0]),
     Case("lors", {"rank": 4}, lambda w: 4 * sum(w.shape)),
     Case("sqft", {"rank": 4}, lambda w: 4 * sum(w.shape)),
@@ -308,7 +308,7 @@ def truncated(matrix: Tensor, rank: int) -> Tensor:
 
 
 def test_s2ft_trains_the_same_hidden_units_of_an_mlp():
-    model = eckart.adapt(base(), "s2ft", channels_trained=3)
+    model = eckart.adapt(base(), "s2ft", channels=3)
     trained(model)
     where = changed(model)
     for i in range(2):
@@ -434,9 +434,10 @@ def test_tlora_is_a_transform_and_a_residual():
     ("method", "settings", "words"),
     [
         ("sara", {"threshold": 0.0}, "threshold must be positive"),
+        ("sara", {"threshold": 1e-30}, "has no weight below"),
         ("lift", {"rank": 4, "budget": 100}, "entries are more than"),
         ("lift", {"budget": 0}, "budget must be at least 1"),
-        ("s2ft", {"channels_trained": 33, "side": "inputs"}, "33 channels are more than the 32 inputs"),
+        ("s2ft", {"channels": 33, "side": "inputs"}, "33 channels are more than the 32 inputs"),
         ("sqft", {"rank": 6}, "divisible by 4"),
         ("snella", {"rank": 3}, "must be even"),
         ("flylora", {"rank": 4, "kept": 5}, "kept must be 1 to rank"),

@@ -41,17 +41,23 @@ def multiply_by_rows(x: Tensor, rows: Rows, tensors: Sequence[Tensor], m: int, *
         m: number of rows of D.
         step: rows of a block; by default about a million entries.
     """
-    if not is_recorded(x, *tensors):  # or compiled, where torch decides itself what is kept
-        return F.linear(x, rows(0, m, tensors).to(x.dtype))
+    step = step or max(1, ENTRIES // max(x.shape[-1], 1))
+    if not is_recorded(x, *tensors):
+        parts = [F.linear(x, rows(*span, tensors).to(x.dtype)) for span in _spans(m, step)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
     apply = cast(Callable[..., Tensor], _ByRows.apply)
-    return apply(x, rows, m, step or max(1, ENTRIES // max(x.shape[-1], 1)), *tensors)
+    return apply(x, rows, m, step, *tensors)
+
+
+def _spans(m: int, step: int) -> list[tuple[int, int]]:
+    return [(start, min(start + step, m)) for start in range(0, m, step)]
 
 
 class _ByRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Rows, m: int, step: int, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(x, *tensors)
-        ctx.rows, ctx.m, ctx.spans = rows, m, [(start, min(start + step, m)) for start in range(0, m, step)]
+        ctx.rows, ctx.m, ctx.spans = rows, m, _spans(m, step)
         y = x.new_empty(*x.shape[:-1], m)
         for start, stop in ctx.spans:
             y[..., start:stop] = F.linear(x, rows(start, stop, tensors).to(x.dtype))

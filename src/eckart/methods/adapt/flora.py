@@ -7,7 +7,7 @@ are left out, as are convolutions.
 
 Structure: product of three. Start: W. Trained: G, U, V; r^2 + r (m + n) numbers.
 
-Source: Si et al. 2024, "FLoRA: Low-Rank Core Space for N-dimension", section 3, and its published code for the start.
+Source: Si et al. 2024, "FLoRA: Low-Rank Core Space for N-dimension", and its published code for the start.
 """
 
 import torch

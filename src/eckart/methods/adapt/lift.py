@@ -3,8 +3,8 @@
     W' = W + P,    P zero outside of the k (m + n) largest |W_r|,    W_r the best approximation of W of rank r
 
 The gradient of P is sampled at those places and no dense one is kept (maps/support.py). The paper selects anew every
-few hundred steps; here the support stays, which a later study finds as good ("Refining Salience-Aware Sparse
-Fine-Tuning Strategies for Language Models"); that study's scores, of gradients above all, can be chosen.
+K steps; here the support stays, which "Refining Salience-Aware Sparse Fine-Tuning Strategies for Language Models" finds
+as good for scores of gradients; those can be chosen as well.
 
 Structure: sparse values added. Start: W. Trained: P on the support; k (m + n) numbers, as many as LoRA of rank k.
 

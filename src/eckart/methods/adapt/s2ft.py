@@ -22,33 +22,33 @@ from eckart.hosts.adapter import Plus
 from eckart.maps import Dense, Placement, Product, Selection
 from eckart.methods.adapt.layer import Layer
 from eckart.methods.adapt.recipe import Recipe
-from eckart.methods.adapt.support import channels
+from eckart.methods.adapt.support import chosen_channels
 
 
 def s2ft(
     *,
-    channels_trained: int = 32,
+    channels: int = 32,
     side: Literal["wider", "outputs", "inputs"] = "wider",
     select: Literal["random", "norm"] = "random",
 ) -> Recipe:
     """Train one dense block of channels of every layer.
 
     Args:
-        channels_trained: k.
+        channels: k.
         side: whether rows or columns train; "wider" takes the longer side, inputs of a square layer.
         select: "random" channels, or those of the largest "norm".
     """
-    if channels_trained < 1:
-        raise EckartError(f"channels_trained must be at least 1, got {channels_trained}")
+    if channels < 1:
+        raise EckartError(f"channels must be at least 1, got {channels}")
 
     def build(layer: Layer) -> Adapter:
         m, n = layer.shape
         chosen_side = ("outputs" if m > n else "inputs") if side == "wider" else side
-        chosen = channels(layer, channels_trained, chosen_side, by_norm=select == "norm")
+        chosen = chosen_channels(layer, channels, chosen_side, by_norm=select == "norm")
         if chosen_side == "outputs":
-            block = torch.zeros(channels_trained, n, device=layer.device)
+            block = torch.zeros(channels, n, device=layer.device)
             return Adapter([Plus(Product((Placement(chosen, m), Dense(block))))])
-        block = torch.zeros(m, channels_trained, device=layer.device)
+        block = torch.zeros(m, channels, device=layer.device)
         return Adapter([Plus(Product((Dense(block), Selection(chosen, n))))])
 
     return Recipe(build, rate=2e-4)

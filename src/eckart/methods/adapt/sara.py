@@ -9,8 +9,8 @@ during training, where the support here stays.
 Structure: sparse values added. Start: W. Trained: P on the support; as many numbers as |W| < t.
 
 Source: Hu et al. 2024, "SaRA: High-Efficient Diffusion Model Fine-tuning with Progressive Sparse Low-Rank Adaptation",
-and its published optimizer for the penalty and the learning rate 1e-3 exp(-350 t). It penalizes one of L matrices,
-drawn at random, with 5e-4 in every step; here all are, so that 5e-4 / L is the same on average.
+and its published optimizer for the penalty, off unless asked for, and the learning rate 1e-3 exp(-350 t). It penalizes
+one of L matrices, drawn at random, in every step; here all are, so that its 5e-4 is 5e-4 / L here.
 """
 
 import dataclasses
@@ -29,17 +29,16 @@ from eckart.methods.adapt.recipe import Recipe
 from eckart.methods.adapt.support import added_on
 
 
-def sara(*, threshold: float = 2e-3, nuclear: float = 5e-6) -> Recipe:
+def sara(*, threshold: float = 2e-3, nuclear: float = 0.0) -> Recipe:
     """Train the smallest weights.
 
     Args:
         threshold: t; weights of smaller magnitude train.
-        nuclear: lambda, weight of the nuclear norm of what trains; it costs an SVD of every matrix in every step, 0
-            none.
+        nuclear: lambda, weight of the nuclear norm of what trains; above 0 it costs an SVD of every matrix in every
+            step.
     """
     if threshold <= 0 or nuclear < 0:
-        came = f"{threshold} and {nuclear}"
-        raise EckartError(f"threshold must be positive and nuclear not negative, got {came}")
+        raise EckartError(f"threshold must be positive and nuclear not negative, got {threshold} and {nuclear}")
 
     def build(layer: Layer) -> Adapter:
         weight = layer.weight()

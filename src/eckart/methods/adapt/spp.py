@@ -6,8 +6,8 @@ The product with W is written out a block of rows at a time and never kept (host
 
 Structure: entrywise product. Start: W. Trained: a (r, n) uniform in +-1/sqrt(n), b (m) = 0; r n + m numbers.
 
-Source: Lu et al. 2024, "SPP: Sparsity-Preserved Parameter-Efficient Fine-Tuning for Large Language Models", section 3;
-r = 16. The scale s is alpha / r as in its published code, whose default is not verified.
+Source: Lu et al. 2024, "SPP: Sparsity-Preserved Parameter-Efficient Fine-Tuning for Large Language Models", and its
+published code for the groups, the start and s = alpha / r; r = 16.
 """
 
 from collections.abc import Sequence

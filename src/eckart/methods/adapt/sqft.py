@@ -7,7 +7,7 @@ and r / 2, and after training k is r. M * (B A) is written out block by block an
 
 Structure: masked low rank added. Start: W. Trained: A, B; r (m + n) numbers.
 
-Source: Munoz et al. 2024, "SQFT: Low-cost Model Adaptation in Low-precision Sparse Foundation Models", sections 2.3-2.4
+Source: Munoz et al. 2024, "SQFT: Low-cost Model Adaptation in Low-precision Sparse Foundation Models",
 and its published ranks of 32, 24 and 16. Its choice of one k per layer after training is left out; on a base of codes
 `merge` codes the merged weight anew and reports the loss, where QA-SparsePEFT trains through the codes.
 """

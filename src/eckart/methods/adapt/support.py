@@ -68,7 +68,7 @@ def masked(layer: Layer, rank: int, scale: float) -> MaskedFactors:
     return MaskedFactors(up, layer.uniform(rank, n) / n**0.5, packed(layer.weight() != 0), scale)
 
 
-def channels(layer: Layer, count: int, side: Literal["outputs", "inputs"], *, by_norm: bool = False) -> Tensor:
+def chosen_channels(layer: Layer, count: int, side: Literal["outputs", "inputs"], *, by_norm: bool = False) -> Tensor:
     """Return channels of one side of a layer, (count,) int32, ascending.
 
     Args:
