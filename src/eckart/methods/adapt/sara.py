@@ -2,9 +2,10 @@
 
     W' = W + P,    P zero outside of {|W| < t},    penalty  lambda |M * W + P|_*,  M the support
 
-The gradient of P is sampled at the support and no dense one is kept (maps/support.py). Weights below t are counted
-layer by layer; the published optimizer passes trained values through abs(), which is left out, and selects anew once
-during training, where the support here stays.
+With a penalty, what trains is M * W + P itself (but for zeros of W), and its start is subtracted by a frozen change.
+The gradient is sampled at the support and no dense one is kept (maps/support.py). Weights below t are counted layer
+by layer; the published optimizer passes trained values through abs(), which is left out, and selects anew once during
+training, where the support here stays.
 
 Structure: sparse values added. Start: W. Trained: P on the support; as many numbers as |W| < t.
 
@@ -13,9 +14,8 @@ and its published optimizer for the penalty, off unless asked for, and the learn
 one of L matrices, drawn at random, in every step; here all are, so that its 5e-4 is 5e-4 / L here.
 """
 
-import dataclasses
 import math
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -23,9 +23,9 @@ from torch import Tensor
 from eckart.errors import EckartError
 from eckart.hosts import Adapter, map_of
 from eckart.hosts.adapter import Plus
-from eckart.maps import Sparse
+from eckart.maps import sparse
 from eckart.methods.adapt.layer import Layer
-from eckart.methods.adapt.recipe import Recipe
+from eckart.methods.adapt.recipe import Recipe, moved_start
 from eckart.methods.adapt.support import added_on
 
 
@@ -46,14 +46,10 @@ def sara(*, threshold: float = 2e-3, nuclear: float = 0.0) -> Recipe:
         if not bool(chosen.any()):
             least = float(weight.abs().min())
             raise EckartError(f"{layer.name} has no weight below threshold={threshold}; its smallest is {least:.2g}")
-        change = added_on(chosen)
-        change.register_buffer("start", weight[chosen])
-        return Adapter([change])
+        return moved_start(sparse(weight * chosen)) if nuclear else Adapter([added_on(chosen)])
 
     def penalty(adapter: Adapter) -> Tensor:
-        change = cast(Plus, adapter.chain()[0])
-        held = cast(Sparse, map_of(change.delta))
-        now = dataclasses.replace(cast(Any, held), values=held.values + change.get_buffer("start"))
-        return nuclear * cast(Tensor, torch.linalg.matrix_norm(now.dense(), "nuc"))
+        trained = map_of(cast(Plus, adapter.chain()[-1]).delta).dense()
+        return nuclear * cast(Tensor, torch.linalg.matrix_norm(trained, "nuc"))
 
     return Recipe(build, rate=1e-3 * math.exp(-350 * threshold), penalty=penalty if nuclear else None)

@@ -37,13 +37,13 @@ def spectralft(*, rank: int = 16, top: int = 256) -> Recipe:
         m, n = layer.shape
         r, found = layer.fitting(rank), layer.svd(min(top, m, n))
         p, device = found.values.shape[0], layer.device
-        # parameters, so that both changes hold the same ones
         fixed = [nn.Parameter(t, requires_grad=False) for t in (found.left, found.values, found.right)]
         left, values, right = Dense(fixed[0]), Diagonal(fixed[1]), Dense(fixed[2])
+        start = Product((left, values, right)).apply(torch.clone)
         drawn = layer.uniform(m + n, r) / r**0.5
         of_left = LowRank(drawn[:m], torch.zeros(r, p, device=device))
         of_right = LowRank(torch.zeros(p, r, device=device), drawn[m:].mT.contiguous())
         moved = Plus(Product((Sum((left, of_left)), values, Sum((right, of_right)))))
-        return Adapter([Plus(Product((left, values, right)), -1.0), moved])
+        return Adapter([Plus(start, -1.0).requires_grad_(False), moved])
 
     return Recipe(build, rate=1e-3)
