@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from eckart.maps import Selection as Selection
     from eckart.maps import Sparse as Sparse
     from eckart.maps import Sum as Sum
+    from eckart.maps import TensorTrain as TensorTrain
     from eckart.maps import Tiled as Tiled
     from eckart.maps import linear_map as linear_map
     from eckart.maps import pivot as pivot
@@ -106,7 +107,7 @@ PUBLIC: dict[str, str] = {
         "eckart.maps": (
             "FAMILIES", "LinearMap", "linear_map", "simplify", "pivot",
             "Dense", "LowRank", "Pivoted", "Diagonal", "Permutation", "Selection", "Placement", "Sparse", "NM",
-            "Kronecker", "Householder", "Cayley", "Tiled",
+            "Kronecker", "Householder", "Cayley", "Tiled", "TensorTrain",
             "Bitmap", "Quantized", "Scattered", "Sum", "Product", "Scaled", "Blocks", "Interleaved",
             "RowNormalized", "Masked", "Gated",
         ),

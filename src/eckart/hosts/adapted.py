@@ -129,6 +129,11 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
     out: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in out)
-        if not inside and (isinstance(module, Host) or is_linear(module)) and min(map_of(module).shape) > NARROW:
+        if not inside and (isinstance(module, Host) or is_linear(module)) and min(_shape(module)) > NARROW:
             out[name] = module
     return out
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """Return (out, in), of adapters without asking for the map, which some do not have."""
+    return (module.out_features, module.in_features) if isinstance(module, Host) else map_of(module).shape

@@ -285,7 +285,8 @@ class MapHost(Host):
                 self.register_buffer(name, value)
             else:
                 operation = f"host of {self._type.__name__}"
-                require(not isinstance(value, tuple), operation, f"a tuple {name!r}", "a Sum or a Product")
+                plain = not isinstance(value, tuple) or all(isinstance(item, int) for item in value)
+                require(plain, operation, f"a tuple {name!r}", "whole numbers, a Sum or a Product")
                 self._static[name] = value
         self.register_parameter("bias", _parameter(bias))
 

@@ -13,6 +13,8 @@ from eckart.maps.bitmap import Bitmap as Bitmap
 from eckart.maps.bitmap import Scattered as Scattered
 from eckart.maps.bitmap import bitmap as bitmap
 from eckart.maps.bitmap import compressed_rows as compressed_rows
+from eckart.maps.bitmap import packed as packed
+from eckart.maps.bitmap import unpacked as unpacked
 from eckart.maps.dense import Dense as Dense
 from eckart.maps.dense import Diagonal as Diagonal
 from eckart.maps.facts import Fact as Fact
@@ -45,6 +47,8 @@ from eckart.maps.quantized import BITS as BITS
 from eckart.maps.quantized import Quantized as Quantized
 from eckart.maps.quantized import pack as pack
 from eckart.maps.quantized import unpack as unpack
+from eckart.maps.recomputed import multiply_by_rows as multiply_by_rows
+from eckart.maps.rows import rows_of as rows_of
 from eckart.maps.rules import simplify as simplify
 from eckart.maps.selection import Placement as Placement
 from eckart.maps.selection import Selection as Selection
@@ -54,12 +58,16 @@ from eckart.maps.sparse import by_compressed_rows as by_compressed_rows
 from eckart.maps.sparse import multiply_compressed_rows as multiply_compressed_rows
 from eckart.maps.sparse import n_of_m as n_of_m
 from eckart.maps.sparse import sparse as sparse
+from eckart.maps.sparse import sparse_of as sparse_of
 from eckart.maps.spec import blank as blank
 from eckart.maps.spec import from_spec as from_spec
 from eckart.maps.storage import STORAGES as STORAGES
 from eckart.maps.storage import Storage as Storage
 from eckart.maps.storage import storage as storage
 from eckart.maps.storage import stored as stored
+from eckart.maps.tensor_train import TensorTrain as TensorTrain
+from eckart.maps.tensor_train import factored as factored
+from eckart.maps.tensor_train import tensor_train as tensor_train
 from eckart.maps.tiled import Tiled as Tiled
 
 # Every map a checkpoint may name.
@@ -67,7 +75,7 @@ FAMILIES: dict[str, type[LinearMap]] = {
     cls.__name__: cls
     for cls in (
         Dense, LowRank, Pivoted, Diagonal, Permutation, Selection, Placement, Sparse, NM, Kronecker,
-        Householder, Cayley, Tiled,
+        Householder, Cayley, Tiled, TensorTrain,
         Bitmap, Scattered, Quantized, Sum, Product, Scaled, Blocks, Interleaved, RowNormalized, Masked,
     )
 }  # fmt: skip

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eckart.maps.base import LinearMap, linear_map, require, require_shape
+from eckart.maps.recomputed import is_recorded
+from eckart.maps.support import multiply_trained, row_of_each
 
 # With more vectors than this, a half-full matrix is written out and multiplied densely (benchmarks/constants.py).
 ROWS_TOKENS = 128
@@ -42,6 +44,9 @@ class Sparse(LinearMap):
     def __call__(self, x: Tensor) -> Tensor:
         if by_compressed_rows(x, self.values):
             return multiply_compressed_rows(x, self.values, self.columns, self.starts)
+        if x.dtype == self.values.dtype and x.shape[-1] > 0 and is_recorded(x, self.values):
+            quiet()
+            return multiply_trained(x, self.values, self.columns, self.starts)
         return F.linear(x, self.dense())
 
     def validate(self) -> None:
@@ -70,19 +75,20 @@ class Sparse(LinearMap):
 
     def rows(self) -> Tensor:
         """Return the row of each non-zero, (nonzeros,) int32."""
-        at = torch.arange(self.values.shape[0], dtype=torch.int32, device=self.values.device)
-        return (torch.searchsorted(self.starts, at, right=True) - 1).to(torch.int32)
+        return row_of_each(self.starts, self.values.shape[0])
 
 
 def by_compressed_rows(x: Tensor, values: Tensor) -> bool:
     """Tell whether torch multiplies such a sparse matrix by such vectors: on CPU in float32 or float64, outside of
-    compiled code and of functional transforms; and whether that suffices, since it knows no gradient of the values.
+    autocast, compiled code and functional transforms; and whether that suffices, since it knows no gradient of the
+    values.
     """
     return (
         x.is_cpu
         and x.dtype in (torch.float32, torch.float64)
         and x.dtype == values.dtype
         and x.shape[-1] > 0
+        and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and (x.requires_grad or values.requires_grad))
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
@@ -95,7 +101,7 @@ def multiply_compressed_rows(x: Tensor, values: Tensor, columns: Tensor, starts:
 
     On CPU it takes a fifth to two thirds of the time of writing W out, at a density of 0.1 (benchmarks/constants.py).
     """
-    _quiet()
+    quiet()
     m, flat = starts.shape[0] - 1, x.reshape(-1, x.shape[-1])
     matrix = torch.sparse_csr_tensor(starts, columns, values, (m, flat.shape[1]), check_invariants=False)
     product: Tensor = (matrix @ flat.mT).mT
@@ -103,7 +109,7 @@ def multiply_compressed_rows(x: Tensor, values: Tensor, columns: Tensor, starts:
 
 
 @functools.cache
-def _quiet() -> None:
+def quiet() -> None:
     """Have torch's one warning of the process, that its sparse tensors are in beta, appear here and unseen."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -3,7 +3,9 @@
 The matrices are made by plain torch from the formula in the family's docstring, never by the map's own code.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Generator, Tensor
@@ -34,6 +36,7 @@ from eckart.maps import (
     Selection,
     Sparse,
     Sum,
+    TensorTrain,
     Tiled,
 )
 from eckart.testing.case import Case
@@ -180,6 +183,26 @@ def _tiled(normal: Normal, generator: Generator) -> Made:
     for m, r, n in ((5, 2, 4), (3, 2, 5), (4, 3, 3), (1, 1, 1)):
         d = normal(m, r)
         yield f"{m}x{n} by {r}", Tiled(d, n), torch.stack([d[:, i % r] for i in range(n)], dim=1)
+
+
+def _tensor_train(normal: Normal, generator: Generator) -> Made:
+    for heights, widths, ranks in (
+        ((2, 3), (1, 2), (1, 2, 1)),
+        ((3, 1, 1), (1, 2, 2), (1, 3, 2, 1)),
+        ((2, 1, 2), (3, 2, 1), (1, 2, 4, 1)),
+        ((3,), (4,), (1, 1)),
+        ((1,), (1,), (1, 1)),
+    ):
+        sides = zip(pairwise(ranks), heights, widths, strict=True)
+        cores = [normal(before, m, n, after) for (before, after), m, n in sides]
+        rows, columns = ([*itertools.product(*map(range, sizes))] for sizes in (heights, widths))
+        w = torch.empty(len(rows), len(columns), dtype=torch.float64)
+        for i, j in itertools.product(range(len(rows)), range(len(columns))):
+            chain = torch.ones(1, 1, dtype=torch.float64)
+            for core, row, column in zip(cores, rows[i], columns[j], strict=True):
+                chain = chain @ core[:, row, column]
+            w[i, j] = chain[0, 0]
+        yield f"{heights} x {widths}", TensorTrain(torch.cat([c.flatten() for c in cores]), heights, widths, ranks), w
 
 
 def _bitmap(normal: Normal, generator: Generator) -> Made:
@@ -355,6 +378,7 @@ MAKERS: dict[str, Callable[[Normal, Generator], Made]] = {
     "Householder": _householder,
     "Cayley": _cayley,
     "Tiled": _tiled,
+    "TensorTrain": _tensor_train,
     "Bitmap": _bitmap,
     "Scattered": _scattered,
     "Quantized": _quantized,

@@ -81,9 +81,14 @@ class Layer:
             self.derived[key] = find()
         return self.derived[key]
 
-    def generator(self) -> torch.Generator:
-        """Return what is random in this layer: the same for the same seed and name, whatever other layers there are."""
-        return torch.Generator().manual_seed(self.seed * 1_000_003 + zlib.crc32(self.name.encode()))
+    def generator(self, *, module: bool = False) -> torch.Generator:
+        """Return what is random in this layer: the same for the same seed and name, whatever other layers there are.
+
+        Args:
+            module: whether it is the same for all layers of the module that holds this one.
+        """
+        name = self.name.rpartition(".")[0] if module else self.name
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + zlib.crc32(name.encode()))
 
     def normal(self, *shape: int) -> Tensor:
         """Return standard normal numbers, float32, on the layer's device."""

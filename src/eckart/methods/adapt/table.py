@@ -7,21 +7,33 @@ from eckart.methods.adapt.allora import allora
 from eckart.methods.adapt.corda import corda
 from eckart.methods.adapt.dora import dora
 from eckart.methods.adapt.eva import eva
+from eckart.methods.adapt.flora import flora
+from eckart.methods.adapt.flylora import flylora
 from eckart.methods.adapt.hra import hra
+from eckart.methods.adapt.lift import lift
 from eckart.methods.adapt.lora import lora
 from eckart.methods.adapt.lora_plus import lora_plus
 from eckart.methods.adapt.lora_pro import lora_pro
 from eckart.methods.adapt.lora_sb import lora_sb
 from eckart.methods.adapt.lora_xs import lora_xs
+from eckart.methods.adapt.lors import lors
 from eckart.methods.adapt.miss import miss
+from eckart.methods.adapt.mps import mps
 from eckart.methods.adapt.oft import oft
 from eckart.methods.adapt.olora import olora
 from eckart.methods.adapt.pissa import pissa
 from eckart.methods.adapt.recipe import Recipe
 from eckart.methods.adapt.rslora import rslora
+from eckart.methods.adapt.s2ft import s2ft
+from eckart.methods.adapt.sara import sara
+from eckart.methods.adapt.snella import snella
 from eckart.methods.adapt.soka import soka
 from eckart.methods.adapt.sorsa import sorsa
+from eckart.methods.adapt.spectralft import spectralft
+from eckart.methods.adapt.spp import spp
+from eckart.methods.adapt.sqft import sqft
 from eckart.methods.adapt.svfit import svfit
+from eckart.methods.adapt.tlora import tlora
 from eckart.methods.pages import Setting, check_settings, first_line, page_named, signature_of, text_of
 
 Page = Callable[..., Recipe]
@@ -46,6 +58,18 @@ ADAPTERS: dict[str, Page] = {
     "miss": miss,
     "hra": hra,
     "oft": oft,
+    "sara": sara,
+    "lift": lift,
+    "s2ft": s2ft,
+    "spp": spp,
+    "lors": lors,
+    "sqft": sqft,
+    "snella": snella,
+    "flylora": flylora,
+    "spectralft": spectralft,
+    "flora": flora,
+    "mps": mps,
+    "tlora": tlora,
 }
 
 

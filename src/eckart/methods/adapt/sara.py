@@ -1,0 +1,55 @@
+"""SaRA: the smallest weights, which did little, train.
+
+    W' = W + P,    P zero outside of {|W| < t},    penalty  lambda |M * W + P|_*,  M the support
+
+With a penalty, what trains is M * W + P itself (but for zeros of W), and its start is subtracted by a frozen change.
+The gradient is sampled at the support and no dense one is kept (maps/support.py). Weights below t are counted layer
+by layer; the published optimizer passes trained values through abs(), which is left out, and selects anew once during
+training, where the support here stays.
+
+Structure: sparse values added. Start: W. Trained: P on the support; as many numbers as |W| < t.
+
+Source: Hu et al. 2024, "SaRA: High-Efficient Diffusion Model Fine-tuning with Progressive Sparse Low-Rank Adaptation",
+and its published optimizer for the penalty, off unless asked for, and the learning rate 1e-3 exp(-350 t). It penalizes
+one of L matrices, drawn at random, in every step; here all are, so that its 5e-4 is 5e-4 / L here.
+"""
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from eckart.errors import EckartError
+from eckart.hosts import Adapter, map_of
+from eckart.hosts.adapter import Plus
+from eckart.maps import sparse
+from eckart.methods.adapt.layer import Layer
+from eckart.methods.adapt.recipe import Recipe, moved_start
+from eckart.methods.adapt.support import added_on
+
+
+def sara(*, threshold: float = 2e-3, nuclear: float = 0.0) -> Recipe:
+    """Train the smallest weights.
+
+    Args:
+        threshold: t; weights of smaller magnitude train.
+        nuclear: lambda, weight of the nuclear norm of what trains; above 0 it costs an SVD of every matrix in every
+            step.
+    """
+    if threshold <= 0 or nuclear < 0:
+        raise EckartError(f"threshold must be positive and nuclear not negative, got {threshold} and {nuclear}")
+
+    def build(layer: Layer) -> Adapter:
+        weight = layer.weight()
+        chosen = weight.abs() < threshold
+        if not bool(chosen.any()):
+            least = float(weight.abs().min())
+            raise EckartError(f"{layer.name} has no weight below threshold={threshold}; its smallest is {least:.2g}")
+        return moved_start(sparse(weight * chosen)) if nuclear else Adapter([added_on(chosen)])
+
+    def penalty(adapter: Adapter) -> Tensor:
+        trained = map_of(cast(Plus, adapter.chain()[-1]).delta).dense()
+        return nuclear * cast(Tensor, torch.linalg.matrix_norm(trained, "nuc"))
+
+    return Recipe(build, rate=1e-3 * math.exp(-350 * threshold), penalty=penalty if nuclear else None)
