@@ -340,6 +340,23 @@ def test_heads_train_whole_beside_the_adapter():
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {"classifier.weight", "classifier.bias"} <= names
     assert all(".adapters.default." in name or name.startswith("classifier.") for name in names)
+    before = model.classifier.weight.clone()
+    with torch.no_grad():
+        model.classifier.weight += 1
+    eckart.adapters(model).remove()
+    assert torch.equal(model.classifier.weight, before)
+
+
+def test_a_merge_that_is_refused_leaves_every_layer_as_it_was():
+    model = adapted("lora", targets=["q_proj"])
+    adapted("flylora", model, name="routed", targets=["up_proj"])
+    handle = eckart.adapters(model)
+    handle.use("default", "routed")
+    for merge in (handle.merge, handle.fold):
+        with pytest.raises(EckartError):
+            merge()
+        assert not any(layer.is_merged for layer in handle.layers.values())
+        assert all(isinstance(model.get_submodule(name), AdaptedHost) for name in handle.layers)
 
 
 def test_same_seed_same_bits_whatever_other_layers_there_are():

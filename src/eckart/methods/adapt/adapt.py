@@ -83,7 +83,7 @@ def attach(model: nn.Module, name: str, described: Described, built: Mapping[str
     """Put built adapters on the layers of a model, and make them the active ones."""
     state: State | None = getattr(model, ATTRIBUTE, None)
     if state is None:
-        state = State({}, [n for n, p in model.named_parameters() if p.requires_grad])
+        state = State({}, [n for n, p in model.named_parameters() if p.requires_grad], {})
         setattr(model, ATTRIBUTE, state)
         model.requires_grad_(False)
     for layer, adapter in built.items():
@@ -94,7 +94,8 @@ def attach(model: nn.Module, name: str, described: Described, built: Mapping[str
         module.add(name, adapter)
     state.described[name] = described
     for head in described.trained:
-        model.get_submodule(head).requires_grad_(True)
+        module = model.get_submodule(head).requires_grad_(True)
+        state.heads_before.setdefault(head, {k: v.detach().clone() for k, v in module.state_dict().items()})
     Adapters(model).use(name)
     return model
 

@@ -22,10 +22,13 @@ ATTRIBUTE = "eckart_adapters"
 
 @dataclass(slots=True)
 class State:
-    """What a model remembers: its adapters by name, and the parameters that trained before."""
+    """What a model remembers: its adapters by name, the parameters that trained before, and what the modules that train
+    whole held then.
+    """
 
     described: dict[str, Described]
     trained_before: list[str]
+    heads_before: dict[str, dict[str, Tensor]]
 
 
 class Adapters:
@@ -102,12 +105,10 @@ class Adapters:
 
         The base stays in memory untouched, so `unmerge` restores it to the bit.
         """
-        lost = {}
-        for name, layer in self.layers.items():
-            if layer.active and not layer.is_merged:
-                module, lost[name] = merged(layer)
-                layer.merge(module)
-        return lost
+        made = {n: merged(layer) for n, layer in self.layers.items() if layer.active and not layer.is_merged}
+        for name, (module, _) in made.items():  # only once all are there: one that refuses leaves the model alone
+            self.layers[name].merge(module)
+        return {name: lost for name, (_, lost) in made.items()}
 
     def unmerge(self) -> None:
         """Compute with the base and its adapters again."""
@@ -116,15 +117,18 @@ class Adapters:
 
     def fold(self) -> nn.Module:
         """Merge for good and return the model without a trace of adapters."""
-        for name, layer in self.layers.items():
-            replace(self.model, name, merged(layer)[0] if layer.active else layer.base)
+        made = {name: merged(layer)[0] if layer.active else layer.base for name, layer in self.layers.items()}
+        for name, module in made.items():
+            replace(self.model, name, module)
         self._forget()
         return self.model
 
     def remove(self) -> nn.Module:
-        """Take all adapters out and return the model as it was."""
+        """Take all adapters out and return the model as it was, modules that trained whole included."""
         for name, layer in self.layers.items():
             replace(self.model, name, layer.base)
+        for name, state in self.state.heads_before.items():
+            self.model.get_submodule(name).load_state_dict(state)
         self._forget()
         return self.model
 

@@ -51,9 +51,10 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str | None = None) 
     built = {layer: Adapter(changes) for layer, changes in saved.layers.items()}
     for adapter in built.values():
         adapter.rule(recipe.rule)
+    attach(model, chosen, saved.described, built)  # remembers what the heads held
     for head, state in saved.trained.items():
         model.get_submodule(head).load_state_dict(dict(state))
-    return attach(model, chosen, saved.described, built)
+    return model
 
 
 @dataclass(frozen=True, slots=True)
