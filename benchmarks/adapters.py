@@ -28,6 +28,14 @@ from harness import load, save
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SETTINGS: dict[str, dict[str, Any]] = {
     **{name: {"rank": 16} for name in eckart.ADAPTERS},
+    "sara": {},
+    "lift": {"rank": 16, "budget": 16},
+    "s2ft": {"channels": 16},
+    "snella": {},
+    "flylora": {},
+    "spectralft": {},
+    "flora": {"rank": 16},
+    "tlora": {},
     "hra": {"rank": 8},
     "oft": {"block": 32},
     "svfit": {"rank": 64},

@@ -81,7 +81,7 @@ class Plus(Change):
             x = self.dropout(x)
         factors = self.factors()
         if factors is None:
-            return y + (self.scale * applied(self.delta, x)).to(y.dtype)
+            return y.add_(applied(self.delta, x), alpha=self.scale)
         up, down = factors  # what is thin is cast, never x
         return add_product(y, F.linear(x, down.to(x.dtype)), up.to(x.dtype), self.scale)
 
