@@ -60,6 +60,33 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             raise OSError(None, str(error)) from error
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        EckartError: if there is none.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EckartError(f"{path} cannot be read as JSON ({error}); copy the folder again") from error
+    if not isinstance(value, dict):
+        raise EckartError(f"{path} should hold a JSON object, got a {type(value).__name__}")
+    return value
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of a run's unfinished work, or find it as an earlier run left it.
+
+    Raises:
+        EckartError: if it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EckartError(f"cannot write beside {folder.parent}: {error.strerror}; choose another --out") from error
+
+
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file, atomically."""
     with replacing(target) as temporary:

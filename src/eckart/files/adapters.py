@@ -13,7 +13,6 @@ dict>".
 The sketch tells whether an adapter meets the base it was made for, whatever dtype that is held in.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from eckart.atomic import appearing, check_output, write_json, write_tensors
+from eckart.atomic import appearing, check_output, read_json, write_json, write_tensors
 from eckart.errors import EckartError
 from eckart.maps import FAMILIES, Diagonal, LinearMap, blank, from_spec
 
@@ -204,21 +203,6 @@ def _change(prefix: str, entry: Mapping[str, Any], shape: tuple[int, int], tenso
 def _taken(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Take the tensors whose names begin like this out of those of a file; return them by the rest of their names."""
     return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        EckartError: if there is none.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EckartError(f"{path} cannot be read ({error}); copy the folder again") from error
-    if not isinstance(value, dict):
-        raise EckartError(f"{path} holds a {type(value).__name__}, not an object; copy the folder again")
-    return value
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

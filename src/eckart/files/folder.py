@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from eckart.atomic import copy_file
+from eckart.atomic import copy_file, read_json
 from eckart.errors import EckartError
 from eckart.linalg import all_finite
 from eckart.progress import Progress
@@ -113,7 +112,7 @@ def tensor_file(folder: Path) -> TensorFile:
         EckartError: if there are none, a shard is missing, or a file is damaged.
     """
     if (folder / INDEX).is_file():
-        files = _read_json(folder / INDEX).get("weight_map")
+        files = read_json(folder / INDEX).get("weight_map")
         if not isinstance(files, dict):
             raise EckartError(f"{folder / INDEX} has no weight_map; download or copy it again")
         missing = sorted({f for f in files.values() if not (folder / f).is_file()})
@@ -135,16 +134,6 @@ def tensor_file(folder: Path) -> TensorFile:
     for name in {file: name for name, file in files.items()}.values():
         opened.shape(name)
     return opened
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EckartError(f"{path} cannot be read as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise EckartError(f"{path} should hold a JSON object, got a {type(value).__name__}")
-    return value
 
 
 @dataclass(slots=True)
@@ -221,7 +210,7 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
         )
     if not (folder / "config.json").is_file():
         raise EckartError(f"{folder} has no config.json; give the path of a Hugging Face model folder")
-    return _read_json(folder / "config.json")
+    return read_json(folder / "config.json")
 
 
 def open_model(folder: Path) -> OpenModel:

@@ -25,9 +25,9 @@ from typing import Any
 
 from torch import Tensor
 
-from eckart.atomic import appearing, check_output, write_json, write_tensors
+from eckart.atomic import appearing, check_output, read_json, write_json, write_tensors
 from eckart.errors import EckartError
-from eckart.files.adapters import DAMAGED, read_json, read_tensors
+from eckart.files.adapters import DAMAGED, read_tensors
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."

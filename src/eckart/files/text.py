@@ -7,7 +7,7 @@ file holds one document per line under "text". Every document is encoded alone, 
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,19 +41,28 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
+def read_text(path: Path) -> str:
+    """Return what a text file holds, plain or gzip.
+
+    Raises:
+        EckartError: if the file is missing or not readable as UTF-8 text.
+    """
+    if not path.is_file():
+        raise EckartError(f"there is no text file {path}")
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return raw.decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise EckartError(f"{path} is not UTF-8 text, plain or gzip ({error})") from error
+
+
 def read_documents(path: Path) -> list[str]:
     """Return the documents of a text file, stripped, empty ones left out.
 
     Raises:
         EckartError: if the file is missing, not readable as UTF-8 text, or empty.
     """
-    if not path.is_file():
-        raise EckartError(f"there is no text file {path}")
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        text = raw.decode("utf-8")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise EckartError(f"{path} is not UTF-8 text, plain or gzip ({error})") from error
+    text = read_text(path)
     if path.name.removesuffix(".gz").endswith(".jsonl"):
         pieces = list(_jsonl(path, text))
     else:
@@ -74,6 +83,34 @@ def _jsonl(path: Path, text: str) -> Iterator[str]:
             if not isinstance(document, str):
                 raise EckartError(f'{path} line {number} is not a JSON object with a "text" field')
             yield document
+
+
+def read_records(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
+    """Return the rows of a .jsonl file or of a table with tabs and a header, fields as text.
+
+    Raises:
+        EckartError: if the file is missing, not readable, empty, or a row lacks a field.
+    """
+    lines = [line for line in read_text(path).split("\n") if line.strip()]
+    rows: list[Mapping[str, Any]] = []
+    if path.name.removesuffix(".gz").endswith(".jsonl"):
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise EckartError(f"{path} line {number} is not JSON ({error})") from error
+            rows.append(row if isinstance(row, dict) else {})
+    elif lines:
+        header = lines[0].split("\t")
+        rows = [dict(zip(header, line.split("\t"), strict=False)) for line in lines[1:]]
+    if not rows:
+        raise EckartError(f"{path} holds no rows")
+    for number, row in enumerate(rows, 1):
+        lacking = next((field for field in fields if field not in row), None)
+        if lacking is not None:
+            there = ", ".join(map(str, row)) or "none"
+            raise EckartError(f"row {number} of {path} has no field {lacking!r}; it has {there}")
+    return [{field: str(row[field]) for field in fields} for row in rows]
 
 
 @dataclass(frozen=True, slots=True)

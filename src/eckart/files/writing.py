@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from eckart.atomic import copy_file, write_json, write_tensors, write_text
+from eckart.atomic import copy_file, make_folder, write_json, write_tensors, write_text
 from eckart.errors import EckartError
 from eckart.files.elastic import FOLDER as ELASTIC
 from eckart.files.entries import EMBEDDING, FORMAT, LINEAR, QUANT_METHOD, TIED_HEAD, sentinel_name
@@ -120,12 +120,7 @@ class Partial:
         Raises:
             EckartError: if it cannot be made.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise EckartError(
-                f"cannot write beside {self.folder.parent}: {error.strerror}; choose another --out"
-            ) from error
+        make_folder(self.folder)
         write_json(self.folder / "job.json", job)
 
     def path(self, part: str) -> Path:

@@ -188,9 +188,11 @@ class Adapter(nn.Module):
                 run.append(pair)
                 continue
             current, run = _composed(change, _with_products(current, run)), []
-        current = _with_products(current, run)
         if weight == 1.0:
-            return current.call(x)
+            return _with_products(current, run).call(x)
+        if current is inner:  # nothing but products: no second pass through W
+            return _with_products(inner, [(weight * up, down) for up, down in run]).call(x)
+        current = _with_products(current, run)
         return torch.lerp(inner.call(x), current.call(x), weight)
 
 

@@ -1,6 +1,5 @@
 """How an adapter was made: what is remembered of it, and saved with it."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +26,3 @@ class Described:
     def recipe(self) -> Recipe:
         """Return the method's recipe."""
         return adapter_recipe(self.method, self.settings)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values."""
-        return dataclasses.asdict(self)

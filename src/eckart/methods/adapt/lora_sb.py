@@ -39,4 +39,4 @@ def lora_sb(*, rank: int = 16, step: float = 1e-4) -> Recipe:
         core = Dense(torch.diag(found.values))
         return Adapter([train_only(Plus(Product((Dense(found.left), core, Dense(found.right)))), "delta.1.")])
 
-    return Recipe(build, rate=1e-3, uses_gradients=True, exact_start=False)
+    return Recipe(build, rate=1e-3, uses_gradients=True)

@@ -26,7 +26,6 @@ class Recipe:
         shares: share of the learning rate by a part of a parameter's name.
         rule: what is done to the gradients of trained pairs of factors, or None.
         penalty: what training adds to the loss for each adapter, or None.
-        exact_start: whether the adapted layer starts as the base to rounding.
     """
 
     build: Callable[[Layer], Adapter]
@@ -37,7 +36,6 @@ class Recipe:
     shares: Mapping[str, float] = field(default_factory=dict)
     rule: GradientRule | None = None
     penalty: Callable[[Adapter], Tensor] | None = None
-    exact_start: bool = True
 
 
 def check_rank(rank: int) -> None:

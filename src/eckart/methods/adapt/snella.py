@@ -44,7 +44,7 @@ def snella(*, rank: int = 8, density: float = 0.1) -> Recipe:
         ins, outs = drawn[: rank * n].view(2, n, half), drawn[rank * n :].view(2, m, half)
         return Adapter([_Kernel(ins / (n * half) ** 0.5, outs / (m * half) ** 0.5, density)])
 
-    return Recipe(build, rate=1e-3, exact_start=False)
+    return Recipe(build, rate=1e-3)
 
 
 class _Kernel(Entrywise):

@@ -1,12 +1,8 @@
 """What a fine-tune learns and how it is measured: the next tokens of texts, or the labels of sentences."""
 
-import gzip
-import json
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +16,7 @@ from transformers import (
 
 from eckart.errors import EckartError
 from eckart.files.folder import check_model_folder, quiet
-from eckart.files.text import encode_document, read_documents
+from eckart.files.text import encode_document, read_documents, read_records
 
 # Share of the data that is held out to measure on where no file is given for it, and the most examples of it.
 HELD_OUT, MOST_HELD_OUT = 0.1, 512
@@ -72,9 +68,9 @@ def read_examples(
     """
     if label_field is None:
         fields = path.name.removesuffix(".gz").endswith(".tsv") or text_field != "text"
-        documents = [row[text_field] for row in records(path, (text_field,))] if fields else read_documents(path)
+        documents = [row[text_field] for row in read_records(path, (text_field,))] if fields else read_documents(path)
         return _windows(tokenizer, documents, length, path)
-    rows = records(path, (text_field, label_field))
+    rows = read_records(path, (text_field, label_field))
     known = tuple(labels) or tuple(sorted({row[label_field] for row in rows}))
     if len(known) < 2:
         raise EckartError(f"{path} has {len(known)} kind of {label_field!r}; a classification needs two at least")
@@ -88,40 +84,6 @@ def read_examples(
         packed[i, 0], packed[i, 1] = known.index(row[label_field]), len(ids)
         packed[i, 2 : 2 + len(ids)] = torch.tensor(ids)
     return Examples(packed, known)
-
-
-def records(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
-    """Return the rows of a .jsonl file or of a table with tabs and a header, fields as text.
-
-    Raises:
-        EckartError: if the file is missing, not readable, empty, or a row lacks a field.
-    """
-    if not path.is_file():
-        raise EckartError(f"there is no file {path}")
-    try:
-        text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode("utf-8")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise EckartError(f"{path} is not UTF-8 text, plain or gzip ({error})") from error
-    lines = [line for line in text.split("\n") if line.strip()]
-    rows: list[Mapping[str, Any]] = []
-    if path.name.removesuffix(".gz").endswith(".jsonl"):
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise EckartError(f"{path} line {number} is not JSON ({error})") from error
-            rows.append(row if isinstance(row, dict) else {})
-    elif lines:
-        header = lines[0].split("\t")
-        rows = [dict(zip(header, line.split("\t"), strict=False)) for line in lines[1:]]
-    if not rows:
-        raise EckartError(f"{path} holds no rows")
-    for number, row in enumerate(rows, 1):
-        lacking = next((field for field in fields if field not in row), None)
-        if lacking is not None:
-            there = ", ".join(map(str, row)) or "none"
-            raise EckartError(f"row {number} of {path} has no field {lacking!r}; it has {there}")
-    return [{field: str(row[field]) for field in fields} for row in rows]
 
 
 def _windows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int, path: Path) -> Examples:

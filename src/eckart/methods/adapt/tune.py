@@ -13,8 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from eckart.atomic import appearing, check_output, write_json
-from eckart.errors import EckartError
+from eckart.atomic import appearing, check_output, make_folder, write_json
 from eckart.files.text import load_tokenizer
 from eckart.methods.adapt.adapt import adapt, adapters
 from eckart.methods.adapt.adapters import Adapters
@@ -175,7 +174,7 @@ class _Run:
 
     def train(self, course: Course, *, sweep: bool) -> Course:
         """Train what the adapter's method trains, or go on from where an earlier run stopped; return how it went."""
-        self._make_folder()
+        make_folder(self.partial)
         course = self._swept(course) if sweep else course
         state = self.partial / "state.safetensors"
         train(
@@ -210,14 +209,6 @@ class _Run:
         shares = {id(p): group["lr"] for group in groups for p in group["params"]}
         named = {name: shares[id(p)] for name, p in self.handle.model.named_parameters() if id(p) in shares}
         return lambda name: named.get(name, 1.0)
-
-    def _make_folder(self) -> None:
-        try:
-            self.partial.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise EckartError(
-                f"cannot write beside {self.partial.parent}: {error.strerror}; choose another out"
-            ) from error
 
 
 def _release(model: nn.Module) -> None:
