@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from eckart.methods.adapt.table import ADAPTERS, adapter_settings, adapter_source, adapter_summary
 from eckart.methods.compress.table import METHODS, settings_of, source_of, summary_of
 from eckart.methods.pages import Setting
+from finetunes import claims, finetunes
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
@@ -172,6 +173,9 @@ def pages() -> dict[Path, str]:
         "equal_bytes": results("equal_bytes"),
         "delta": results("delta"),
         "adapter_costs": results("adapters"),
+        "finetunes": results("finetunes"),
+        "finetuned": finetunes(results("finetunes")["rows"]),
+        "claims": claims(results("finetunes")["rows"]),
     }
     return {
         ROOT / f"docs/{name}.md": environment.get_template(f"{name}.md.jinja").render(values)
