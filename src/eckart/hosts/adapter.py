@@ -157,6 +157,17 @@ class Adapter(nn.Module):
         """Return the parameters that the method trains, whether they do now or not."""
         return [p for name, p in self.named_parameters() if name not in self._fixed]
 
+    def fixed(self) -> list[str]:
+        """Return the names of the parameters that never train."""
+        return sorted(self._fixed)
+
+    def fix(self, change: Change) -> None:
+        """Let a change never train: one of the chain, or a new one, which is put at its end."""
+        if all(change is not other for other in self.changes):
+            self.changes.append(change)
+        for parameter in change.requires_grad_(False).parameters():
+            self._fixed |= {name for name, other in self.named_parameters() if other is parameter}
+
     def rule(self, rule: GradientRule | None) -> None:
         """Let the gradients of every trained pair of factors follow a rule, or none."""
         for change in self.chain():

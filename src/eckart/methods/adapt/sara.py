@@ -4,10 +4,15 @@
 
 With a penalty, what trains is M * W + P itself (but for zeros of W), and its start is subtracted by a frozen change.
 The gradient is sampled at the support and no dense one is kept (maps/support.py). Weights below t are counted layer
-by layer; the published optimizer passes trained values through abs(), which is left out, and selects anew once during
-training, where the support here stays.
+by layer; the published optimizer passes trained values through abs(), which is left out.
 
-Structure: sparse values added. Start: W. Trained: P on the support; as many numbers as |W| < t.
+After half of the training only what is still small trains on: places with |W'| < t, the optimizer's memory of them
+starting anew as it does there. What grew keeps what it learned, in a second sparse change, which is frozen. A layer
+where nothing is small any more trains on as it is.
+
+Moves between optimizer steps: trained without `adapters(model).follow(optimizer, steps)` all of the support trains on.
+
+Structure: sparse values added. Start: W. Trained: P on the support; as many numbers as |W| < t, fewer after half.
 
 Source: Hu et al. 2024, "SaRA: High-Efficient Diffusion Model Fine-tuning with Progressive Sparse Low-Rank Adaptation",
 and its published optimizer for the penalty, off unless asked for, and the learning rate 1e-3 exp(-350 t). It penalizes
@@ -22,23 +27,26 @@ from torch import Tensor
 
 from eckart.errors import EckartError
 from eckart.hosts import Adapter, map_of
-from eckart.hosts.adapter import Plus
 from eckart.maps import sparse
+from eckart.methods.adapt.between import Behind, Between
 from eckart.methods.adapt.layer import Layer
 from eckart.methods.adapt.recipe import Recipe, moved_start
-from eckart.methods.adapt.support import added_on
+from eckart.methods.adapt.support import added_on, make_room, move_support, supported, trained_values
 
 
-def sara(*, threshold: float = 2e-3, nuclear: float = 0.0) -> Recipe:
+def sara(*, threshold: float = 2e-3, nuclear: float = 0.0, progressive: float = 0.5) -> Recipe:
     """Train the smallest weights.
 
     Args:
         threshold: t; weights of smaller magnitude train.
         nuclear: lambda, weight of the nuclear norm of what trains; above 0 it costs an SVD of every matrix in every
             step.
+        progressive: share of the steps after which only what is still small trains on; 0 for never.
     """
     if threshold <= 0 or nuclear < 0:
         raise EckartError(f"threshold must be positive and nuclear not negative, got {threshold} and {nuclear}")
+    if not 0 <= progressive < 1:
+        raise EckartError(f"progressive must be at least 0 and below 1, got {progressive}")
 
     def build(layer: Layer) -> Adapter:
         weight = layer.weight()
@@ -49,7 +57,16 @@ def sara(*, threshold: float = 2e-3, nuclear: float = 0.0) -> Recipe:
         return moved_start(sparse(weight * chosen)) if nuclear else Adapter([added_on(chosen)])
 
     def penalty(adapter: Adapter) -> Tensor:
-        trained = map_of(cast(Plus, adapter.chain()[-1]).delta).dense()
+        trained = map_of(trained_values(adapter).delta).dense()
         return nuclear * cast(Tensor, torch.linalg.matrix_norm(trained, "nuc"))
 
-    return Recipe(build, rate=1e-3 * math.exp(-350 * threshold), penalty=penalty if nuclear else None)
+    def behind(layer: Layer, adapter: Adapter, at: Behind) -> None:
+        if at.index + 1 == round(progressive * at.steps):
+            weight = adapter.of(map_of(layer.module)).dense().float()
+            chosen = supported(adapter) & (weight.abs() < threshold)
+            if bool(chosen.any()):
+                move_support(adapter, chosen, at.optimizer, keep=False)
+
+    moves = Between(lambda layer, adapter, steps: make_room(adapter), behind) if progressive else None
+    rate = 1e-3 * math.exp(-350 * threshold)
+    return Recipe(build, rate, penalty=penalty if nuclear else None, between=moves)
