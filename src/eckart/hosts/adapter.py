@@ -244,6 +244,7 @@ def add_product(y: Tensor, hidden: Tensor, up: Tensor, scale: float) -> Tensor:
 
     Autograd keeps h and U only, and no second tensor of the size of y is made.
     """
+    up = up.to(hidden.dtype)  # autocast narrows h and leaves U
     if y.dtype != hidden.dtype or not y.is_contiguous():
         return y + (scale * F.linear(hidden, up)).to(y.dtype)
     flat = y.view(-1, y.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), up.mT, alpha=scale)

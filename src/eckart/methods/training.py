@@ -121,8 +121,7 @@ def train(
         seed: seed of order and draws.
         stage: what the run is called in progress and errors.
         after: called behind every update.
-        follow: called with the optimizer before the first step; what it has done behind every update may change the
-            shapes of parameters and buffers.
+        follow: called with the optimizer before the first; what it has done behind each may change shapes.
         share: of the learning rate that a parameter of that name has.
         progress: told of the stage.
 
@@ -151,12 +150,10 @@ def train(
         accelerator.backward(total)
         accelerator.clip_grad_norm_(parameters.values(), CLIP)
         optimizer.step()
-        index += 1
-        finished = after is not None and after(step)
+        index, finished = index + 1, after is not None and after(step)
     if not all(all_finite(p.detach()) for p in parameters.values()):
         raise _diverged(stage, index, math.nan, first or 0.0, state)
-    if not run.complete:
-        run.save(index, True, first or 0.0)
+    run.finish(index, first or 0.0)
     optimizer.zero_grad(set_to_none=True)
     progress(stage, course.steps, course.steps)
 
@@ -230,6 +227,11 @@ class _Run:
             tensors |= {f"optimizer|{i}|{key}": value for key, value in values.items()}
         write_tensors(self.path, tensors, {"steps": str(steps), "finished": str(int(finished)), "first": first.hex()})
         self.complete = finished
+
+    def finish(self, steps: int, first: float) -> None:
+        """Save the run's last state, unless it was restored."""
+        if not self.complete:
+            self.save(steps, True, first)
 
     def restore(self) -> tuple[int, bool, float | None]:
         """Return steps done, whether the run is finished, and the first loss, None for a new run."""

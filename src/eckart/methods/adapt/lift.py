@@ -5,8 +5,8 @@
 The gradient of P is sampled at those places and no dense one is kept (maps/support.py). Every `refresh` steps the
 places are selected anew from W' as it is then. What was learned at places that leave stays, as it does in the paper,
 whose weight is changed itself: here in a second sparse change, which is frozen. At places that stay the optimizer keeps
-its moments, at new ones they are zero. A support of gradients is not refreshed, since gradients elsewhere are not known;
-"Refining Salience-Aware Sparse Fine-Tuning Strategies for Language Models" finds one that stays as good there.
+its moments, at new ones they are zero. A support of gradients stays, since gradients elsewhere are not known; "Refining
+Salience-Aware Sparse Fine-Tuning Strategies for Language Models" finds that as good for those.
 
 Moves between optimizer steps: trained without `adapters(model).follow(optimizer, steps)` its first support stays.
 

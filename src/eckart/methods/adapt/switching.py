@@ -1,6 +1,6 @@
 """Exchanging columns and rows of trained low-rank factors for others, one at a time, without changing their sum.
 
-What leaves the product B A is kept in a frozen change F: low rank with a column per term, or dense where that is smaller.
+What leaves the product B A is kept in a frozen change F: low rank with a column per term, or dense where that is less.
 """
 
 import math
@@ -9,10 +9,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from eckart.hosts import host, map_of
 from eckart.hosts.adapter import Plus
 from eckart.maps import Dense, LowRank
+from eckart.methods.adapt.moments import count_apart, forget
 
 
 class Turns(nn.Module):
@@ -24,6 +26,7 @@ class Turns(nn.Module):
         spare_up: columns that wait, (count, m).
         spare_down: rows that wait, (count, n).
         first: the column of F that the first switch is written to.
+        wait: steps that the counterpart of what was exchanged rests.
     """
 
     rested_up: Tensor
@@ -31,9 +34,9 @@ class Turns(nn.Module):
     spare_up: Tensor
     spare_down: Tensor
 
-    def __init__(self, rank: int, spare: tuple[Tensor, Tensor], first: int) -> None:
+    def __init__(self, rank: int, spare: tuple[Tensor, Tensor], first: int, wait: int) -> None:
         super().__init__()
-        self.first = first
+        self.first, self.wait = first, wait
         never = torch.full((rank,), math.inf, device=spare[0].device)
         for name, tensor in (
             ("rested_up", never),
@@ -50,6 +53,24 @@ class Turns(nn.Module):
             torch.where(self.rested_down[:, None] < 0, down.detach(), down),
         )
 
+    def rest(self, up: nn.Parameter, down: nn.Parameter, optimizer: Optimizer) -> None:
+        """Count one more step, for the optimizer as well."""
+        self.rested_up.add_(1)
+        self.rested_down.add_(1)
+        count_apart(optimizer, up, self.rested_up)
+        count_apart(optimizer, down, self.rested_down[:, None])
+
+    def take(self, turn: int, fold: Plus, up: nn.Parameter, down: nn.Parameter, optimizer: Optimizer) -> None:
+        """Exchange the column of B and the row of A whose turn it is, in place."""
+        rank, slot = len(self.rested_up), turn % len(self.spare_up)
+        i, j, column = turn % rank, (turn + rank // 2) % rank, self.first + 2 * turn
+        _add(fold, column, _swap(up[:, i], self.spare_up[slot]), down[i])
+        forget(optimizer, down, (i,))
+        self.rested_down[i] = -self.wait
+        _add(fold, column + 1, up[:, j], _swap(down[j], self.spare_down[slot]))
+        forget(optimizer, up, (slice(None), j))
+        self.rested_up[j] = -self.wait
+
 
 def extend(fold: Plus, columns: int) -> int:
     """Make room for more terms of F, and return how many columns it has already."""
@@ -65,7 +86,7 @@ def extend(fold: Plus, columns: int) -> int:
     return low.rank
 
 
-def add_term(fold: Plus, column: int, up: Tensor, down: Tensor) -> None:
+def _add(fold: Plus, column: int, up: Tensor, down: Tensor) -> None:
     """Add the term up down^T to F."""
     held = map_of(fold.delta)
     if isinstance(held, LowRank):
@@ -74,7 +95,7 @@ def add_term(fold: Plus, column: int, up: Tensor, down: Tensor) -> None:
         cast(Dense, held).weight.addr_(up, down)
 
 
-def swap(used: Tensor, spare: Tensor) -> Tensor:
+def _swap(used: Tensor, spare: Tensor) -> Tensor:
     """Exchange two vectors in place, and return what that adds to the used one."""
     old = used.clone()
     used.copy_(spare)

@@ -37,9 +37,8 @@ from eckart.hosts.adapter import Plus
 from eckart.maps import LowRank
 from eckart.methods.adapt.between import Behind, Between
 from eckart.methods.adapt.layer import Layer
-from eckart.methods.adapt.moments import count_apart, forget
 from eckart.methods.adapt.recipe import Recipe, check_rank, moved_start
-from eckart.methods.adapt.switching import Turns, add_term, extend, swap
+from eckart.methods.adapt.switching import Turns, extend
 
 # What is left of the frequency of switches after ratio * steps.
 LEFT = 0.3
@@ -83,29 +82,15 @@ def switchlora(
         first = extend(fold, 2 * count)
         adapter.fix(fold)
         drawn = _drawn(Layer(f"{layer.name} spare", layer.module, layer.seed), r, spare)
-        cast(Plus, adapter.chain()[1]).rule = Turns(r, drawn, first)
+        cast(Plus, adapter.chain()[1]).rule = Turns(r, drawn, first, wait)
 
     def behind(layer: Layer, adapter: Adapter, at: Behind) -> None:
-        up, down = _factors(adapter)
-        own = cast(Turns, cast(Plus, adapter.chain()[1]).rule)
-        own.rested_up.add_(1)
-        own.rested_down.add_(1)
-        count_apart(at.optimizer, up, own.rested_up)
-        count_apart(at.optimizer, down, own.rested_down[:, None])
-        if not len(own.spare_up):
-            return
-        r = up.shape[1]
-        for turn in range(turns(layer, r, at.index - 1, at.steps), turns(layer, r, at.index, at.steps)):
-            slot, i, j = turn % len(own.spare_up), turn % r, (turn + r // 2) % r
-            fold = cast(Plus, adapter.chain()[0])
-            change = swap(up[:, i], own.spare_up[slot])
-            add_term(fold, own.first + 2 * turn, change, down[i])
-            forget(at.optimizer, down, (i,))
-            own.rested_down[i] = -wait
-            change = swap(down[j], own.spare_down[slot])
-            add_term(fold, own.first + 2 * turn + 1, up[:, j], change)
-            forget(at.optimizer, up, (slice(None), j))
-            own.rested_up[j] = -wait
+        fold, (up, down) = cast(Plus, adapter.chain()[0]), _factors(adapter)
+        own, r = cast(Turns, cast(Plus, adapter.chain()[1]).rule), up.shape[1]
+        own.rest(up, down, at.optimizer)
+        if len(own.spare_up):
+            for turn in range(turns(layer, r, at.index - 1, at.steps), turns(layer, r, at.index, at.steps)):
+                own.take(turn, fold, up, down, at.optimizer)
 
     return Recipe(build, rate=2e-3, between=Between(prepare, behind))
 
