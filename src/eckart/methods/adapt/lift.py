@@ -52,7 +52,7 @@ def lift(*, rank: int = 128, budget: int = 128, select: Selector = "principal", 
             weight = adapter.of(map_of(layer.module)).dense().float()
             now = Layer(layer.name, leaf(weight).requires_grad_(False), layer.seed + done)
             chosen = largest(now, scores(now, select, rank), budget * sum(layer.shape))
-            move_support(adapter, chosen, at.optimizer, keep=True)
+            move_support(adapter, chosen, at.optimizer)
 
     moves = Between(prepare, behind) if refresh and select != "gradient" else None
     return Recipe(selected, rate=2e-4, uses_gradients=select == "gradient", between=moves)

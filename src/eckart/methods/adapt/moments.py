@@ -5,35 +5,23 @@ What has the parameter's shape (Adam's moments, a momentum) belongs to its entri
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 
-def forget(optimizer: Optimizer, parameter: nn.Parameter, part: tuple[slice | int, ...]) -> None:
+def forget(optimizer: Optimizer, parameter: nn.Parameter, part: tuple[slice | int | Tensor, ...]) -> None:
     """Set to zero what an optimizer remembers of a part of a parameter."""
     for tensor in optimizer.state.get(parameter, {}).values():
         if isinstance(tensor, Tensor) and tensor.shape == parameter.shape:
             tensor[part] = 0
 
 
-def replace_entries(
-    optimizer: Optimizer, parameter: nn.Parameter, values: Tensor, carry: Callable[[Tensor], Tensor] | None
-) -> None:
-    """Give a parameter other entries, and what an optimizer remembers of it along.
-
-    Args:
-        optimizer: holds the parameter.
-        parameter: of any shape; its gradient is dropped.
-        values: what it becomes.
-        carry: what was remembered of the old entries -> what is remembered of the new ones; None to start anew.
-    """
-    state = optimizer.state.get(parameter, {})
-    if carry is None:
-        state.clear()
-    for key, tensor in state.items():
-        if carry is not None and isinstance(tensor, Tensor) and tensor.shape == parameter.shape:
-            state[key] = carry(tensor)
-    parameter.data, parameter.grad = values, None
+def carry_over(optimizer: Optimizer, parameter: nn.Parameter, carry: Callable[[Tensor], Tensor]) -> None:
+    """Give a parameter other entries in place, and what an optimizer remembers of them along, old -> new alike."""
+    for tensor in (parameter, *optimizer.state.get(parameter, {}).values()):
+        if isinstance(tensor, Tensor) and tensor.shape == parameter.shape:
+            tensor.copy_(carry(tensor))
 
 
 def count_apart(optimizer: Optimizer, parameter: nn.Parameter, counts: Tensor) -> None:
@@ -53,13 +41,14 @@ def count_apart(optimizer: Optimizer, parameter: nn.Parameter, counts: Tensor) -
         return
     group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
     first, second = state["exp_avg"], state.get("max_exp_avg_sq", state["exp_avg_sq"])
-    steps = state["step"].to(first.device)
+    steps = state["step"].to(first.device, torch.float64)
     (beta, beta2), eps = group["betas"], group["eps"]
 
     def step(count: Tensor) -> Tensor:
         """Return the step over its rate, as Adam makes it after so many."""
-        moved: Tensor = first / (1 - beta**count) / ((second / (1 - beta2**count)).sqrt() + eps)
+        mean, square = ((1 - b**count).to(first.dtype) for b in (beta, beta2))
+        moved: Tensor = (first / mean) / ((second / square).sqrt() + eps)
         return moved
 
     late = (counts >= 1) & counts.isfinite()
-    parameter.add_(group["lr"] * (step(steps) - step(counts.where(late, steps))))
+    parameter.add_(group["lr"] * (step(steps) - step(counts.double().where(late, steps))))

@@ -7,12 +7,12 @@ The gradient is sampled at the support and no dense one is kept (maps/support.py
 by layer; the published optimizer passes trained values through abs(), which is left out.
 
 After half of the training only what is still small trains on: places with |W'| < t, the optimizer's memory of them
-starting anew as it does there. What grew keeps what it learned, in a second sparse change, which is frozen. A layer
-where nothing is small any more trains on as it is.
+starting anew as it does there. What grew keeps what it learned, in a second sparse change, which is frozen; its places
+among the trained values are held at zero, so that no shape changes.
 
 Moves between optimizer steps: trained without `adapters(model).follow(optimizer, steps)` all of the support trains on.
 
-Structure: sparse values added. Start: W. Trained: P on the support; as many numbers as |W| < t, fewer after half.
+Structure: sparse values added. Start: W. Trained: P on the support; as many numbers as |W| < t.
 
 Source: Hu et al. 2024, "SaRA: High-Efficient Diffusion Model Fine-tuning with Progressive Sparse Low-Rank Adaptation",
 and its published optimizer for the penalty, off unless asked for, and the learning rate 1e-3 exp(-350 t). It penalizes
@@ -27,11 +27,15 @@ from torch import Tensor
 
 from eckart.errors import EckartError
 from eckart.hosts import Adapter, map_of
-from eckart.maps import sparse
+from eckart.maps import Sparse, sparse
 from eckart.methods.adapt.between import Behind, Between
 from eckart.methods.adapt.layer import Layer
+from eckart.methods.adapt.moments import forget
 from eckart.methods.adapt.recipe import Recipe, moved_start
-from eckart.methods.adapt.support import added_on, make_room, move_support, supported, trained_values
+from eckart.methods.adapt.support import added_on, make_room, places_of, retire, trained_values
+
+# The buffer of which values are small no more.
+GREW = "grew"
 
 
 def sara(*, threshold: float = 2e-3, nuclear: float = 0.0, progressive: float = 0.5) -> Recipe:
@@ -60,13 +64,23 @@ def sara(*, threshold: float = 2e-3, nuclear: float = 0.0, progressive: float = 
         trained = map_of(trained_values(adapter).delta).dense()
         return nuclear * cast(Tensor, torch.linalg.matrix_norm(trained, "nuc"))
 
-    def behind(layer: Layer, adapter: Adapter, at: Behind) -> None:
-        if at.index + 1 == round(progressive * at.steps):
-            weight = adapter.of(map_of(layer.module)).dense().float()
-            chosen = supported(adapter) & (weight.abs() < threshold)
-            if bool(chosen.any()):
-                move_support(adapter, chosen, at.optimizer, keep=False)
+    def prepare(layer: Layer, adapter: Adapter, steps: int) -> None:
+        make_room(adapter)
+        delta = trained_values(adapter).delta
+        delta.register_buffer(GREW, torch.zeros_like(delta.get_parameter("values"), dtype=torch.bool))
 
-    moves = Between(lambda layer, adapter, steps: make_room(adapter), behind) if progressive else None
+    def behind(layer: Layer, adapter: Adapter, at: Behind) -> None:
+        done, half, delta = at.index + 1, round(progressive * at.steps), trained_values(adapter).delta
+        values, grew = delta.get_parameter("values"), delta.get_buffer(GREW)
+        if done == half:
+            weight = adapter.of(map_of(layer.module)).dense()
+            grew.copy_(weight.flatten()[places_of(cast(Sparse, map_of(delta)))].abs() >= threshold)
+            retire(adapter, grew)
+            at.optimizer.state.pop(values, None)
+        elif done > half:
+            values[grew] = 0
+            forget(at.optimizer, values, (grew,))
+
+    moves = Between(prepare, behind) if progressive else None
     rate = 1e-3 * math.exp(-350 * threshold)
     return Recipe(build, rate, penalty=penalty if nuclear else None, between=moves)

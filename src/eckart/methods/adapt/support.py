@@ -16,7 +16,7 @@ from eckart.hosts.adapter import Plus
 from eckart.hosts.entrywise import MaskedFactors
 from eckart.maps import Sparse, packed, sparse_of
 from eckart.methods.adapt.layer import Layer
-from eckart.methods.adapt.moments import replace_entries
+from eckart.methods.adapt.moments import carry_over
 
 Selector = Literal["principal", "magnitude", "small", "gradient", "random"]
 
@@ -97,72 +97,73 @@ def chosen_channels(layer: Layer, count: int, side: Literal["outputs", "inputs"]
 
 
 def make_room(adapter: Adapter) -> None:
-    """Give an adapter whose support will move a frozen change F for the values that leave it, unless it has one.
+    """Give an adapter a frozen change F for learned values that are to stay as they are, unless it has one.
 
     Args:
         adapter: holds one trained change of a `Sparse` map.
     """
-    last, trained = adapter.chain()[-1], trained_values(adapter)
-    if last is trained:
+    trained = trained_values(adapter)
+    if adapter.chain()[-1] is trained:
         held = cast(Sparse, map_of(trained.delta))
         none = torch.zeros(0, dtype=torch.int64, device=held.values.device)
         adapter.fix(Plus(sparse_of(none, none, held.values.new_zeros(0), held.shape)))
 
 
-def supported(adapter: Adapter) -> Tensor:
-    """Return where an adapter's values train, (m, n) bool."""
-    held = cast(Sparse, map_of(trained_values(adapter).delta))
-    chosen = torch.zeros(held.shape, dtype=torch.bool, device=held.values.device)
-    chosen[held.rows().long(), held.columns.long()] = True
-    return chosen
+def trained_values(adapter: Adapter) -> Plus:
+    """Return the change of an adapter that trains."""
+    own = {id(parameter) for parameter in adapter.trained()}
+    return cast(Plus, next(c for c in adapter.chain() if any(id(p) in own for p in c.parameters())))
 
 
-def move_support(adapter: Adapter, chosen: Tensor, optimizer: Optimizer, *, keep: bool) -> None:
-    """Let other entries train, without changing the sum.
+def places_of(map_: Sparse) -> Tensor:
+    """Return the places of a sparse map's values, flat indices (nonzeros,) int64."""
+    return map_.rows().long() * map_.width + map_.columns
 
-    Values at places that stay go on, with what the optimizer remembers of them if asked for; those at places that leave
-    become part of F for good, and new ones start at zero.
+
+def move_support(adapter: Adapter, chosen: Tensor, optimizer: Optimizer) -> None:
+    """Let other entries train, as many as before, without changing the sum.
+
+    Values at places that stay go on, with what the optimizer remembers of them; those at places that leave become part
+    of F for good, and new ones start at zero.
 
     Args:
         adapter: with room, as `make_room` gives it.
         chosen: where values train from now on, (m, n) bool.
         optimizer: holds the values.
-        keep: whether what it remembers of the places that stay is kept; otherwise it starts anew.
     """
-    trained, left = trained_values(adapter).delta, cast(Plus, adapter.chain()[-1]).delta
-    held, n = cast(Sparse, map_of(trained)), chosen.shape[1]
-    old, new = held.rows().long() * n + held.columns, chosen.flatten().nonzero().flatten()
-    leaving = ~chosen.flatten()[old]
-    _add_entries(left, old[leaving], held.values.detach()[leaving], n)
+    trained = trained_values(adapter).delta
+    held = cast(Sparse, map_of(trained))
+    old, new = places_of(held), chosen.flatten().nonzero().flatten()
+    _leave(adapter, ~chosen.flatten()[old])
     at = torch.searchsorted(old, new).clamp_max(len(old) - 1)
     stays = old[at] == new
-
-    def carry(tensor: Tensor) -> Tensor:
-        return torch.where(stays, tensor[at], 0.0)
-
-    values = carry(held.values.detach())
-    replace_entries(optimizer, trained.get_parameter("values"), values, carry if keep else None)
-    _place(trained, new, n)
+    carry_over(optimizer, trained.get_parameter("values"), lambda t: torch.where(stays, t[at], 0.0))
+    _place(trained, new, held.shape)
 
 
-def trained_values(adapter: Adapter) -> Plus:
-    """Return the change whose values train."""
-    own = {id(parameter) for parameter in adapter.trained()}
-    return cast(Plus, next(c for c in adapter.chain() if any(id(p) in own for p in c.parameters())))
+def retire(adapter: Adapter, leaving: Tensor) -> None:
+    """Take learned values out of training without changing the sum: they become part of F, and zero where they were.
+
+    Args:
+        adapter: with room, as `make_room` gives it.
+        leaving: which of the values, (nonzeros,) bool.
+    """
+    _leave(adapter, leaving)
+    trained_values(adapter).delta.get_parameter("values")[leaving] = 0
 
 
-def _add_entries(module: nn.Module, places: Tensor, values: Tensor, n: int) -> None:
-    """Add values at places (flat, in rows of n) to the map that a module holds."""
-    held = cast(Sparse, map_of(module))
-    every = torch.cat((held.rows().long() * n + held.columns, places))
-    union, at = every.unique(return_inverse=True)
-    summed = values.new_zeros(len(union)).index_add(0, at, torch.cat((held.values.detach(), values)))
-    module.get_parameter("values").data = summed
-    _place(module, union, n)
+def _leave(adapter: Adapter, leaving: Tensor) -> None:
+    """Add some of the trained values to F."""
+    held, module = cast(Sparse, map_of(trained_values(adapter).delta)), cast(Plus, adapter.chain()[-1]).delta
+    left = cast(Sparse, map_of(module))
+    union, at = torch.cat((places_of(left), places_of(held)[leaving])).unique(return_inverse=True)
+    values = torch.cat((left.values, held.values[leaving])).detach()
+    module.get_parameter("values").data = values.new_zeros(len(union)).index_add(0, at, values)
+    _place(module, union, left.shape)
 
 
-def _place(module: nn.Module, places: Tensor, n: int) -> None:
-    """Let the values of a sparse map stand at other places (flat, ascending, in rows of n)."""
+def _place(module: nn.Module, places: Tensor, shape: tuple[int, int]) -> None:
+    """Let the values of a sparse map stand at other places, flat and ascending."""
     values = module.get_parameter("values").detach()
-    moved = sparse_of(places // n, places % n, values, cast(Sparse, map_of(module)).shape)
+    moved = sparse_of(places // shape[1], places % shape[1], values, shape)
     module.columns, module.starts = moved.columns, moved.starts
