@@ -183,6 +183,19 @@ def test_a_method_that_does_not_move_may_be_followed():
     assert eckart.adapters(model).moving() == []
 
 
+def test_an_adapter_that_is_not_active_or_dropped_moves_no_more():
+    model = adapted("lift")
+    start, optimizer, handle = places(model), optimizer_of(model, 0.1), eckart.adapters(model)
+    run(model, optimizer, 1)
+    handle.follow(optimizer, 8)
+    handle.use()
+    for _ in range(4):
+        optimizer.step()
+    assert all(torch.equal(where, start[at]) for at, where in places(model).items())
+    handle.drop("default")
+    optimizer.step()
+
+
 def test_optimizers_that_cannot_be_followed_are_refused():
     model = adapted("switchlora")
     handle, optimizer = eckart.adapters(model), optimizer_of(model, 1e-3)

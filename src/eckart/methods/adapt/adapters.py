@@ -212,8 +212,8 @@ class Adapters:
         for name, described in self._moved().items():
             for at, layer in self.layers.items():
                 if name in layer.adapters:
-                    own = Layer(at, layer.base, described.seed)
-                    followed.append(Followed(name, layer, own, cast(Between, described.recipe().between)))
+                    own, between = Layer(at, layer.base, described.seed), cast(Between, described.recipe().between)
+                    followed.append(Followed(name, layer, layer.adapter(name), own, between))
         return follow(followed, optimizer, steps)
 
     def moving(self) -> list[str]:

@@ -58,13 +58,9 @@ class Followed:
 
     name: str
     host: AdaptedHost
+    adapter: Adapter
     layer: Layer
     between: Between
-
-    @property
-    def adapter(self) -> Adapter:
-        """The adapter."""
-        return self.host.adapter(self.name)
 
 
 def follow(followed: Sequence[Followed], optimizer: Any, steps: int) -> RemovableHandle:
