@@ -34,6 +34,19 @@ def test_a_fine_tune_is_reported(tmp_path: Path):
     assert "1,280 of" in out  # rank 2 of five layers of 64 x 64
 
 
+def test_a_probed_classification_reports_its_calibration(tmp_path: Path):
+    rows = tmp_path / "rows.tsv"
+    words = [f"the {word} ran\t{word}" for word in ("dog", "cat")]
+    rows.write_text("\n".join(["text\tkind", *words * 15]))
+    code, out, _ = run(
+        "adapt", DEMO / "stories260k", "--data", rows, "--label-field", "kind", "--out", tmp_path / "a", "--steps", 2,
+        "--batch", 2, "--length", 16, "--rank", 2, "--probe", 3,
+    )  # fmt: skip
+    assert code == 0
+    assert "3 steps of the head alone, then 2 steps" in out
+    assert "expected calibration error 0." in out
+
+
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
@@ -42,6 +55,7 @@ def test_a_fine_tune_is_reported(tmp_path: Path):
         (("--set", "alhpa=3"), "lora has no setting 'alhpa'; did you mean 'alpha'"),
         (("--target", "q_prj"), "targets name 'q_prj', which no linear layer is called"),
         (("--format", "bin"), "--format must be eckart or peft, got 'bin'"),
+        (("--probe", 3), "probe trains the head of a classification, and texts have none"),
         (("--validation", "nowhere.txt"), "there is no file nowhere.txt"),
         (("--method", "soka", "--format", "peft"), "PEFT has no type"),
     ],

@@ -39,11 +39,13 @@ class Case:
 
 
 CASES = [
+    Case("lora", {"rank": 4}, lambda w: 4 * sum(w.shape)),
     Case("sara", {"threshold": 5e-3}, lambda w: int((w.abs() < 5e-3).sum())),
     Case("sara", {"threshold": 5e-3, "nuclear": 5e-6}, lambda w: int(((w.abs() < 5e-3) & (w != 0)).sum())),
     Case("lift", {"rank": 4, "budget": 2}, lambda w: 2 * sum(w.shape)),
     Case("lift", {"select": "gradient", "budget": 2}, lambda w: 2 * sum(w.shape)),
     Case("lift", {"select": "small", "budget": 2}, lambda w: 2 * sum(w.shape)),
+    Case("switchlora", {"rank": 4}, lambda w: 4 * sum(w.shape)),
     Case("s2ft", {"channels": 3}, lambda w: 3 * min(w.shape)),
     Case("s2ft", {"channels": 3, "side": "outputs", "select": "norm"}, lambda w: 3 * w.shape[1]),
     Case("spp", {"rank": 4}, lambda w: 4 * w.shape[1] + w.shape[0]),
@@ -267,7 +269,7 @@ def changed(model: nn.Module) -> dict[str, Tensor]:
 
 
 def test_sara_changes_only_small_weights():
-    model = adapted(CASES[0])
+    model = adapted(CASES[1])
     trained(model)
     for name, where in changed(model).items():
         small = weights(model)[name].abs() < 5e-3
@@ -285,7 +287,7 @@ def test_sara_refuses_a_layer_without_small_weights():
 
 
 def test_sara_penalizes_the_nuclear_norm_of_what_trains():
-    handle = eckart.adapters(adapted(CASES[1]))
+    handle = eckart.adapters(adapted(CASES[2]))
     small = [w * (w.abs() < 5e-3) for w in weights(handle.model).values()]
     wanted = sum(torch.linalg.svdvals(w.double()).sum() for w in small)
     assert handle.penalty().item() == pytest.approx(5e-6 * float(wanted), rel=1e-4)

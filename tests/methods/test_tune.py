@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -85,7 +86,8 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(tmp_path: Path, monkeypat
 _Course = tuning.Course
 
 
-def test_a_classification_trains_its_head_and_keeps_it(tmp_path: Path, rows: Path):
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
     folder = tmp_path / "encoder"
     torch.manual_seed(0)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(MODEL)
@@ -94,17 +96,86 @@ def test_a_classification_trains_its_head_and_keeps_it(tmp_path: Path, rows: Pat
     )
     BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_classification_trains_its_head_and_keeps_it(tmp_path: Path, rows: Path, encoder: Path):
+    folder, tokenizer = encoder, PreTrainedTokenizerFast.from_pretrained(MODEL)
     done = eckart.tune(
         folder, rows, tmp_path / "out", text_field="sentence", label_field="kind", steps=60, batch=12, length=32,
         rate=1e-2, settings={"rank": 4},
     )  # fmt: skip
     assert done.after["accuracy"] == 1.0
     assert done.after["loss"] < done.before["loss"]
+    assert done.calibration.keys() == {"temperature", "error", "scaled"}
+    assert 0 <= done.calibration["error"] <= 1
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
     eckart.load_adapter(model, tmp_path / "out")
     ids = [tokenizer(f"the {word} ran to the sea", return_tensors="pt")["input_ids"] for word in ("cat", "dog")]
     with torch.no_grad():
         assert [int(model.eval()(one).logits.argmax()) for one in ids] == [0, 1]
+
+
+LABELLED = {
+    "text_field": "sentence", "label_field": "kind", "batch": 12, "length": 32, "probe_rate": 3e-2,
+    "settings": {"rank": 2},
+}  # fmt: skip
+
+
+def saved(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter.safetensors")
+
+
+def test_a_probe_trains_the_head_alone_before_the_adapter(tmp_path: Path, rows: Path, encoder: Path):
+    """At a rate near zero what comes after it changes nothing: all that is learned is the head's."""
+    stages: list[str] = []
+    for probe, out in ((0, "plain"), (30, "probed")):
+        eckart.tune(
+            encoder, rows, tmp_path / out, steps=2, rate=1e-9, probe=probe, **LABELLED,
+            progress=lambda stage, done, total: stages.append(stage) if stage not in stages[-1:] else None,
+        )  # fmt: skip
+    assert stages == ["train", "probe", "train"]
+    plain, probed = saved(tmp_path / "plain"), saved(tmp_path / "probed")
+    for name, tensor in probed.items():
+        assert (tensor - plain[name]).abs().max() < 1e-7 or name.startswith("classifier.")
+    assert (probed["classifier.weight"] - plain["classifier.weight"]).abs().max() > 1e-2
+    report = json.loads((tmp_path / "probed/report.json").read_text())
+    assert report["probe"] == 30
+    assert report["after"]["loss"] < report["before"]["loss"]
+
+
+def test_starts_from_gradients_know_the_probed_head(tmp_path: Path, rows: Path, encoder: Path):
+    for probe, out in ((0, "plain"), (10, "probed")):
+        eckart.tune(encoder, rows, tmp_path / out, method="lora-sb", steps=1, rate=1e-9, probe=probe, **LABELLED)
+    plain, probed = saved(tmp_path / "plain"), saved(tmp_path / "probed")
+    layers = [name for name in plain if not name.startswith("classifier.")]
+    assert any((plain[name] - probed[name]).abs().max() > 1e-3 for name in layers)
+
+
+@pytest.mark.parametrize("stopped", ["probe", "train"])
+def test_both_stages_of_a_stopped_run_go_on(
+    stopped: str, tmp_path: Path, rows: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    options = {**LABELLED, "steps": 8, "probe": 8, "rate": 1e-3}
+    monkeypatch.setattr(tuning, "Course", lambda *args: _Course(*args, save_every=3))
+    eckart.tune(encoder, rows, tmp_path / "whole", **options)
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == stopped and done == 5:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        eckart.tune(encoder, rows, tmp_path / "parts", progress=stop, **options)
+    seen: dict[str, int] = {}
+    eckart.tune(
+        encoder, rows, tmp_path / "parts", progress=lambda stage, done, total: seen.setdefault(stage, done), **options
+    )
+    assert seen == ({"probe": 3, "train": 0} if stopped == "probe" else {"probe": 8, "train": 3})
+    for name in ("adapter.safetensors", "eckart_adapter.json", "report.json"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_a_sweep_finds_a_better_rate_than_one_that_is_far_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -137,6 +208,8 @@ def test_peft_s_format_comes_out_if_asked_for(tmp_path: Path):
         ({"rate": -1.0}, "rate must be positive, got -1.0"),
         ({"length": 10**6}, "too few for one window of 1000000"),
         ({"label_field": "kind"}, "is not JSON"),
+        ({"probe": 5}, "probe trains the head of a classification, and texts have none"),
+        ({"probe": -5}, "probe must not be negative, got -5"),
         ({"rate": 1e30, "steps": 40}, "use a smaller learning rate"),
         ({"method": "soka", "format": "peft", "steps": 10**9}, "PEFT has no type for Plus of a Kronecker"),
     ],

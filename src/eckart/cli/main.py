@@ -144,6 +144,8 @@ def adapt(
     rate: Annotated[
         str | None, typer.Option(help="Learning rate, or auto for a short sweep.  [default: the method's]")
     ] = None,
+    probe: Annotated[int, typer.Option(help="Steps in which the head of a classification trains alone before.")] = 0,
+    probe_rate: Annotated[float, typer.Option(help="Learning rate of these steps.")] = 1e-3,
     targets: Annotated[
         list[str] | None, typer.Option("--target", help="Layer to adapt, as its name ends.  [default: all in blocks]")
     ] = None,
@@ -173,8 +175,9 @@ def adapt(
     with Bars() as progress:
         done = tune(
             model, data, out, method=method, validation=validation, text_field=text_field, label_field=label_field,
-            steps=steps, batch=batch, length=length, rate=_rate(rate), targets=targets or None, seed=seed,
-            format="peft" if file_format == "peft" else "eckart", settings=typed, progress=progress,
+            steps=steps, batch=batch, length=length, rate=_rate(rate), probe=probe, probe_rate=probe_rate,
+            targets=targets or None, seed=seed, format="peft" if file_format == "peft" else "eckart", settings=typed,
+            progress=progress,
         )  # fmt: skip
     print_json(done.as_dict()) if as_json else print_all(tuned_table(done))
 

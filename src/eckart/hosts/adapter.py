@@ -157,6 +157,17 @@ class Adapter(nn.Module):
         """Return the parameters that the method trains, whether they do now or not."""
         return [p for name, p in self.named_parameters() if name not in self._fixed]
 
+    def fixed(self) -> list[str]:
+        """Return the names of the parameters that never train."""
+        return sorted(self._fixed)
+
+    def fix(self, change: Change) -> None:
+        """Let a change never train: one of the chain, or a new one, which is put at its end."""
+        if all(change is not other for other in self.changes):
+            self.changes.append(change)
+        for parameter in change.requires_grad_(False).parameters():
+            self._fixed |= {name for name, other in self.named_parameters() if other is parameter}
+
     def rule(self, rule: GradientRule | None) -> None:
         """Let the gradients of every trained pair of factors follow a rule, or none."""
         for change in self.chain():
@@ -233,6 +244,7 @@ def add_product(y: Tensor, hidden: Tensor, up: Tensor, scale: float) -> Tensor:
 
     Autograd keeps h and U only, and no second tensor of the size of y is made.
     """
+    up = up.to(hidden.dtype)  # autocast narrows h and leaves U
     if y.dtype != hidden.dtype or not y.is_contiguous():
         return y + (scale * F.linear(hidden, up)).to(y.dtype)
     flat = y.view(-1, y.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), up.mT, alpha=scale)

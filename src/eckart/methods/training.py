@@ -6,7 +6,7 @@ safetensors file written atomically; a run that was killed goes on from the last
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +90,8 @@ class Step:
 StepLoss = Callable[[Step], tuple[Tensor, Tensor]]
 # Called behind the update; returns True to end the run.
 After = Callable[[Step], bool]
+# Called with the optimizer before the first step; returns the names of frozen parameters that change between steps.
+Follow = Callable[[Any], Iterable[str]]
 # Share of the learning rate by parameter name.
 Share = Callable[[str], float]
 
@@ -104,6 +106,7 @@ def train(
     seed: int,
     stage: str = "train",
     after: After | None = None,
+    follow: Follow = lambda optimizer: (),
     share: Share = lambda name: 1.0,
     progress: Progress,
 ) -> None:
@@ -118,6 +121,7 @@ def train(
         seed: seed of order and draws.
         stage: what the run is called in progress and errors.
         after: called behind every update.
+        follow: called with the optimizer before the first; what it has done behind each may change shapes.
         share: of the learning rate that a parameter of that name has.
         progress: told of the stage.
 
@@ -127,7 +131,7 @@ def train(
     accelerator = _accelerator(samples.device)
     parameters = {name: p for name, p in trained.named_parameters() if p.requires_grad}
     optimizer = accelerator.prepare(torch.optim.AdamW(_groups(parameters, share), lr=course.rate, weight_decay=0.0))
-    run = _Run(trained, parameters, optimizer, state)
+    run = _Run(trained, parameters, optimizer, state, tuple(follow(optimizer)))
     index, finished, first = run.restore()
     while index < course.steps and not finished:
         progress(stage, index, course.steps)
@@ -146,12 +150,10 @@ def train(
         accelerator.backward(total)
         accelerator.clip_grad_norm_(parameters.values(), CLIP)
         optimizer.step()
-        index += 1
-        finished = after is not None and after(step)
+        index, finished = index + 1, after is not None and after(step)
     if not all(all_finite(p.detach()) for p in parameters.values()):
         raise _diverged(stage, index, math.nan, first or 0.0, state)
-    if not run.complete:
-        run.save(index, True, first or 0.0)
+    run.finish(index, first or 0.0)
     optimizer.zero_grad(set_to_none=True)
     progress(stage, course.steps, course.steps)
 
@@ -211,11 +213,13 @@ class _Run:
     parameters: dict[str, nn.Parameter]
     optimizer: Any
     path: Path
+    moving: tuple[str, ...] = ()
     complete: bool = False
 
     def held(self) -> dict[str, Tensor]:
         """Return everything that changes, by name."""
-        return {**self.parameters, **dict(self.trained.named_buffers())}
+        moving = {name: self.trained.get_parameter(name) for name in self.moving}
+        return {**self.parameters, **moving, **dict(self.trained.named_buffers())}
 
     def save(self, steps: int, finished: bool, first: float) -> None:
         tensors = {f"model|{name}": tensor for name, tensor in self.held().items()}
@@ -223,6 +227,11 @@ class _Run:
             tensors |= {f"optimizer|{i}|{key}": value for key, value in values.items()}
         write_tensors(self.path, tensors, {"steps": str(steps), "finished": str(int(finished)), "first": first.hex()})
         self.complete = finished
+
+    def finish(self, steps: int, first: float) -> None:
+        """Save the run's last state, unless it was restored."""
+        if not self.complete:
+            self.save(steps, True, first)
 
     def restore(self) -> tuple[int, bool, float | None]:
         """Return steps done, whether the run is finished, and the first loss, None for a new run."""
@@ -239,7 +248,10 @@ class _Run:
         moments: dict[int, dict[str, Tensor]] = {}
         with torch.no_grad():
             for name, tensor in self.held().items():
-                tensor.copy_(tensors.pop(f"model|{name}"))
+                saved = tensors.pop(f"model|{name}")
+                if tensor.shape != saved.shape:
+                    tensor.data = tensor.new_empty(saved.shape)
+                tensor.copy_(saved)
         for name, tensor in tensors.items():
             _, i, key = name.split("|")
             moments.setdefault(int(i), {})[key] = tensor

@@ -1,5 +1,7 @@
 """What a fine-tune did as a table."""
 
+from collections.abc import Mapping
+
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -17,10 +19,22 @@ def tuned_table(done: Tuned) -> RenderableType:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, value in done.before.items():
         table.add_row(name, f"{value:.4f}", f"{done.after[name]:.4f}")
+    probed = f"{done.probe} steps of the head alone, then " if done.probe else ""
     part = share(done.trained / done.parameters)
     notes = [
+        *_calibration(done.calibration),
         f"{done.method}: {done.trained:,} of {done.parameters:,} parameters trained ({part})",
-        f"{done.steps} steps at rate {done.rate:g}, {duration(done.seconds)}",
+        f"{probed}{done.steps} steps at rate {done.rate:g}, {duration(done.seconds)}",
         f"written to {done.out}",
     ]
     return Group(table, Text(), Text("\n".join(notes)))
+
+
+def _calibration(found: Mapping[str, float]) -> list[str]:
+    """Return a line on how far a classifier's confidence is from how often it is right."""
+    if not found:
+        return []
+    return [
+        f"expected calibration error {found['error']:.3f}, and {found['scaled']:.3f} where logits are divided by "
+        f"{found['temperature']:.3g}"
+    ]

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from eckart.errors import EckartError
 from eckart.hosts import AdaptedHost, replace
+from eckart.methods.adapt.between import Between, Followed, follow
 from eckart.methods.adapt.described import Described
+from eckart.methods.adapt.layer import Layer
 from eckart.methods.adapt.merging import merged
 from eckart.methods.adapt.recipe import Recipe
 from eckart.methods.adapt.saving import Format, save_adapter
@@ -188,6 +191,44 @@ class Adapters:
                     if name in layer.active:
                         total = total + penalty(layer.adapter(name))
         return total
+
+    def follow(self, optimizer: Any, steps: int) -> RemovableHandle:
+        """Have done what the active adapters' methods do between the steps of an optimizer; nothing for most methods.
+
+        Without it, these methods train what they start with. It is called before the first step, and by a run that
+        goes on from saved states before it loads them; the optimizer may be wrapped by accelerate.
+
+        Args:
+            optimizer: made of `parameter_groups()`.
+            steps: how many steps it will make.
+
+        Returns:
+            What ends it by `remove()`.
+
+        Raises:
+            EckartError: if the optimizer is none of torch, does not train the adapters, or is followed already.
+        """
+        followed = []
+        for name, described in self._moved().items():
+            for at, layer in self.layers.items():
+                if name in layer.adapters:
+                    own, between = Layer(at, layer.base, described.seed), cast(Between, described.recipe().between)
+                    followed.append(Followed(name, layer, layer.adapter(name), own, between))
+        return follow(followed, optimizer, steps)
+
+    def moving(self) -> list[str]:
+        """Return the names of the model's frozen parameters that change between optimizer steps."""
+        return [
+            f"{at}.adapters.{name}.{own}"
+            for name in self._moved()
+            for at, layer in self.layers.items()
+            if name in layer.adapters
+            for own in layer.adapter(name).fixed()
+        ]
+
+    def _moved(self) -> dict[str, Described]:
+        active = {name: self.state.described[name] for name in self.active}
+        return {name: described for name, described in active.items() if described.recipe().between is not None}
 
     def count(self) -> int:
         """Return how many parameters train."""

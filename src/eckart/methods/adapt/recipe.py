@@ -10,6 +10,7 @@ from eckart.errors import EckartError
 from eckart.hosts import Adapter
 from eckart.hosts.adapter import Change, GradientRule, Plus
 from eckart.maps import LinearMap, LowRank
+from eckart.methods.adapt.between import Between
 from eckart.methods.adapt.layer import Layer
 
 
@@ -26,6 +27,7 @@ class Recipe:
         shares: share of the learning rate by a part of a parameter's name.
         rule: what is done to the gradients of trained pairs of factors, or None.
         penalty: what training adds to the loss for each adapter, or None.
+        between: what is done between optimizer steps, or None.
     """
 
     build: Callable[[Layer], Adapter]
@@ -36,6 +38,7 @@ class Recipe:
     shares: Mapping[str, float] = field(default_factory=dict)
     rule: GradientRule | None = None
     penalty: Callable[[Adapter], Tensor] | None = None
+    between: Between | None = None
 
 
 def check_rank(rank: int) -> None:

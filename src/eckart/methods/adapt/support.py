@@ -4,16 +4,19 @@ principal: |W_r|, W_r the best approximation of rank r     magnitude: |W|     sm
 random: uniform
 """
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from eckart.errors import EckartError
+from eckart.hosts import Adapter, map_of
 from eckart.hosts.adapter import Plus
 from eckart.hosts.entrywise import MaskedFactors
-from eckart.maps import packed, sparse_of
+from eckart.maps import Sparse, packed, sparse_of
 from eckart.methods.adapt.layer import Layer
+from eckart.methods.adapt.moments import carry_over
 
 Selector = Literal["principal", "magnitude", "small", "gradient", "random"]
 
@@ -91,3 +94,76 @@ def chosen_channels(layer: Layer, count: int, side: Literal["outputs", "inputs"]
         chosen = torch.randperm(size, generator=layer.generator(module=True))[:count]
     ascending: Tensor = chosen.sort().values.to(torch.int32)
     return ascending.to(layer.device)
+
+
+def make_room(adapter: Adapter) -> None:
+    """Give an adapter a frozen change F for learned values that are to stay as they are, unless it has one.
+
+    Args:
+        adapter: holds one trained change of a `Sparse` map.
+    """
+    trained = trained_values(adapter)
+    if adapter.chain()[-1] is trained:
+        held = cast(Sparse, map_of(trained.delta))
+        none = torch.zeros(0, dtype=torch.int64, device=held.values.device)
+        adapter.fix(Plus(sparse_of(none, none, held.values.new_zeros(0), held.shape)))
+
+
+def trained_values(adapter: Adapter) -> Plus:
+    """Return the change of an adapter that trains."""
+    own = {id(parameter) for parameter in adapter.trained()}
+    return cast(Plus, next(c for c in adapter.chain() if any(id(p) in own for p in c.parameters())))
+
+
+def places_of(map_: Sparse) -> Tensor:
+    """Return the places of a sparse map's values, flat indices (nonzeros,) int64."""
+    return map_.rows().long() * map_.width + map_.columns
+
+
+def move_support(adapter: Adapter, chosen: Tensor, optimizer: Optimizer) -> None:
+    """Let other entries train, as many as before, without changing the sum.
+
+    Values at places that stay go on, with what the optimizer remembers of them; those at places that leave become part
+    of F for good, and new ones start at zero.
+
+    Args:
+        adapter: with room, as `make_room` gives it.
+        chosen: where values train from now on, (m, n) bool.
+        optimizer: holds the values.
+    """
+    trained = trained_values(adapter).delta
+    held = cast(Sparse, map_of(trained))
+    old, new = places_of(held), chosen.flatten().nonzero().flatten()
+    _leave(adapter, ~chosen.flatten()[old])
+    at = torch.searchsorted(old, new).clamp_max(len(old) - 1)
+    stays = old[at] == new
+    carry_over(optimizer, trained.get_parameter("values"), lambda t: torch.where(stays, t[at], 0.0))
+    _place(trained, new, held.shape)
+
+
+def retire(adapter: Adapter, leaving: Tensor) -> None:
+    """Take learned values out of training without changing the sum: they become part of F, and zero where they were.
+
+    Args:
+        adapter: with room, as `make_room` gives it.
+        leaving: which of the values, (nonzeros,) bool.
+    """
+    _leave(adapter, leaving)
+    trained_values(adapter).delta.get_parameter("values")[leaving] = 0
+
+
+def _leave(adapter: Adapter, leaving: Tensor) -> None:
+    """Add some of the trained values to F."""
+    held, module = cast(Sparse, map_of(trained_values(adapter).delta)), cast(Plus, adapter.chain()[-1]).delta
+    left = cast(Sparse, map_of(module))
+    union, at = torch.cat((places_of(left), places_of(held)[leaving])).unique(return_inverse=True)
+    values = torch.cat((left.values, held.values[leaving])).detach()
+    module.get_parameter("values").data = values.new_zeros(len(union)).index_add(0, at, values)
+    _place(module, union, left.shape)
+
+
+def _place(module: nn.Module, places: Tensor, shape: tuple[int, int]) -> None:
+    """Let the values of a sparse map stand at other places, flat and ascending."""
+    values = module.get_parameter("values").detach()
+    moved = sparse_of(places // shape[1], places % shape[1], values, shape)
+    module.columns, module.starts = moved.columns, moved.starts

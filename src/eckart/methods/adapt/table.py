@@ -33,6 +33,7 @@ from eckart.methods.adapt.spectralft import spectralft
 from eckart.methods.adapt.spp import spp
 from eckart.methods.adapt.sqft import sqft
 from eckart.methods.adapt.svfit import svfit
+from eckart.methods.adapt.switchlora import switchlora
 from eckart.methods.adapt.tlora import tlora
 from eckart.methods.pages import Setting, check_settings, first_line, page_named, signature_of, text_of
 
@@ -52,6 +53,7 @@ ADAPTERS: dict[str, Page] = {
     "lora-sb": lora_sb,
     "lora-pro": lora_pro,
     "allora": allora,
+    "switchlora": switchlora,
     "svfit": svfit,
     "sorsa": sorsa,
     "soka": soka,

@@ -131,6 +131,20 @@ def batch_of(rows: Tensor, labels: Sequence[str]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+def answers(model: nn.Module, examples: Examples) -> tuple[Tensor, Tensor]:
+    """Return the logits (count, classes) of labelled examples, float32, and their labels (count,), on the CPU."""
+    training = model.training
+    model.eval()
+    device, logits = next(model.parameters()).device, []
+    for rows in examples.rows.split(BATCH):
+        batch = batch_of(rows.to(device), examples.labels)
+        del batch["labels"]
+        logits.append(model(**batch).logits.float().cpu())
+    model.train(training)
+    return torch.cat(logits), examples.rows[:, 0]
+
+
+@torch.no_grad()
 def measured(model: nn.Module, examples: Examples) -> dict[str, float]:
     """Return {"loss": nats per token} of texts, or {"loss": nats per example, "accuracy"} of labelled ones."""
     training = model.training

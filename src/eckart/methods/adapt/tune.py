@@ -5,22 +5,24 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from eckart.atomic import appearing, check_output, make_folder, write_json
+from eckart.errors import EckartError
 from eckart.files.text import load_tokenizer
 from eckart.methods.adapt.adapt import adapt, adapters
 from eckart.methods.adapt.adapters import Adapters
+from eckart.methods.adapt.calibration import calibration_error, fit_temperature
 from eckart.methods.adapt.described import Described
 from eckart.methods.adapt.rates import GRID, find_rate
 from eckart.methods.adapt.saving import Format
-from eckart.methods.adapt.tasks import Examples, batch_of, load_task_model, measured, read_examples
+from eckart.methods.adapt.tasks import Examples, answers, batch_of, load_task_model, measured, read_examples
 from eckart.methods.training import Course, Share, Step, train
 from eckart.progress import Progress, silent
 
@@ -42,8 +44,11 @@ class Tuned:
         parameters: of the whole model.
         rate: learning rate.
         steps: optimizer steps.
+        probe: optimizer steps that the head trained alone before.
         before: measures on held-out examples before training.
         after: the same after.
+        calibration: of a classification: the temperature that half of the held-out examples ask for, and the expected
+            calibration error of the other half without ("error") and with it ("scaled").
         seconds: how long all of it took.
     """
 
@@ -53,8 +58,10 @@ class Tuned:
     parameters: int
     rate: float
     steps: int
+    probe: int
     before: dict[str, float]
     after: dict[str, float]
+    calibration: dict[str, float]
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -75,6 +82,8 @@ def tune(
     batch: int = 8,
     length: int = 256,
     rate: float | Literal["auto"] | None = None,
+    probe: int = 0,
+    probe_rate: float = 1e-3,
     targets: str | Sequence[str] | None = None,
     seed: int = 0,
     format: Format = "eckart",
@@ -95,47 +104,64 @@ def tune(
         batch: examples per step.
         length: tokens of a window of text, and the most of a sentence.
         rate: of AdamW; by default the method's, and what a short sweep around that finds if "auto".
+        probe: optimizer steps in which the head of a classification trains alone, before the adapter is made (LP-FT).
+        probe_rate: of AdamW in these steps.
         targets: layers to adapt, as `eckart.adapt` takes them.
         seed: seed of everything random.
         format: "eckart", or "peft" for what PEFT can express.
         settings: settings of the method by name, typed.
-        progress: told of the stages "statistics", "gradients" and "train".
+        progress: told of the stages "probe", "statistics", "gradients" and "train".
 
     Raises:
         EckartError: for bad input, in one sentence, or a run that diverges; nothing is written then.
     """
     began, target, given = time.perf_counter(), Path(out), dict(settings or {})
     recipe = Described(method, given, seed).recipe()
-    check_output(target)
+    _check(target, probe, label_field)
     course = Course(steps, rate if isinstance(rate, float | int) else recipe.rate, batch)
     fields = {"length": length, "text_field": text_field, "label_field": label_field}
-    examples, held_out = _examples(Path(model), Path(data), validation, fields)
-    torch.manual_seed(seed)  # a head that is new starts anew
-    base = load_task_model(Path(model), examples.labels)
+    base, examples, held_out = _task(Path(model), Path(data), validation, fields, seed)
     before, start = measured(base, held_out), _batches(examples, batch)
-    handle = adapters(adapt(base, method, targets=targets, data=start, seed=seed, progress=progress, **given))
-    _rehearse(handle, format)
-    decides = str(model), method, given, seed, rate, asdict(course), list(targets or ()), fields
-    partial = _partial(target, decides, examples)
-    course = _Run(handle, examples, held_out, seed, partial, progress).train(course, sweep=rate == "auto")
-    after, numbers = measured(base, held_out), (handle.count(), sum(p.numel() for p in base.parameters()))
-    tuned = Tuned(method, target, *numbers, course.rate, steps, before, after, time.perf_counter() - began)
-    _publish(handle, tuned, partial, format)
-    return tuned
+    how = {"targets": targets, "data": start, "seed": seed, "progress": progress, **given}
+    decides = str(model), method, given, seed, rate, asdict(course), list(targets or ()), fields, probe, probe_rate
+    run = _Run(base, method, how, examples, held_out, _partial(target, decides, examples), format)
+    if probe:
+        run.probe(Course(probe, probe_rate, batch))
+    course = run.train(course, sweep=rate == "auto")
+    return _publish(run, target, course, probe, before, began)
 
 
-def _rehearse(handle: Adapters, form: Format) -> None:
-    """Save the adapter as it starts, so that a format that cannot express it is refused before hours of work."""
-    with tempfile.TemporaryDirectory(prefix="eckart-") as scratch:
-        handle.save(Path(scratch) / "adapter", format=form)
+def _check(target: Path, steps: int, label_field: str | None) -> None:
+    """Refuse a folder that holds something, and steps for a head that a task does not have."""
+    check_output(target)
+    if steps < 0:
+        raise EckartError(f"probe must not be negative, got {steps}")
+    if steps and label_field is None:
+        raise EckartError(
+            "probe trains the head of a classification, and texts have none; give a label field or no probe"
+        )
 
 
-def _publish(handle: Adapters, tuned: Tuned, partial: Path, form: Format) -> None:
+def _calibration(model: nn.Module, held_out: Examples) -> dict[str, float]:
+    """Return the temperature found on every second example and what it does to the others; nothing for texts."""
+    if not held_out.labels or len(held_out.rows) < 2:
+        return {}
+    logits, labels = answers(model, held_out)
+    temperature, rest = fit_temperature(logits[::2], labels[::2]), (logits[1::2], labels[1::2])
+    scaled = calibration_error(rest[0] / temperature, rest[1])
+    return {"temperature": temperature, "error": calibration_error(*rest), "scaled": scaled}
+
+
+def _publish(run: "_Run", target: Path, course: Course, probe: int, before: dict[str, float], began: float) -> Tuned:
     """Write the adapter and the report, without what differs between two runs, and delete the run's state."""
-    with appearing(tuned.out) as folder:
-        handle.save(folder, format=form)
+    numbers = run.handle.count(), sum(p.numel() for p in run.model.parameters()), course.rate, course.steps, probe
+    after, calibration = measured(run.model, run.held_out), _calibration(run.model, run.held_out)
+    tuned = Tuned(run.method, target, *numbers, before, after, calibration, time.perf_counter() - began)
+    with appearing(target) as folder:
+        run.handle.save(folder, format=run.form)
         write_json(folder / REPORT, {k: v for k, v in tuned.as_dict().items() if k not in ("out", "seconds")})
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(run.partial, ignore_errors=True)
+    return tuned
 
 
 def _batches(examples: Examples, size: int) -> list[dict[str, Tensor]]:
@@ -143,15 +169,18 @@ def _batches(examples: Examples, size: int) -> list[dict[str, Tensor]]:
     return [batch_of(rows, examples.labels) for rows in examples.rows[:START].split(size)]
 
 
-def _examples(
-    model: Path, data: Path, validation: str | Path | None, fields: Mapping[str, Any]
-) -> tuple[Examples, Examples]:
-    """Return what to train on and what to measure on."""
+def _task(
+    model: Path, data: Path, validation: str | Path | None, fields: Mapping[str, Any], seed: int
+) -> tuple[nn.Module, Examples, Examples]:
+    """Return the model for the task, what to train on and what to measure on."""
     tokenizer = load_tokenizer(model)
     examples = read_examples(tokenizer, data, **fields)
     if validation is None:
-        return examples.split()
-    return examples, read_examples(tokenizer, Path(validation), **fields, labels=examples.labels)
+        examples, held_out = examples.split()
+    else:
+        held_out = read_examples(tokenizer, Path(validation), **fields, labels=examples.labels)
+    torch.manual_seed(seed)  # a head that is new starts anew
+    return load_task_model(model, examples.labels), examples, held_out
 
 
 def _partial(target: Path, described: Sequence[Any], examples: Examples) -> Path:
@@ -161,16 +190,50 @@ def _partial(target: Path, described: Sequence[Any], examples: Examples) -> Path
     return target.absolute().with_name(f".{target.absolute().name}.eckart-{digest.hexdigest()[:8]}")
 
 
-@dataclass(frozen=True, slots=True)
 class _Run:
-    """The training of an adapter that is on its model."""
+    """The training of a model's adapter, and of its head before that."""
 
-    handle: Adapters
-    examples: Examples
-    held_out: Examples
-    seed: int
-    partial: Path
-    progress: Progress
+    def __init__(
+        self,
+        model: nn.Module,
+        method: str,
+        how: Mapping[str, Any],
+        examples: Examples,
+        held_out: Examples,
+        partial: Path,
+        form: Format,
+    ) -> None:
+        self.model, self.method, self.how = model, method, how
+        self.examples, self.held_out, self.partial, self.form = examples, held_out, partial, form
+        self.seed, self.progress = int(how["seed"]), cast(Progress, how["progress"])
+        self.handle = self._adapted()
+        with tempfile.TemporaryDirectory(prefix="eckart-") as scratch:  # a format is refused before hours of work
+            self.handle.save(Path(scratch) / "adapter", format=form)
+
+    def _adapted(self) -> Adapters:
+        return adapters(adapt(self.model, self.method, **self.how))
+
+    def probe(self, course: Course) -> None:
+        """Train the head alone, or put it where an earlier run left it, and make the adapter again: what it starts from
+        may depend on the head.
+        """
+        heads = [head for name in self.handle.names for head in self.handle.state.described[name].trained]
+        if not heads:
+            raise EckartError("no module of this model is known as its head; leave probe out")
+        model = self.handle.remove().train()
+        before = {name: p.requires_grad for name, p in model.named_parameters()}
+        model.requires_grad_(False)
+        for head in heads:
+            model.get_submodule(head).requires_grad_(True)
+        make_folder(self.partial)
+        train(
+            model, self._rows(), course, self._task,
+            state=self.partial / "probe.safetensors", seed=self.seed, stage="probe", progress=self.progress,
+        )  # fmt: skip
+        _release(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(before[name])
+        self.handle = self._adapted()
 
     def train(self, course: Course, *, sweep: bool) -> Course:
         """Train what the adapter's method trains, or go on from where an earlier run stopped; return how it went."""
@@ -179,7 +242,8 @@ class _Run:
         state = self.partial / "state.safetensors"
         train(
             self.handle.model.train(), self._rows(), course, self._loss,
-            state=state, seed=self.seed, share=self._shares(), progress=self.progress,
+            state=state, seed=self.seed, follow=lambda optimizer: self._follow(optimizer, course.steps),
+            share=self._shares(), progress=self.progress,
         )  # fmt: skip
         _release(self.handle.model)
         return course
@@ -197,8 +261,16 @@ class _Run:
             write_json(path, list(found))
         return replace(course, rate=float(json.loads(path.read_text(encoding="utf-8"))[0]))
 
-    def _loss(self, step: Step) -> tuple[Tensor, Tensor]:
+    def _follow(self, optimizer: Any, steps: int) -> Iterable[str]:
+        self.handle.follow(optimizer, steps)
+        return self.handle.moving()
+
+    def _task(self, step: Step) -> tuple[Tensor, Tensor]:
         task: Tensor = self.handle.model(**batch_of(step.samples, self.examples.labels)).loss
+        return task, task
+
+    def _loss(self, step: Step) -> tuple[Tensor, Tensor]:
+        task, _ = self._task(step)
         return task + self.handle.penalty(), task
 
     def _rows(self) -> Tensor:
