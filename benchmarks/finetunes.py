@@ -1,14 +1,15 @@
-"""Every method of adaptation on real tasks at equal trained parameters, its learning rate tuned, beside full fine-tuning.
+"""Every method of adaptation on real tasks at equal trained parameters, its rate tuned, beside full fine-tuning.
 
     python benchmarks/finetunes.py [--tasks trec ...] [--methods lora ...] [--again]
 
-The sentence encoder all-MiniLM-L6-v2 learns questions' kinds (TREC) and phrases' sentiment (SST-2), and stories3m learns
-Shakespeare. Sizes of methods are chosen so that they train as many parameters as LoRA of rank 8 on every linear layer, or
-as many as they can. The rate is tuned over one grid for all: from the method's own to wherever the loss on validation
-examples is lowest, at the first seed; two more seeds train at that rate. Measures are of test examples no run has seen.
+The sentence encoder all-MiniLM-L6-v2 learns questions' kinds (TREC) and phrases' sentiment (SST-2), and stories3m
+learns Shakespeare. Sizes of methods are chosen so that they train as many parameters as LoRA of rank 8 on every linear
+layer, or as many as they can. The rate is tuned over one grid for all: from the method's own to wherever the loss on
+validation examples is lowest, at the first seed; two more seeds train at that rate. Measures are of test examples that
+no run has seen.
 
-"nothing" trains the new head alone, "full" every parameter. Every method of a task runs in a process of its own, with one
-thread: seconds are those of the processor per step; memory is what two steps hold above the model at rest.
+"nothing" trains the new head alone, "full" every parameter. Every method of a task runs in a process of its own, with
+one thread: seconds are those of the processor per step; memory is what two steps hold above the model at rest.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Arranges the real fine-tunes of benchmarks/finetunes.py: a table per task, and what papers claim beside what was found."""
+"""Arranges the fine-tunes of benchmarks/finetunes.py: a table per task, and what papers claim beside what was found."""
 
 import statistics
 from collections.abc import Sequence
