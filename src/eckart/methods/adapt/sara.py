@@ -30,9 +30,9 @@ from eckart.hosts import Adapter, map_of
 from eckart.maps import Sparse, sparse
 from eckart.methods.adapt.between import Behind, Between
 from eckart.methods.adapt.layer import Layer
-from eckart.methods.adapt.moments import forget
 from eckart.methods.adapt.recipe import Recipe, moved_start
 from eckart.methods.adapt.support import added_on, make_room, places_of, retire, trained_values
+from eckart.optim import forget
 
 # The buffer of which values are small no more.
 GREW = "grew"

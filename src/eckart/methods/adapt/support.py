@@ -16,7 +16,7 @@ from eckart.hosts.adapter import Plus
 from eckart.hosts.entrywise import MaskedFactors
 from eckart.maps import Sparse, packed, sparse_of
 from eckart.methods.adapt.layer import Layer
-from eckart.methods.adapt.moments import carry_over
+from eckart.optim import carry_over
 
 Selector = Literal["principal", "magnitude", "small", "gradient", "random"]
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from eckart.hosts import host, map_of
 from eckart.hosts.adapter import Plus
 from eckart.maps import Dense, LowRank
-from eckart.methods.adapt.moments import count_apart, forget
+from eckart.optim import count_apart, forget
 
 
 class Turns(nn.Module):

@@ -16,7 +16,7 @@ The paper folds into W. Here W keeps its bytes, and F is a frozen low-rank chang
 every switch that there will be, or a dense one where that is smaller. As the number of steps is known, no more vectors
 are drawn than have their turn. What the published code draws at random, the fractions of a switch per step, is added
 up here, from a random share per layer. Its own AdamW counts steps by row; here the step of torch's is corrected
-(adapt/moments.py).
+(optim/moments.py).
 
 Moves between optimizer steps: trained without `adapters(model).follow(optimizer, steps)` it is LoRA from this start.
 
