@@ -11,10 +11,12 @@ from eckart.hosts.base import Host as Host
 from eckart.hosts.blockwise import Blockwise as Blockwise
 from eckart.hosts.blockwise import Call as Call
 from eckart.hosts.blockwise import release as release
+from eckart.hosts.channels import channels_of as channels_of
 from eckart.hosts.embedding import EmbeddingHost as EmbeddingHost
 from eckart.hosts.embedding import TiedHead as TiedHead
 from eckart.hosts.embedding import embedding_host as embedding_host
 from eckart.hosts.heads import Heads as Heads
+from eckart.hosts.heads import head_sizes as head_sizes
 from eckart.hosts.heads import heads_of as heads_of
 from eckart.hosts.host import host as host
 from eckart.hosts.host import is_conv1d as is_conv1d

@@ -52,6 +52,7 @@ from eckart.maps.rows import rows_of as rows_of
 from eckart.maps.rules import simplify as simplify
 from eckart.maps.selection import Placement as Placement
 from eckart.maps.selection import Selection as Selection
+from eckart.maps.sliced import sliced as sliced
 from eckart.maps.sparse import NM as NM
 from eckart.maps.sparse import Sparse as Sparse
 from eckart.maps.sparse import by_compressed_rows as by_compressed_rows

@@ -60,7 +60,8 @@ class Placement(LinearMap):
         return self.height, self.places.shape[0]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x.new_zeros(*x.shape[:-1], self.height).index_copy(-1, self.places.long(), x)
+        # several times quicker than copying along the last axis, and the same since no place repeats
+        return x.new_zeros(*x.shape[:-1], self.height).index_add(-1, self.places, x)
 
     @property
     def T(self) -> LinearMap:

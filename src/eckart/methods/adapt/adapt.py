@@ -7,11 +7,12 @@ from typing import Any
 from torch import nn
 
 from eckart.errors import EckartError
-from eckart.hosts import AdaptedHost, adaptable_layers, anatomy, replace
+from eckart.hosts import AdaptedHost, Adapter, adaptable_layers, anatomy, replace
 from eckart.methods.adapt.adapters import ATTRIBUTE, Adapters, State
 from eckart.methods.adapt.described import Described
 from eckart.methods.adapt.layer import Layer
 from eckart.methods.adapt.recipe import Recipe
+from eckart.methods.adapt.skipping import shortcuts
 from eckart.progress import Progress, silent
 from eckart.stats import Batch, live_gradients, live_moments
 
@@ -58,10 +59,18 @@ def adapt(
     heads = _heads(model, trained)
     layers = _layers(model, chosen, recipe, data, seed, progress)
     built = {layer.name: recipe.build(layer) for layer in layers}
-    for adapter in built.values():
-        adapter.rule(recipe.rule)
+    follow(model, built, recipe, seed)
     described = Described(method, dict(settings), seed, heads)
     return attach(model, name, described, built)
+
+
+def follow(model: nn.Module, built: Mapping[str, Adapter], recipe: Recipe, seed: int) -> None:
+    """Have adapters that are about to go on a model train as their method says."""
+    for adapter in built.values():
+        adapter.rule(recipe.rule)
+    if recipe.skipping is not None:
+        for name, shortcut in shortcuts(model, built, recipe.skipping, seed).items():
+            built[name].shortcut = shortcut
 
 
 def check_name(model: nn.Module, name: str) -> None:

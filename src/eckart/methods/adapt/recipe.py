@@ -11,6 +11,7 @@ from eckart.hosts import Adapter
 from eckart.hosts.adapter import Change, GradientRule, Plus
 from eckart.maps import LinearMap, LowRank
 from eckart.methods.adapt.layer import Layer
+from eckart.methods.adapt.skipping import Skipping
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class Recipe:
         shares: share of the learning rate by a part of a parameter's name.
         rule: what is done to the gradients of trained pairs of factors, or None.
         penalty: what training adds to the loss for each adapter, or None.
+        skipping: how many channels the frozen layers skip in training, or None for none.
     """
 
     build: Callable[[Layer], Adapter]
@@ -36,6 +38,7 @@ class Recipe:
     shares: Mapping[str, float] = field(default_factory=dict)
     rule: GradientRule | None = None
     penalty: Callable[[Adapter], Tensor] | None = None
+    skipping: Skipping | None = None
 
 
 def check_rank(rank: int) -> None:
