@@ -12,6 +12,8 @@ from eckart.hosts.blockwise import Blockwise as Blockwise
 from eckart.hosts.blockwise import Call as Call
 from eckart.hosts.blockwise import release as release
 from eckart.hosts.channels import channels_of as channels_of
+from eckart.hosts.convolution import adapted_host as adapted_host
+from eckart.hosts.convolution import kernel_axes as kernel_axes
 from eckart.hosts.embedding import EmbeddingHost as EmbeddingHost
 from eckart.hosts.embedding import TiedHead as TiedHead
 from eckart.hosts.embedding import embedding_host as embedding_host
@@ -20,6 +22,7 @@ from eckart.hosts.heads import head_sizes as head_sizes
 from eckart.hosts.heads import heads_of as heads_of
 from eckart.hosts.host import host as host
 from eckart.hosts.host import is_conv1d as is_conv1d
+from eckart.hosts.host import is_convolution as is_convolution
 from eckart.hosts.host import is_linear as is_linear
 from eckart.hosts.host import leaf as leaf
 from eckart.hosts.host import map_of as map_of

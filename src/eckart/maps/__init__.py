@@ -70,13 +70,15 @@ from eckart.maps.tensor_train import TensorTrain as TensorTrain
 from eckart.maps.tensor_train import factored as factored
 from eckart.maps.tensor_train import tensor_train as tensor_train
 from eckart.maps.tiled import Tiled as Tiled
+from eckart.maps.tucker import Tucker as Tucker
+from eckart.maps.tucker import tucker_numbers as tucker_numbers
 
 # Every map a checkpoint may name.
 FAMILIES: dict[str, type[LinearMap]] = {
     cls.__name__: cls
     for cls in (
         Dense, LowRank, Pivoted, Diagonal, Permutation, Selection, Placement, Sparse, NM, Kronecker,
-        Householder, Cayley, Tiled, TensorTrain,
+        Householder, Cayley, Tiled, TensorTrain, Tucker,
         Bitmap, Scattered, Quantized, Sum, Product, Scaled, Blocks, Interleaved, RowNormalized, Masked,
     )
 }  # fmt: skip

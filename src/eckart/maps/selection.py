@@ -60,8 +60,7 @@ class Placement(LinearMap):
         return self.height, self.places.shape[0]
 
     def __call__(self, x: Tensor) -> Tensor:
-        # several times quicker than copying along the last axis, and the same since no place repeats
-        return x.new_zeros(*x.shape[:-1], self.height).index_add(-1, self.places, x)
+        return x.new_zeros(*x.shape[:-1], self.height).index_copy(-1, self.places.long(), x)
 
     @property
     def T(self) -> LinearMap:
