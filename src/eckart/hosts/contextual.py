@@ -5,8 +5,9 @@
     values:        s_j = |(V x)_j|                  kept in the rows of values and the columns of the layer behind
 
 The lengths are taken over all tokens of the batch, on the best low-rank approximations of the layers. What is left out
-of a product is zero in forward and backward. Which channels belong together is found by trying (hosts/neurons.py,
-hosts/heads.py); phi is what stands between the layers of an MLP, a copy of the module itself without its weights.
+of a product is zero in forward and backward; tokens that the loss is taken at leave nothing out. Which channels belong
+together is found by trying (hosts/neurons.py, hosts/heads.py); phi is what stands between the layers of an MLP, a copy
+of the module itself without its weights.
 
 Legend: t tokens, r rank of the approximations, d channels of a head, g heads of queries per head of keys.
 """
@@ -24,6 +25,9 @@ from torch.nn import functional as F
 from eckart.hosts.adapter import Inner, Shortcut
 from eckart.hosts.heads import Heads
 from eckart.maps import sliced
+
+# The label of a token that the loss is not taken at, as torch and transformers have it.
+IGNORED = -100
 
 
 class LowRankPredictor(nn.Module):
@@ -57,6 +61,25 @@ class LowRankPredictor(nn.Module):
         return squares.clamp_min(0).sqrt()
 
 
+class LossTokens:
+    """The tokens that the loss of the batch at hand is taken at, which a model's `labels` tell before its layers run.
+
+    Attributes:
+        places: True for a token that is labelled or whose next one is, (b, t); None without labels of tokens.
+    """
+
+    def __init__(self) -> None:
+        self.places: Tensor | None = None
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Look at the arguments of a model: a hook before its forward pass."""
+        labels = kwargs.get("labels")
+        self.places = None
+        if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point():
+            labelled = labels != IGNORED
+            self.places = labelled | F.pad(labelled[:, 1:], (0, 1), value=False)
+
+
 class Choice(nn.Module):
     """The channels that the layers around one set of them compute, chosen anew for every batch.
 
@@ -65,6 +88,7 @@ class Choice(nn.Module):
     Args:
         reader: name of the layer that reads them.
         dense: passes of training that compute all channels first.
+        whole: tokens that compute all channels in every pass, or None.
 
     Attributes:
         passes: passes of training so far, counted in backward, once for each however often checkpointing repeats its
@@ -73,9 +97,9 @@ class Choice(nn.Module):
 
     passes: Tensor
 
-    def __init__(self, reader: str, dense: int) -> None:
+    def __init__(self, reader: str, dense: int, whole: LossTokens | None) -> None:
         super().__init__()
-        self.reader, self.dense = reader, dense
+        self.reader, self.dense, self.whole = reader, dense, whole
         self.register_buffer("passes", torch.zeros((), dtype=torch.int64), persistent=False)
         self._seen: Callable[[], Tensor | None] = lambda: None
         self._chosen: Mapping[str, Tensor] = {}
@@ -92,8 +116,15 @@ class Choice(nn.Module):
         """
         if layer != self.reader and self._seen() is not x:
             self._seen = weakref.ref(x)
-            self._chosen = self.choose(x) if int(self.passes) >= self.dense else {}
+            whole = self.whole_of(x)
+            skips = int(self.passes) >= self.dense and (whole is None or not bool(whole.all()))
+            self._chosen = self.choose(x) if skips else {}
         return self._chosen.get(layer)
+
+    def whole_of(self, x: Tensor) -> Tensor | None:
+        """Return where inputs (..., n) compute all channels, (...) bool, or None for nowhere."""
+        places = None if self.whole is None else self.whole.places
+        return places if places is not None and places.shape == x.shape[:-1] else None
 
     def train(self, mode: bool = True) -> "Choice":
         """Stay in evaluation mode: nothing is dropped from a prediction."""
@@ -117,10 +148,13 @@ class UnitChoice(Choice):
         predict: x (..., n) -> predicted units (..., k).
         kept: units that are computed.
         dense: passes of training that compute all first.
+        whole: tokens that compute all in every pass, or None.
     """
 
-    def __init__(self, writers: Sequence[str], reader: str, predict: nn.Module, kept: int, dense: int) -> None:
-        super().__init__(reader, dense)
+    def __init__(
+        self, writers: Sequence[str], reader: str, predict: nn.Module, kept: int, dense: int, whole: LossTokens | None
+    ) -> None:
+        super().__init__(reader, dense, whole)
         self.writers, self.predict, self.kept = tuple(writers), predict.eval(), kept
 
     def choose(self, x: Tensor) -> Mapping[str, Tensor]:
@@ -137,10 +171,13 @@ class HeadChoice(Choice):
         predict: predictors of queries, keys and values.
         kept: channels that are computed, of all of the keys'.
         dense: passes of training that compute all first.
+        whole: tokens that compute all in every pass, or None.
     """
 
-    def __init__(self, heads: Heads, predict: Sequence[LowRankPredictor], kept: int, dense: int) -> None:
-        super().__init__(heads.out_of, dense)
+    def __init__(
+        self, heads: Heads, predict: Sequence[LowRankPredictor], kept: int, dense: int, whole: LossTokens | None
+    ) -> None:
+        super().__init__(heads.out_of, dense, whole)
         self.heads, self.predict, self.kept = heads, nn.ModuleList(predict), kept
 
     def choose(self, x: Tensor) -> Mapping[str, Tensor]:
@@ -184,16 +221,27 @@ class Sliced(Shortcut):
 
     def multiply(self, x: Tensor, inner: Inner) -> Tensor:
         """Return W x (..., m) with the channels that are left out of W being zero: x (..., n)."""
-        places = self.choice.at(self.layer, x)
-        if self.layer != self.choice.reader:
-            if places is None:
-                return inner.call(x)
-            map_ = inner.map()
-            # not a Placement: copying along the last axis takes several times as long as adding
-            return x.new_zeros(*x.shape[:-1], map_.shape[0]).index_add(-1, places, sliced(map_, places)(x))
-        if torch.is_grad_enabled() and x.requires_grad:
+        places, writes = self.choice.at(self.layer, x), self.layer != self.choice.reader
+        if not writes and torch.is_grad_enabled() and x.requires_grad:
             x = cast(Callable[..., Tensor], _Counted.apply)(x, self.choice.passes)
-        return inner.call(x) if places is None else sliced(inner.map(), None, places)(x.index_select(-1, places))
+        if places is None:
+            return inner.call(x)
+        map_ = inner.map()
+        part = sliced(map_, places) if writes else sliced(map_, None, places)
+
+        def multiply_part(x: Tensor) -> Tensor:
+            if not writes:
+                return part(x.index_select(-1, places))
+            # not a Placement: copying along the last axis takes several times as long as adding
+            return x.new_zeros(*x.shape[:-1], map_.shape[0]).index_add(-1, places, part(x))
+
+        whole = self.choice.whole_of(x)
+        if whole is None:
+            return multiply_part(x)
+        rows, others = (tokens.flatten().nonzero().flatten() for tokens in (whole, ~whole))
+        flat = x.flatten(0, -2)
+        y = torch.cat([inner.call(flat.index_select(0, rows)), multiply_part(flat.index_select(0, others))])
+        return y.index_select(0, torch.cat([rows, others]).argsort()).view(*x.shape[:-1], -1)
 
 
 class _Counted(torch.autograd.Function):

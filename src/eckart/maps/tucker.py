@@ -1,7 +1,6 @@
 """Tucker decompositions: a matrix whose rows and columns are numbered by several indices, as a core between factors."""
 
 import math
-from itertools import starmap
 
 import torch
 from torch import Tensor
@@ -47,7 +46,7 @@ class Tucker(LinearMap):
     def parts(self) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Return G, the U^k (m_k, p_k) and the V^k (n_k, q_k), as views."""
         shapes = list(zip((*self.heights, *self.widths), self.ranks, strict=True))
-        core, *factors = self.entries.split([math.prod(self.ranks), *starmap(int.__mul__, shapes)])
+        core, *factors = self.entries.split([math.prod(self.ranks), *(size * rank for size, rank in shapes)])
         matrices = [factor.view(shape) for factor, shape in zip(factors, shapes, strict=True)]
         return core.view(self.ranks), matrices[: len(self.heights)], matrices[len(self.heights) :]
 
@@ -55,11 +54,11 @@ class Tucker(LinearMap):
         core, outs, ins = self.parts()
         y = x.reshape(-1, *self.widths)
         for factor in ins:  # each takes its axis from the front and puts it behind all others
-            y = torch.tensordot(y, factor, dims=([1], [0]))
+            y = y.movedim(1, -1) @ factor
         y = F.linear(y.flatten(1), core.reshape(math.prod(self.ranks[: len(outs)]), -1))
         y = y.view(-1, *self.ranks[: len(outs)])
         for factor in outs:
-            y = torch.tensordot(y, factor, dims=([1], [1]))
+            y = y.movedim(1, -1) @ factor.mT
         return y.reshape(*x.shape[:-1], self.shape[0])
 
     @property
@@ -91,4 +90,4 @@ class Tucker(LinearMap):
 
 def tucker_numbers(sizes: tuple[int, ...], ranks: tuple[int, ...]) -> int:
     """Return the numbers a Tucker decomposition stores: prod r_k + sum d_k r_k."""
-    return math.prod(ranks) + sum(starmap(int.__mul__, zip(sizes, ranks, strict=True)))
+    return math.prod(ranks) + sum(size * rank for size, rank in zip(sizes, ranks, strict=True))

@@ -16,6 +16,7 @@ from eckart.hosts import (
     is_convolution,
     replace,
 )
+from eckart.hosts.contextual import Sliced
 from eckart.methods.adapt.adapters import ATTRIBUTE, Adapters, State
 from eckart.methods.adapt.described import Described
 from eckart.methods.adapt.layer import Layer
@@ -110,6 +111,9 @@ def attach(model: nn.Module, name: str, described: Described, built: Mapping[str
             replace(model, layer, module)
         module.add(name, adapter)
     state.described[name] = described
+    whole = next((a.shortcut.choice.whole for a in built.values() if isinstance(a.shortcut, Sliced)), None)
+    if whole is not None:
+        state.hooks[name] = model.register_forward_pre_hook(whole, with_kwargs=True)
     for head in described.trained:
         module = model.get_submodule(head).requires_grad_(True)
         state.heads_before.setdefault(head, {k: v.detach().clone() for k, v in module.state_dict().items()})

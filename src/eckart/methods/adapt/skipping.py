@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from eckart.errors import EckartError
 from eckart.hosts import AdaptedHost, Heads, Neurons, adaptable_layers, channels_of, map_of, offset_of
-from eckart.hosts.contextual import Choice, HeadChoice, LowRankPredictor, Sliced, UnitChoice, skeleton
+from eckart.hosts.contextual import Choice, HeadChoice, LossTokens, LowRankPredictor, Sliced, UnitChoice, skeleton
 from eckart.linalg import truncated_svd
 from eckart.methods.adapt.layer import ACCURACY
 
@@ -28,6 +28,7 @@ class Skipping:
         heads_from: the same of the attentions.
         until: MLPs and attentions behind this share skip nothing.
         dense: passes of training that skip nothing.
+        outputs: whether tokens that the loss is taken at skip channels as well.
     """
 
     rank: int
@@ -37,6 +38,7 @@ class Skipping:
     heads_from: float
     until: float
     dense: int
+    outputs: bool
 
     def __post_init__(self) -> None:
         for name in ("units", "heads"):
@@ -66,13 +68,14 @@ def shortcuts(model: nn.Module, layers: Collection[str], skipping: Skipping, see
     found = channels_of(model)
     mlps = [each for each in found if isinstance(each, Neurons) and _owner(model, each) is not None]
     attentions = [each for each in found if isinstance(each, Heads)]
+    whole = None if skipping.outputs else LossTokens()
     made: list[tuple[Neurons | Heads, Choice]] = []
     for each in _between(mlps, skipping.units_from, skipping.until if skipping.units else 0.0):
         if _adapted(each, layers):
-            made.append((each, _unit_choice(model, each, skipping, seed)))
+            made.append((each, _unit_choice(model, each, skipping, seed, whole)))
     for heads in _between(attentions, skipping.heads_from, skipping.until if skipping.heads else 0.0):
         if _adapted(heads, layers):
-            made.append((heads, _head_choice(model, heads, skipping, seed)))
+            made.append((heads, _head_choice(model, heads, skipping, seed, whole)))
     if not made:
         raise EckartError(
             "there are no channels to skip: among the blocks chosen, no MLP or attention has dense layers that are "
@@ -97,22 +100,22 @@ def _owner(model: nn.Module, mlp: Neurons) -> str | None:
     return owner if inside == {*mlp.into, mlp.out_of} else None
 
 
-def _unit_choice(model: nn.Module, mlp: Neurons, skipping: Skipping, seed: int) -> Choice:
+def _unit_choice(model: nn.Module, mlp: Neurons, skipping: Skipping, seed: int, whole: LossTokens | None) -> Choice:
     owner = f"{_owner(model, mlp)}."
     predictors = {name.removeprefix(owner): _predictor(*_parts(model, name), skipping, seed) for name in mlp.into}
     predict = skeleton(model.get_submodule(owner[:-1]), predictors, mlp.out_of.removeprefix(owner))
     count = _parts(model, mlp.out_of)[0].shape[1]
-    return UnitChoice(mlp.into, mlp.out_of, predict, _kept(count, skipping.units), skipping.dense)
+    return UnitChoice(mlp.into, mlp.out_of, predict, _kept(count, skipping.units), skipping.dense, whole)
 
 
-def _head_choice(model: nn.Module, heads: Heads, skipping: Skipping, seed: int) -> Choice:
+def _head_choice(model: nn.Module, heads: Heads, skipping: Skipping, seed: int, whole: LossTokens | None) -> Choice:
     parts = [_parts(model, name) for name in heads.into]
     if len(parts) == 1:  # one layer holds the rows of all three
         weight, bias = parts[0]
         biases = [None] * 3 if bias is None else bias.split(heads.rows)
         parts = list(zip(weight.split(heads.rows), biases, strict=True))
     predict = [_predictor(weight, bias, skipping, seed) for weight, bias in parts]
-    return HeadChoice(heads, predict, _kept(heads.rows[1], skipping.heads), skipping.dense)
+    return HeadChoice(heads, predict, _kept(heads.rows[1], skipping.heads), skipping.dense, whole)
 
 
 def _parts(model: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:

@@ -9,14 +9,17 @@ Forward and backward leave the same channels out of W; B A has all of them. mode
 and so do the merged layers.
 
 The first passes of training are dense: the paper's 5 % of the steps are a number here, counted in backward, since an
-adapter does not know how long it will train. What the paper keeps dense besides, the tokens that the loss is taken at,
-a layer is not told of: all tokens of a batch skip the same channels. Queries that share a key choose together.
+adapter does not know how long it will train. Tokens that the loss is taken at stay dense, as far as the model is called
+with `labels` that leave some out (-100): on plain text, where every token is labelled, nothing is skipped. Queries that
+share a key choose together.
 
 Structure: low rank added. Start: W. Trained: A, B; r (m + n) numbers.
 
 Source: Khaki et al. 2025, "SparseLoRA: Accelerating LLM Fine-Tuning with Contextual Sparsity", and its published code;
 the shares are those of its Llama-3-8B on Math10K: 99 % of the units of 28 MLPs, 75 % of 14 attentions, of 32.
 """
+
+from typing import Literal
 
 from eckart.hosts import Adapter
 from eckart.methods.adapt.recipe import Recipe, added, check_rank
@@ -35,6 +38,7 @@ def sparselora(
     heads_from: float = 0.44,
     until: float = 0.97,
     dense: int = 25,
+    outputs: Literal["dense", "sparse"] = "dense",
 ) -> Recipe:
     """LoRA whose frozen layers compute only the channels that matter to each batch of training.
 
@@ -49,10 +53,12 @@ def sparselora(
         heads_from: the same of the attentions.
         until: MLPs and attentions behind this share of them skip nothing.
         dense: passes of training, forward and backward, that skip nothing at first; 5 % of 500 steps.
+        outputs: whether tokens that the loss is taken at compute all channels ("dense") or skip some as well ("sparse"),
+            which costs quality, since evaluation skips none.
     """
     check_rank(rank)
     check_rank(predictor)
-    skipping = Skipping(predictor, units, heads, units_from, heads_from, until, dense)
+    skipping = Skipping(predictor, units, heads, units_from, heads_from, until, dense, outputs == "sparse")
     return Recipe(
         lambda layer: Adapter([added(layer, rank, alpha / rank, dropout=dropout)]), rate=1e-3, skipping=skipping
     )
