@@ -1,5 +1,6 @@
 """The sets of channels inside the blocks of a model in memory: hidden units of MLPs, heads of attentions."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from eckart.errors import EckartError
 from eckart.hosts.adapted import AdaptedHost
@@ -36,10 +38,12 @@ def channels_of(model: nn.Module) -> list[Neurons | Heads]:
     known: dict[tuple[tuple[str, tuple[int, int]], ...], list[Neurons | Heads]] = {}
     out: list[Neurons | Heads] = []
     with _plain(model):
-        for name, run in _calls(model).items():
+        for name, (args, kwargs) in _calls(model).items():
             block = model.get_submodule(name)
             alike = tuple((inner, map_of(layer).shape) for inner, layer in linear_layers(block).items())
             if alike not in known:
+                block = _wide(block)
+                run = partial(_ran, block, args, kwargs)
                 heads = heads_of(block, run, *head_sizes(_config(model)))
                 known[alike] = [*([heads] if heads else []), *neurons_of(block, run)]
             out.extend(_named(found, name) for found in known[alike])
@@ -63,14 +67,20 @@ def _config(model: nn.Module) -> Any:
     return text
 
 
-def _calls(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
-    """Return what runs each block on what it sees of a few tokens, by its name."""
+def _wide(block: nn.Module) -> nn.Module:
+    """Return a block in float32 or wider, a copy if it is not: what is tried has to hold to a few digits."""
+    narrow = any(p.is_floating_point() and p.element_size() < 4 for p in block.parameters())
+    return copy.deepcopy(block).float() if narrow else block
+
+
+def _calls(model: nn.Module) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Return the arguments that each block is called with for a few tokens, by its name, in float32 or wider."""
     device, vocabulary = next(model.parameters()).device, int(_config(model).vocab_size)
-    calls: dict[str, Callable[[], Tensor]] = {}
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def seen(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls[name] = partial(_ran, block, args, kwargs)
+            calls[name] = pytree.tree_map_only(Tensor, _widened, (args, kwargs))
 
         return before
 
@@ -85,6 +95,10 @@ def _calls(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
         for handle in handles:
             handle.remove()
     return {name: calls[name] for name in blocks}
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor
 
 
 def _ran(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

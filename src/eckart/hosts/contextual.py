@@ -233,7 +233,8 @@ class Sliced(Shortcut):
             if not writes:
                 return part(x.index_select(-1, places))
             # not a Placement: copying along the last axis takes several times as long as adding
-            return x.new_zeros(*x.shape[:-1], map_.shape[0]).index_add(-1, places, part(x))
+            y = part(x)
+            return y.new_zeros(*y.shape[:-1], map_.shape[0]).index_add(-1, places, y)
 
         whole = self.choice.whole_of(x)
         if whole is None:

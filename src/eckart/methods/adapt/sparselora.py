@@ -53,7 +53,7 @@ def sparselora(
         heads_from: the same of the attentions.
         until: MLPs and attentions behind this share of them skip nothing.
         dense: passes of training, forward and backward, that skip nothing at first; 5 % of 500 steps.
-        outputs: whether tokens that the loss is taken at compute all channels ("dense") or skip some as well ("sparse"),
+        outputs: whether tokens that the loss is taken at compute all channels ("dense") or skip some too ("sparse"),
             which costs quality, since evaluation skips none.
     """
     check_rank(rank)
