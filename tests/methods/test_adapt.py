@@ -138,6 +138,7 @@ FORMULAS = {
     "miss": lambda m, n: 4 * m,
     "hra": lambda m, n: 4 * n,
     "oft": lambda m, n: n * 7 // 2,
+    "sparselora": lambda m, n: 4 * (m + n),
 }
 
 

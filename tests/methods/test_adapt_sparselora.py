@@ -1,4 +1,4 @@
-"""SparseLoRA: which channels a frozen layer computes in training, that the rest costs nothing, and when it computes all."""
+"""SparseLoRA: which channels frozen layers compute in training, that the rest costs nothing, and when all are."""
 
 import copy
 from pathlib import Path
