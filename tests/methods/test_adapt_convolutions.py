@@ -255,9 +255,7 @@ def test_saved_and_loaded_it_computes_the_same_bits(method: str, tmp_path: Path)
     loaded = eckart.load_adapter(Net(stride=2, padding=1), tmp_path / "adapter").eval()
     assert torch.equal(outputs(loaded), outputs(net))
     assert eckart.adapters(loaded).count() == eckart.adapters(net).count()
-    with pytest.raises(
-        EckartError, match="first is a convolution, which is not written in PEFT's format; save it with"
-    ):
+    with pytest.raises(EckartError, match="first is a convolution, which is not written in PEFT's format"):
         eckart.adapters(net).save(tmp_path / "peft", format="peft")
 
 
