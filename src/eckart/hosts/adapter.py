@@ -179,12 +179,8 @@ class Adapter(nn.Module):
     @property
     def keeps_bias(self) -> bool:
         """Whether every change does, and the map is applied as it is."""
-        return not self.takes_shortcut and all(change.keeps_bias for change in self.chain())
-
-    @property
-    def takes_shortcut(self) -> bool:
-        """Whether the map is applied the cheaper way now."""
-        return self.training and self.shortcut is not None
+        as_it_is = self.shortcut is None or not self.training
+        return as_it_is and all(change.keeps_bias for change in self.chain())
 
     def of(self, inner: LinearMap, weight: float = 1.0) -> LinearMap:
         """Return W + w (f(W) - W)."""
@@ -255,5 +251,5 @@ def add_product(y: Tensor, hidden: Tensor, up: Tensor, scale: float) -> Tensor:
     """
     if y.dtype != hidden.dtype or not y.is_contiguous():
         return y + (scale * F.linear(hidden, up)).to(y.dtype)
-    flat = y.view(-1, y.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), up.mT, alpha=scale)
+    flat = y.view(-1, y.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), up.to(y.dtype).mT, alpha=scale)
     return flat.view(y.shape)

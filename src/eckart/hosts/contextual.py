@@ -101,7 +101,7 @@ class Choice(nn.Module):
         super().__init__()
         self.reader, self.dense, self.whole = reader, dense, whole
         self.register_buffer("passes", torch.zeros((), dtype=torch.int64), persistent=False)
-        self._seen: Callable[[], Tensor | None] = lambda: None
+        self._seen: Callable[[], Tensor | None] = _nothing
         self._chosen: Mapping[str, Tensor] = {}
 
     @abstractmethod

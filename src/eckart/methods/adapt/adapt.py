@@ -132,8 +132,9 @@ def target_layers(model: nn.Module, targets: str | Sequence[str] | None) -> dict
     layers = adaptable_layers(model)
     if targets is None:
         grids = {name: base for name, base in _bases(layers).items() if is_convolution(base)}
-        if len(grids) > len(layers) / 2:  # a network of convolutions with a few linear layers
-            return {name: layers[name] for name, base in grids.items() if base.groups == 1}
+        whole = {name: layers[name] for name, base in grids.items() if base.groups == 1}
+        if whole and len(grids) > len(layers) / 2:  # a network of convolutions with a few linear layers
+            return whole
         blocks = tuple(f"{block}." for block in anatomy(model).blocks)
         return {name: layer for name, layer in layers.items() if name.startswith(blocks) and name not in grids}
     if isinstance(targets, str):

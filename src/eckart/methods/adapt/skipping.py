@@ -94,10 +94,15 @@ def _between(found: Sequence[Set], start: float, end: float) -> Sequence[Set]:
 
 
 def _owner(model: nn.Module, mlp: Neurons) -> str | None:
-    """Return the name of the module that holds the layers of an MLP and no others, None if there is none."""
+    """Return the name of the module that holds the layers of an MLP and nothing else to learn, None if none does."""
     owner = mlp.out_of.rpartition(".")[0]
-    inside = {f"{owner}.{name}" for name in adaptable_layers(model.get_submodule(owner))}
-    return owner if inside == {*mlp.into, mlp.out_of} else None
+    inside = adaptable_layers(model.get_submodule(owner))
+    others = [
+        name
+        for name, _ in model.get_submodule(owner).named_parameters()
+        if not any(name.startswith(f"{layer}.") for layer in inside)
+    ]
+    return owner if {f"{owner}.{name}" for name in inside} == {*mlp.into, mlp.out_of} and not others else None
 
 
 def _unit_choice(model: nn.Module, mlp: Neurons, skipping: Skipping, seed: int, whole: LossTokens | None) -> Choice:
