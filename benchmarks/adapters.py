@@ -36,6 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "spectralft": {},
     "flora": {"rank": 16},
     "tlora": {},
+    "sparselora": {"rank": 16, "dense": 0, "outputs": "sparse"},
     "hra": {"rank": 8},
     "oft": {"block": 32},
     "svfit": {"rank": 64},

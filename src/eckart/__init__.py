@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from eckart.maps import Sum as Sum
     from eckart.maps import TensorTrain as TensorTrain
     from eckart.maps import Tiled as Tiled
+    from eckart.maps import Tucker as Tucker
     from eckart.maps import linear_map as linear_map
     from eckart.maps import pivot as pivot
     from eckart.maps import simplify as simplify
@@ -110,7 +111,7 @@ PUBLIC: dict[str, str] = {
         "eckart.maps": (
             "FAMILIES", "LinearMap", "linear_map", "simplify", "pivot",
             "Dense", "LowRank", "Pivoted", "Diagonal", "Permutation", "Selection", "Placement", "Sparse", "NM",
-            "Kronecker", "Householder", "Cayley", "Tiled", "TensorTrain",
+            "Kronecker", "Householder", "Cayley", "Tiled", "TensorTrain", "Tucker",
             "Bitmap", "Quantized", "Scattered", "Sum", "Product", "Scaled", "Blocks", "Interleaved",
             "RowNormalized", "Masked", "Gated",
         ),

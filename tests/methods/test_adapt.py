@@ -138,6 +138,7 @@ FORMULAS = {
     "miss": lambda m, n: 4 * m,
     "hra": lambda m, n: 4 * n,
     "oft": lambda m, n: n * 7 // 2,
+    "sparselora": lambda m, n: 4 * (m + n),
 }
 
 
@@ -367,6 +368,17 @@ def test_same_seed_same_bits_whatever_other_layers_there_are():
     assert all(torch.equal(p, b.get_parameter(n)) for n, p in wanted.items())
     other = adapted("lora", targets=["q_proj"], seed=1)
     assert not any(torch.equal(p, other.get_parameter(n)) for n, p in wanted.items())
+
+
+def test_low_rank_adapters_train_under_autocast():
+    for method in ("lora", "pissa"):
+        model = adapted(method)
+        disturb(model)
+        plain = logits(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = model(IDS, labels=IDS)
+            got.loss.backward()
+        assert (got.logits.float() - plain).abs().max() < 0.1 * plain.abs().max()
 
 
 def test_half_precision_bases_keep_their_dtype_and_adapters_float32():

@@ -57,6 +57,7 @@ CASES = [
     Case("flora", {"rank": 4}, lambda w: 16 + 4 * sum(w.shape)),
     Case("mps", {"rank": 3, "sites": 2}, lambda w: mps_count(w, 3)),
     Case("tlora", {"rank": 3, "sites": 2}, lambda w: tlora_count(w, 3)),
+    Case("sparselora", {"rank": 4, "units": 0.5, "dense": 2}, lambda w: 4 * sum(w.shape)),
 ]
 
 

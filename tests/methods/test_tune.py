@@ -60,8 +60,14 @@ def _linear(folder: Path) -> dict[str, torch.Tensor]:
     return {name: m.weight for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
 
 
-def test_a_run_that_was_stopped_ends_in_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    options = {"method": "dora", "settings": {"rank": 2}, **QUICK}
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("dora", {"rank": 2}), ("sparselora", {"rank": 2, "dense": 3, "outputs": "sparse", "units": 0.5})],
+)
+def test_a_run_that_was_stopped_ends_in_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, settings: dict[str, object]
+):
+    options = {"method": method, "settings": settings, **QUICK}
     monkeypatch.setattr(tuning, "Course", lambda *args: _Course(*args, save_every=4))
     eckart.tune(MODEL, TEXT, tmp_path / "whole", **options)
 

@@ -12,7 +12,7 @@ from eckart.hosts.adapter import Adapter, Inner
 from eckart.hosts.anatomy import NARROW
 from eckart.hosts.base import Host
 from eckart.hosts.factored import factored_rescale
-from eckart.hosts.host import is_linear, map_of, offset_of
+from eckart.hosts.host import host, is_convolution, is_linear, map_of, offset_of
 from eckart.maps import LinearMap
 
 
@@ -60,6 +60,10 @@ class AdaptedHost(Host):
         """Add an adapter, in the mode and on the device of the layer; it is not active yet."""
         self.adapters[name] = adapter.to(next(iter(self.base.parameters())).device).train(self.training)
 
+    def hosted(self, map_: LinearMap, offset: Tensor | None) -> nn.Module:
+        """Return a module with another map and offset that can stand for the layer."""
+        return host(map_, offset)
+
     def merge(self, module: nn.Module) -> None:
         """Compute with another module, which stands for the adapted one, until `unmerge`."""
         self._merged = (module.requires_grad_(False),)
@@ -79,9 +83,10 @@ class AdaptedHost(Host):
             return cast(Tensor, self._merged[0](x))
         if self.requests is not None:
             return self._by_request(x, self.requests)
-        return self._with(x, self.active)
+        return self.with_adapters(x, self.active)
 
-    def _with(self, x: Tensor, weights: Mapping[str, float]) -> Tensor:
+    def with_adapters(self, x: Tensor, weights: Mapping[str, float]) -> Tensor:
+        """Apply with adapters of those weights, composed in that order, whichever are active."""
         if not weights:
             return cast(Tensor, self.base(x))
         chain = [(self.adapter(name), weight) for name, weight in weights.items()]
@@ -108,12 +113,14 @@ class AdaptedHost(Host):
             raise EckartError(
                 f"{len(requests)} requests were named for a batch of {x.shape[0]}; name one adapter, or None, for each"
             )
-        y = x.new_empty(*x.shape[:-1], self.out_features)
+        y: Tensor | None = None
         for name in dict.fromkeys(requests):
             rows = torch.tensor([i for i, wanted in enumerate(requests) if wanted == name], device=x.device)
             weights = {} if name is None or name not in self.adapters else {name: 1.0}
-            y = y.index_copy(0, rows, self._with(x.index_select(0, rows), weights).to(y.dtype))
-        return y
+            part = self.with_adapters(x.index_select(0, rows), weights).to(x.dtype)
+            y = x.new_empty(len(requests), *part.shape[1:]) if y is None else y
+            y = y.index_copy(0, rows, part)
+        return cast(Tensor, y)
 
     def extra_repr(self) -> str:
         """Show the sizes and which adapters are active."""
@@ -122,18 +129,24 @@ class AdaptedHost(Host):
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear layers of a model that an adapter can go on, by name: dense, structured, or adapted already.
+    """Return the layers of a model that an adapter can go on, by name: linear, structured, convolutions, or adapted.
 
     What is inside one of them is part of it. Layers too narrow to carry features are left out, as in compression.
     """
     out: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in out)
-        if not inside and (isinstance(module, Host) or is_linear(module)) and min(_shape(module)) > NARROW:
+        kind = isinstance(module, Host) or is_linear(module) or is_convolution(module)
+        if not inside and kind and min(_shape(module)) > NARROW:
             out[name] = module
     return out
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
     """Return (out, in), of adapters without asking for the map, which some do not have."""
-    return (module.out_features, module.in_features) if isinstance(module, Host) else map_of(module).shape
+    if isinstance(module, Host):
+        return module.out_features, module.in_features
+    if is_convolution(module):  # in groups as well, which have no map
+        weight = cast(Tensor, module.weight)
+        return weight.shape[0], weight[0].numel()
+    return map_of(module).shape

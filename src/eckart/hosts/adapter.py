@@ -136,15 +136,28 @@ class Rescaled(Change):
         return inner.call(x) * (self.magnitude / norms.where(norms > 0, 1.0)).to(x.dtype)
 
 
+class Shortcut(nn.Module):
+    """A cheaper way to apply the map that an adapter is composed with, taken in training mode only."""
+
+    @abstractmethod
+    def around(self, inner: Inner) -> Inner:
+        """Return W to be applied the cheaper way."""
+
+
 class Adapter(nn.Module):
     """A chain of changes, applied to a map in turn: the first one nearest to it.
 
     Parameters that do not require gradients when it is made never train.
+
+    Attributes:
+        shortcut: how the map is applied in training mode, or None for as it is; holds buffers, no parameters.
     """
+
+    shortcut: Shortcut | None
 
     def __init__(self, changes: Iterable[Change]) -> None:
         super().__init__()
-        self.changes = nn.ModuleList(changes)
+        self.changes, self.shortcut = nn.ModuleList(changes), None
         for parameter in self.parameters():  # as it is when loaded, which has to compute the same bits
             parameter.data = parameter.data.contiguous()
         self._fixed = {name for name, p in self.named_parameters() if not p.requires_grad}
@@ -176,8 +189,9 @@ class Adapter(nn.Module):
 
     @property
     def keeps_bias(self) -> bool:
-        """Whether every change does."""
-        return all(change.keeps_bias for change in self.chain())
+        """Whether every change does, and the map is applied as it is."""
+        as_it_is = self.shortcut is None or not self.training
+        return as_it_is and all(change.keeps_bias for change in self.chain())
 
     def of(self, inner: LinearMap, weight: float = 1.0) -> LinearMap:
         """Return W + w (f(W) - W)."""
@@ -192,6 +206,8 @@ class Adapter(nn.Module):
 
     def call(self, x: Tensor, inner: Inner, weight: float = 1.0) -> Tensor:
         """Return (W + w (f(W) - W)) x."""
+        if self.training and self.shortcut is not None:
+            inner = self.shortcut.around(inner)
         current, run = inner, list[tuple[Tensor, Tensor]]()
         for change in self.chain():
             pair = change.scaled_factors() if isinstance(change, Plus) else None

@@ -59,6 +59,14 @@ class Heads:
         return self.queries * self.size, self.keys * self.size, self.keys * self.size
 
 
+def head_sizes(config: Any) -> tuple[int, int, int]:
+    """Return channels per head, heads of queries and heads of keys, as a config of transformers says; zeros if not."""
+    queries = int(getattr(config, "num_attention_heads", None) or 0)
+    keys = int(getattr(config, "num_key_value_heads", None) or queries)
+    size = getattr(config, "head_dim", None) or int(getattr(config, "hidden_size", None) or 0) // max(queries, 1)
+    return (int(size), queries, keys) if keys and queries % keys == 0 else (0, 0, 0)
+
+
 @torch.no_grad()
 def heads_of(block: nn.Module, run: Callable[[], Tensor], size: int, queries: int, keys: int) -> Heads | None:
     """Find the attention of a block, if its heads may have fewer channels.

@@ -332,7 +332,8 @@ def host(map_: LinearMap, bias: Tensor | None = None) -> nn.Module:
 def map_of(module: nn.Module) -> LinearMap:
     """Return the map a module holds, sharing its parameters: the inverse of `host`.
 
-    Accepts hosts, `nn.Linear`, and the transposed `Conv1D` of GPT-2 in transformers.
+    Accepts hosts, `nn.Linear`, the transposed `Conv1D` of GPT-2 in transformers, and convolutions in one group, whose
+    map is that of their patches (hosts/convolution.py).
 
     Raises:
         EckartError: for any other module, such as a factor wrapped by an adapter that is not merged yet.
@@ -343,6 +344,8 @@ def map_of(module: nn.Module) -> LinearMap:
         return Dense(module.weight)
     if is_conv1d(module):
         return Dense(cast(Tensor, module.weight).mT)
+    if is_convolution(module) and module.groups == 1:
+        return Dense(cast(Tensor, module.weight).flatten(1))
     raise EckartError(f"no map is held by a {type(module).__name__}; merge or remove what wraps the linear layer first")
 
 
@@ -359,6 +362,11 @@ def is_conv1d(module: nn.Module) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """Tell whether a module is a plain dense linear layer that a host can replace."""
     return type(module) is nn.Linear or is_conv1d(module)
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Tell whether a module is a plain convolution of one, two or three axes."""
+    return type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def leaf(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:

@@ -52,6 +52,7 @@ from eckart.maps.rows import rows_of as rows_of
 from eckart.maps.rules import simplify as simplify
 from eckart.maps.selection import Placement as Placement
 from eckart.maps.selection import Selection as Selection
+from eckart.maps.sliced import sliced as sliced
 from eckart.maps.sparse import NM as NM
 from eckart.maps.sparse import Sparse as Sparse
 from eckart.maps.sparse import by_compressed_rows as by_compressed_rows
@@ -69,13 +70,15 @@ from eckart.maps.tensor_train import TensorTrain as TensorTrain
 from eckart.maps.tensor_train import factored as factored
 from eckart.maps.tensor_train import tensor_train as tensor_train
 from eckart.maps.tiled import Tiled as Tiled
+from eckart.maps.tucker import Tucker as Tucker
+from eckart.maps.tucker import tucker_numbers as tucker_numbers
 
 # Every map a checkpoint may name.
 FAMILIES: dict[str, type[LinearMap]] = {
     cls.__name__: cls
     for cls in (
         Dense, LowRank, Pivoted, Diagonal, Permutation, Selection, Placement, Sparse, NM, Kronecker,
-        Householder, Cayley, Tiled, TensorTrain,
+        Householder, Cayley, Tiled, TensorTrain, Tucker,
         Bitmap, Scattered, Quantized, Sum, Product, Scaled, Blocks, Interleaved, RowNormalized, Masked,
     )
 }  # fmt: skip

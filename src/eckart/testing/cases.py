@@ -4,6 +4,7 @@ The matrices are made by plain torch from the formula in the family's docstring,
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
@@ -38,6 +39,7 @@ from eckart.maps import (
     Sum,
     TensorTrain,
     Tiled,
+    Tucker,
 )
 from eckart.testing.case import Case
 
@@ -203,6 +205,23 @@ def _tensor_train(normal: Normal, generator: Generator) -> Made:
                 chain = chain @ core[:, row, column]
             w[i, j] = chain[0, 0]
         yield f"{heights} x {widths}", TensorTrain(torch.cat([c.flatten() for c in cores]), heights, widths, ranks), w
+
+
+def _tucker(normal: Normal, generator: Generator) -> Made:
+    for heights, widths, ranks in (
+        ((4,), (3, 2, 2), (2, 2, 1, 3)),
+        ((2, 3), (3, 2), (2, 1, 3, 4)),
+        ((5,), (3,), (2, 3)),
+        ((1,), (1,), (1, 1)),
+    ):
+        core, sizes = normal(*ranks), (*heights, *widths)
+        factors = [normal(size, rank) for size, rank in zip(sizes, ranks, strict=True)]
+        letters = "abcdefgh"
+        inner, outer = letters[: len(sizes)], letters.upper()[: len(sizes)]
+        terms = ",".join([inner, *(up + low for up, low in zip(outer, inner, strict=True))])
+        w = torch.einsum(f"{terms}->{outer}", core, *factors)
+        entries = torch.cat([part.flatten() for part in (core, *factors)])
+        yield f"{heights} x {widths}", Tucker(entries, heights, widths, ranks), w.reshape(math.prod(heights), -1)
 
 
 def _bitmap(normal: Normal, generator: Generator) -> Made:
@@ -379,6 +398,7 @@ MAKERS: dict[str, Callable[[Normal, Generator], Made]] = {
     "Cayley": _cayley,
     "Tiled": _tiled,
     "TensorTrain": _tensor_train,
+    "Tucker": _tucker,
     "Bitmap": _bitmap,
     "Scattered": _scattered,
     "Quantized": _quantized,

@@ -35,6 +35,7 @@ from eckart.maps import (
     Sum,
     TensorTrain,
     Tiled,
+    Tucker,
 )
 from eckart.testing.laws import saved
 
@@ -67,6 +68,7 @@ def golden_maps() -> dict[str, LinearMap]:
         "Cayley": Cayley(_grid(2, 3), 3),
         "Tiled": Tiled(_grid(3, 2), 5),
         "TensorTrain": TensorTrain(_grid(10), (2, 1), (1, 3), (1, 2, 1)),
+        "Tucker": Tucker(_grid(9), (2,), (1, 3), (1, 2, 1)),
         "Bitmap": Bitmap(_grid(2, 2), torch.tensor([[6, 0], [1, 2]], dtype=torch.uint8), 10, 2),
         "Scattered": Scattered(lowrank, torch.tensor([[6, 0], [1, 2], [3, 0]], dtype=torch.uint8), 10),
         "Quantized": Quantized(codes, _grid(2, 2), None, _grid(2, 8), 5, 3, 4),

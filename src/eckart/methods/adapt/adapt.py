@@ -7,11 +7,21 @@ from typing import Any
 from torch import nn
 
 from eckart.errors import EckartError
-from eckart.hosts import AdaptedHost, adaptable_layers, anatomy, replace
+from eckart.hosts import (
+    AdaptedHost,
+    Adapter,
+    adaptable_layers,
+    adapted_host,
+    anatomy,
+    is_convolution,
+    replace,
+)
+from eckart.hosts.contextual import Sliced
 from eckart.methods.adapt.adapters import ATTRIBUTE, Adapters, State
 from eckart.methods.adapt.described import Described
 from eckart.methods.adapt.layer import Layer
 from eckart.methods.adapt.recipe import Recipe
+from eckart.methods.adapt.skipping import shortcuts
 from eckart.progress import Progress, silent
 from eckart.stats import Batch, live_gradients, live_moments
 
@@ -58,10 +68,18 @@ def adapt(
     heads = _heads(model, trained)
     layers = _layers(model, chosen, recipe, data, seed, progress)
     built = {layer.name: recipe.build(layer) for layer in layers}
-    for adapter in built.values():
-        adapter.rule(recipe.rule)
+    follow(model, built, recipe, seed)
     described = Described(method, dict(settings), seed, heads)
     return attach(model, name, described, built)
+
+
+def follow(model: nn.Module, built: Mapping[str, Adapter], recipe: Recipe, seed: int) -> None:
+    """Have adapters that are about to go on a model train as their method says."""
+    for adapter in built.values():
+        adapter.rule(recipe.rule)
+    if recipe.skipping is not None:
+        for name, shortcut in shortcuts(model, built, recipe.skipping, seed).items():
+            built[name].shortcut = shortcut
 
 
 def check_name(model: nn.Module, name: str) -> None:
@@ -89,10 +107,13 @@ def attach(model: nn.Module, name: str, described: Described, built: Mapping[str
     for layer, adapter in built.items():
         module = model.get_submodule(layer)
         if not isinstance(module, AdaptedHost):
-            module = AdaptedHost(module)
+            module = adapted_host(module)
             replace(model, layer, module)
         module.add(name, adapter)
     state.described[name] = described
+    whole = next((a.shortcut.choice.whole for a in built.values() if isinstance(a.shortcut, Sliced)), None)
+    if whole is not None:
+        state.hooks[name] = model.register_forward_pre_hook(whole, with_kwargs=True)
     for head in described.trained:
         module = model.get_submodule(head).requires_grad_(True)
         state.heads_before.setdefault(head, {k: v.detach().clone() for k, v in module.state_dict().items()})
@@ -103,13 +124,19 @@ def attach(model: nn.Module, name: str, described: Described, built: Mapping[str
 def target_layers(model: nn.Module, targets: str | Sequence[str] | None) -> dict[str, nn.Module]:
     """Return the layers that an adapter goes on, by name.
 
+    Without targets these are the linear layers inside the blocks; of a model that has none, its convolutions.
+
     Raises:
-        EckartError: if a name fits no layer, or nothing is given and no blocks are found.
+        EckartError: if a name fits no layer or a convolution in groups, or nothing is given and nothing is found.
     """
     layers = adaptable_layers(model)
     if targets is None:
+        grids = {name: base for name, base in _bases(layers).items() if is_convolution(base)}
+        whole = {name: layers[name] for name, base in grids.items() if base.groups == 1}
+        if whole and len(grids) > len(layers) / 2:  # a network of convolutions with a few linear layers
+            return whole
         blocks = tuple(f"{block}." for block in anatomy(model).blocks)
-        return {name: layer for name, layer in layers.items() if name.startswith(blocks)}
+        return {name: layer for name, layer in layers.items() if name.startswith(blocks) and name not in grids}
     if isinstance(targets, str):
         found = {name: layer for name, layer in layers.items() if re.fullmatch(targets, name)}
         wanted = [targets] if not found else []
@@ -120,7 +147,15 @@ def target_layers(model: nn.Module, targets: str | Sequence[str] | None) -> dict
         ends = sorted({name.rpartition(".")[2] for name in layers})
         came = repr(wanted[0]) if wanted else "nothing"
         raise EckartError(f"targets name {came}, which no linear layer is called; there are {', '.join(ends)}")
+    split = next((name for name, base in _bases(found).items() if is_convolution(base) and base.groups != 1), None)
+    if split is not None:
+        raise EckartError(f"{split} convolves in several groups, so that no one matrix stands for it; leave it out")
     return found
+
+
+def _bases(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return layers without their adapters."""
+    return {name: layer.base if isinstance(layer, AdaptedHost) else layer for name, layer in layers.items()}
 
 
 def _ends(name: str, target: str) -> bool:
@@ -151,12 +186,14 @@ def _layers(
     batches = list(data or ())
     if (recipe.uses_inputs or recipe.uses_gradients) and not batches:
         raise EckartError("this method starts from data; give data= a few batches as the model is called with")
+    grid = next((name for name, base in _bases(chosen).items() if is_convolution(base)), None)
+    if grid is not None and (recipe.uses_inputs or recipe.uses_gradients):
+        raise EckartError(f"{grid} is a convolution, whose inputs and gradients are not gathered; use another method")
     moments = live_moments(model, chosen, batches, progress) if recipe.uses_inputs else {}
     gradients = live_gradients(model, chosen, batches, progress) if recipe.uses_gradients else {}
     shared: dict[int, dict[str, Any]] = {}
     layers = []
-    for name, module in chosen.items():
-        base = module.base if isinstance(module, AdaptedHost) else module
+    for name, base in _bases(chosen).items():
         own = moments.get(name)
         derived = shared.setdefault(id(own), {}) if own is not None else {}
         layers.append(Layer(name, base, seed, None, own, gradients.get(name), derived))

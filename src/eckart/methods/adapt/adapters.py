@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,12 +26,13 @@ ATTRIBUTE = "eckart_adapters"
 @dataclass(slots=True)
 class State:
     """What a model remembers: its adapters by name, the parameters that trained before, and what the modules that train
-    whole held then.
+    whole held then; and the hooks by which adapters look at what the model is called with.
     """
 
     described: dict[str, Described]
     trained_before: list[str]
     heads_before: dict[str, dict[str, Tensor]]
+    hooks: dict[str, RemovableHandle] = field(default_factory=dict)
 
 
 class Adapters:
@@ -144,6 +145,8 @@ class Adapters:
             if name in layer.adapters:
                 del layer.adapters[name]
         del self.state.described[name]
+        if name in self.state.hooks:
+            self.state.hooks.pop(name).remove()
 
     def save(self, folder: str | Path, name: str | None = None, *, format: Format = "eckart") -> None:
         """Write an adapter to a folder of its own, which `eckart.load_adapter` puts back.
@@ -258,6 +261,8 @@ class Adapters:
 
     def _forget(self) -> None:
         before = set(self.state.trained_before)
+        for hook in self.state.hooks.values():
+            hook.remove()
         delattr(self.model, ATTRIBUTE)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in before)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from eckart.errors import EckartError
-from eckart.hosts import map_of
+from eckart.hosts import is_convolution, kernel_axes, map_of
 from eckart.linalg import TruncatedSVD, truncated_svd
 from eckart.stats import Moments
 
@@ -43,6 +43,11 @@ class Layer:
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         return map_of(self.module).shape
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The sizes of the weight's axes: (out, in), or (out, c, k_1, ...) of a convolution."""
+        return (self.shape[0], *kernel_axes(self.module)) if is_convolution(self.module) else self.shape
 
     def weight(self) -> Tensor:
         """Return W (m, n), float32 or wider, detached."""

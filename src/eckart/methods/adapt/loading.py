@@ -14,7 +14,7 @@ from eckart.files.peft import CONFIG, HRA, LORA, MISS, PeftAdapter, block_size, 
 from eckart.hosts import AdaptedHost, Adapter, adaptable_layers, map_of
 from eckart.hosts.adapter import Change, Plus, Rescaled, Times
 from eckart.maps import Cayley, Diagonal, Householder, LinearMap, LowRank, Tiled
-from eckart.methods.adapt.adapt import attach, check_name
+from eckart.methods.adapt.adapt import attach, check_name, follow
 from eckart.methods.adapt.adapters import ATTRIBUTE, State
 from eckart.methods.adapt.described import Described
 
@@ -49,8 +49,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str | None = None) 
     check_name(model, chosen)
     _check_trained(model, saved.trained)
     built = {layer: Adapter(changes) for layer, changes in saved.layers.items()}
-    for adapter in built.values():
-        adapter.rule(recipe.rule)
+    follow(model, built, recipe, saved.described.seed)
     attach(model, chosen, saved.described, built)  # remembers what the heads held
     for head, state in saved.trained.items():
         model.get_submodule(head).load_state_dict(dict(state))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from eckart.fit.quantize import Coding, Levels, quantize
-from eckart.hosts import AdaptedHost, host, map_of
+from eckart.hosts import AdaptedHost, map_of
 from eckart.linalg import svd_of_product, truncated_svd
 from eckart.maps import NM, Bitmap, Dense, LinearMap, LowRank, Masked, Quantized, Sparse, Sum
 
@@ -32,7 +32,7 @@ def merged(layer: AdaptedHost) -> tuple[nn.Module, float]:
     with torch.no_grad():
         target = layer.held_map().to(wide)
         made = _like(base, target).to(dtype)
-        module = host(made.apply(lambda t: t.detach()), None if layer.offset is None else layer.offset.detach())
+        module = layer.hosted(made.apply(lambda t: t.detach()), None if layer.offset is None else layer.offset.detach())
         if type(made) not in (Dense, LowRank, Sparse, NM, Bitmap, Masked, Quantized):
             return module, 0.0
         full, start, got = (map_.to(wide).dense() for map_ in (target, base, made))

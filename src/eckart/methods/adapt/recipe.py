@@ -12,6 +12,7 @@ from eckart.hosts.adapter import Change, GradientRule, Plus
 from eckart.maps import LinearMap, LowRank
 from eckart.methods.adapt.between import Between
 from eckart.methods.adapt.layer import Layer
+from eckart.methods.adapt.skipping import Skipping
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class Recipe:
         rule: what is done to the gradients of trained pairs of factors, or None.
         penalty: what training adds to the loss for each adapter, or None.
         between: what is done between optimizer steps, or None.
+        skipping: how many channels the frozen layers skip in training, or None for none.
     """
 
     build: Callable[[Layer], Adapter]
@@ -39,6 +41,7 @@ class Recipe:
     rule: GradientRule | None = None
     penalty: Callable[[Adapter], Tensor] | None = None
     between: Between | None = None
+    skipping: Skipping | None = None
 
 
 def check_rank(rank: int) -> None:

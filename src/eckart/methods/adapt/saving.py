@@ -30,7 +30,7 @@ from eckart.files.adapters import (
     write_adapter,
 )
 from eckart.files.peft import HRA, LORA, MISS, OFT, PeftAdapter, write_peft
-from eckart.hosts import AdaptedHost, Adapter, is_conv1d, is_linear, map_of
+from eckart.hosts import AdaptedHost, Adapter, is_conv1d, is_convolution, is_linear, map_of
 from eckart.hosts.adapter import Change, Plus, Rescaled, Times
 from eckart.maps import Cayley, Dense, Diagonal, Householder, LinearMap, LowRank, Product, Scaled, Sum, Tiled, row_norms
 from eckart.methods.adapt.described import Described
@@ -130,6 +130,8 @@ def in_peft_terms(
     tensors: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float] = {}
     for name, (base, adapter) in layers.items():
+        if is_convolution(base):
+            raise EckartError(f"{name} is a convolution, which is not written in PEFT's format; {OWN}")
         kinds[name], tensors[name], scale, dropouts[name] = _peft_layer(name, adapter)
         if not is_linear(base) or (is_conv1d(base) and kinds[name] != LORA):
             raise EckartError(f"PEFT has no {kinds[name]} for a {type(base).__name__}, which {name} is; {OWN}")

@@ -29,6 +29,7 @@ from eckart.methods.adapt.sara import sara
 from eckart.methods.adapt.snella import snella
 from eckart.methods.adapt.soka import soka
 from eckart.methods.adapt.sorsa import sorsa
+from eckart.methods.adapt.sparselora import sparselora
 from eckart.methods.adapt.spectralft import spectralft
 from eckart.methods.adapt.spp import spp
 from eckart.methods.adapt.sqft import sqft
@@ -72,6 +73,7 @@ ADAPTERS: dict[str, Page] = {
     "flora": flora,
     "mps": mps,
     "tlora": tlora,
+    "sparselora": sparselora,
 }
 
 

@@ -23,7 +23,7 @@ from eckart.errors import EckartError
 from eckart.fit import Metric, Regression, error_of, regress
 from eckart.fit import metric as build_metric
 from eckart.fit.families import Family
-from eckart.hosts import Heads, Neurons, heads_of, is_conv1d, linear_layers, map_of, neurons_of, offset_of
+from eckart.hosts import Heads, Neurons, head_sizes, heads_of, is_conv1d, linear_layers, map_of, neurons_of, offset_of
 from eckart.maps import LinearMap, Storage, storage
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.recipe import LayerData
@@ -155,19 +155,11 @@ def _narrowing(job: Job) -> list[list[Neurons | Heads]]:
             with runner.resident(name) as block:
                 run = partial(runner.run, block, stream.hidden[0], stream.calls[0][index])
                 known[alike] = list(neurons_of(block, run)) if job.recipe.neurons else []
-                heads = heads_of(block, run, *_head_sizes(job)) if job.recipe.heads else None
+                sizes = head_sizes(model.config.get_text_config())
+                heads = heads_of(block, run, *sizes) if job.recipe.heads else None
                 known[alike] += [heads] if heads else []
         out.append(known[alike])
     return out
-
-
-def _head_sizes(job: Job) -> tuple[int, int, int]:
-    """Return channels per head, heads of queries and heads of keys, as the config says; zeros if it does not."""
-    config = job.model.model.config.get_text_config()
-    queries = int(getattr(config, "num_attention_heads", None) or 0)
-    keys = int(getattr(config, "num_key_value_heads", None) or queries)
-    size = getattr(config, "head_dim", None) or int(getattr(config, "hidden_size", None) or 0) // max(queries, 1)
-    return (int(size), queries, keys) if keys and queries % keys == 0 else (0, 0, 0)
 
 
 def _layer(name: str, kind: str, module: nn.Module, block: int) -> Layer:
