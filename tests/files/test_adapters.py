@@ -8,19 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eckart.errors import EckartError
-from eckart.files.adapters import (
-    PLUS,
-    RESCALED,
-    SPEC,
-    TENSORS,
-    TIMES,
-    StoredAdapter,
-    StoredChange,
-    StoredLayer,
-    read_adapter,
-    sketch,
-    write_adapter,
-)
+from eckart.files.adapters import SPEC, TENSORS, StoredAdapter, StoredLayer, read_adapter, sketch, write_adapter
+from eckart.files.changes import PLUS, RESCALED, TIMES, StoredChange
 from eckart.files.peft import CONFIG, PeftAdapter, block_size, read_peft, write_peft
 from eckart.files.peft import TENSORS as PEFT_TENSORS
 from eckart.maps import Cayley, Dense, Diagonal, LowRank, Product
@@ -111,7 +100,7 @@ def test_damaged_tensors_are_refused(tmp_path):
     with pytest.raises(EckartError, match="cannot be read"):
         read_adapter(folder)
     (folder / SPEC).write_text("[]")
-    with pytest.raises(EckartError, match="holds a list, not an object"):
+    with pytest.raises(EckartError, match="should hold a JSON object, got a list"):
         read_adapter(folder)
 
 

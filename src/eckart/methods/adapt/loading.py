@@ -3,19 +3,19 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from eckart.errors import EckartError
-from eckart.files.adapters import PLUS, SPEC, TIMES, StoredChange, StoredLayer, read_adapter, sketch
+from eckart.files.adapters import SPEC, StoredLayer, read_adapter, sketch
 from eckart.files.peft import CONFIG, HRA, LORA, MISS, PeftAdapter, block_size, read_peft
 from eckart.hosts import AdaptedHost, Adapter, adaptable_layers, map_of
 from eckart.hosts.adapter import Change, Plus, Rescaled, Times
-from eckart.maps import Cayley, Diagonal, Householder, LinearMap, LowRank, Tiled
+from eckart.maps import Cayley, Householder, LinearMap, LowRank, Tiled
 from eckart.methods.adapt.adapt import attach, check_name
 from eckart.methods.adapt.adapters import ATTRIBUTE, State
+from eckart.methods.adapt.changes import made_change
 from eckart.methods.adapt.described import Described
 
 # Share by which the sketches of a base may differ: codes of 4 bits move them by 0.09, of 2 bits by 0.35, the best
@@ -70,9 +70,10 @@ class _Saved:
 def _own(model: nn.Module, folder: Path) -> _Saved:
     stored = read_adapter(folder)
     bases = _bases(model, stored.layers, folder)
-    layers = {layer: [_change(layer, change) for change in e.changes] for layer, e in stored.layers.items()}
-    _check_shapes(layers, bases)
+    for layer, entry in stored.layers.items():
+        _check_shape(layer, entry.shape, bases[layer].shape, bases[layer].shape)
     _check_sketches(stored.layers, bases)
+    layers = {n: [made_change(n, change, bases[n]) for change in e.changes] for n, e in stored.layers.items()}
     described = Described(stored.method, stored.settings, stored.seed, tuple(stored.trained))
     return _Saved(stored.name, described, layers, stored.trained)
 
@@ -94,23 +95,6 @@ def _bases(model: nn.Module, layers: Mapping[str, object], folder: Path) -> dict
         raise EckartError(f"{folder} adapts {lacking}, where this model has no linear layer; load it on its own base")
     modules = {layer: found[layer] for layer in layers}
     return {name: map_of(m.base if isinstance(m, AdaptedHost) else m) for name, m in modules.items()}
-
-
-def _change(layer: str, stored: StoredChange) -> Change:
-    change: Change
-    if stored.kind == PLUS:
-        change = Plus(stored.map, stored.scale, dropout=stored.dropout)
-    elif stored.kind == TIMES:
-        change = Times(stored.map)
-    else:
-        change = Rescaled(cast(Diagonal, stored.map).scale)
-    parameters = dict(change.named_parameters())
-    unknown = next((key for key in stored.frozen if key not in parameters), None)
-    if unknown is not None:
-        raise EckartError(f"the adapter of {layer} freezes {unknown}, which it does not have; copy the folder again")
-    for key in stored.frozen:
-        parameters[key].requires_grad_(False)
-    return change
 
 
 def _described_peft(peft: PeftAdapter, trained: tuple[str, ...]) -> Described:
@@ -149,19 +133,21 @@ def _check_shapes(layers: Mapping[str, list[Change]], bases: Mapping[str, Linear
     """Refuse an adapter that was made for layers of other shapes."""
     for layer, change in ((layer, change) for layer, changes in layers.items() for change in changes):
         m, n = bases[layer].shape
-        came: tuple[int, ...]
-        needed: tuple[int, ...]
         match change:
             case Plus():
-                came, needed = map_of(change.delta).shape, (m, n)
+                _check_shape(layer, map_of(change.delta).shape, (m, n), (m, n))
             case Times():
-                came, needed = map_of(change.right).shape, (n, n)
-            case _:
-                came, needed = tuple(cast(Rescaled, change).magnitude.shape), (m,)
-        if came != needed:
-            raise EckartError(
-                f"the adapter of {layer} is {came} where the layer, {m} x {n}, needs {needed}; load it on its own base"
-            )
+                _check_shape(layer, map_of(change.right).shape, (n, n), (m, n))
+            case Rescaled():
+                _check_shape(layer, tuple(change.magnitude.shape), (m,), (m, n))
+
+
+def _check_shape(layer: str, came: tuple[int, ...], needed: tuple[int, ...], shape: tuple[int, int]) -> None:
+    if came != needed:
+        m, n = shape
+        raise EckartError(
+            f"the adapter of {layer} is {came} where the layer, {m} x {n}, needs {needed}; load it on its own base"
+        )
 
 
 def _check_sketches(layers: Mapping[str, StoredLayer], bases: Mapping[str, LinearMap]) -> None:

@@ -19,20 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from eckart.errors import EckartError
-from eckart.files.adapters import (
-    PLUS,
-    RESCALED,
-    TIMES,
-    StoredAdapter,
-    StoredChange,
-    StoredLayer,
-    sketch,
-    write_adapter,
-)
+from eckart.files.adapters import StoredAdapter, StoredLayer, sketch, write_adapter
 from eckart.files.peft import HRA, LORA, MISS, OFT, PeftAdapter, write_peft
 from eckart.hosts import AdaptedHost, Adapter, is_conv1d, is_linear, map_of
 from eckart.hosts.adapter import Change, Plus, Rescaled, Times
 from eckart.maps import Cayley, Dense, Diagonal, Householder, LinearMap, LowRank, Product, Scaled, Sum, Tiled, row_norms
+from eckart.methods.adapt.changes import stored_change
 from eckart.methods.adapt.described import Described
 
 Format = Literal["eckart", "peft"]
@@ -97,24 +89,9 @@ def _stored(layer: AdaptedHost, name: str) -> StoredLayer:
     trained = {id(parameter) for parameter in adapter.trained()}
     changes = []
     for change in adapter.chain():
-        kind, map_, scale, dropout = _parts(change)
         frozen = tuple(key for key, parameter in change.named_parameters() if id(parameter) not in trained)
-        changes.append(StoredChange(kind, map_, scale, dropout, frozen))
+        changes.append(stored_change(change, base, frozen))
     return StoredLayer(base.shape, sketch(base), tuple(changes))
-
-
-def _parts(change: Change) -> tuple[str, LinearMap, float, float]:
-    """Return kind, map, scale and dropout of a change."""
-    match change:
-        case Plus():
-            dropout = 0.0 if change.dropout is None else change.dropout.p
-            return PLUS, map_of(change.delta).apply(torch.detach), change.scale, dropout
-        case Times():
-            return TIMES, map_of(change.right).apply(torch.detach), 1.0, 0.0
-        case Rescaled():
-            return RESCALED, Diagonal(change.magnitude.detach()), 1.0, 0.0
-        case _:
-            raise EckartError(f"a change of type {type(change).__name__} has no format; use Plus, Times and Rescaled")
 
 
 @torch.no_grad()
