@@ -1,6 +1,7 @@
 """Adapters in files: eckart's own folder keeps every bit, PEFT's is read and written as PEFT does it itself."""
 
 import json
+import re
 import warnings
 from importlib.resources import files
 from pathlib import Path
@@ -36,12 +37,12 @@ IDS = torch.randint(0, 61, (3, 8), generator=torch.Generator().manual_seed(1))
 SETTINGS = {
     "oft": {"block": 16}, "svfit": {"rank": 8}, "soka": {"rank": 2}, "miss": {"rank": 10},
     "sara": {"threshold": 5e-3}, "lift": {"rank": 4, "budget": 4}, "s2ft": {"channels": 4},
-    "flylora": {"rank": 8, "kept": 4},
+    "flylora": {"rank": 8, "kept": 4}, "ia3": {}, "vera": {"rank": 8},
 }  # fmt: skip
 MERGING = [method for method in eckart.ADAPTERS if method != "flylora"]
-# On GPT-2, whose layers are stored transposed, PEFT knows LoRA alone; it has no sum of Kronecker products.
-SPARSE = {"sara", "lift", "s2ft", "spp", "lors", "sqft", "snella", "flylora", "spectralft", "mps", "tlora"}
-BEYOND_PEFT = {"llama": {"soka", *SPARSE}, "gpt2": {"soka", "miss", "hra", "oft", *SPARSE}}
+# On GPT-2, whose layers are stored transposed, PEFT's LoRA alone is written; it has no sum of Kronecker products.
+BEYOND = {"soka", "sara", "s2ft", "spp", "lors", "sqft", "snella", "flylora", "spectralft", "mps", "tlora"}
+BEYOND_PEFT = {"llama": BEYOND, "gpt2": {*BEYOND, "miss", "hra", "oft", "lift", "loha", "lokr", "hira", "ia3"}}
 
 
 def llama(seed: int = 0, **changes) -> nn.Module:
@@ -150,7 +151,7 @@ def test_what_is_loaded_computes_and_trains_as_what_was_saved(method, base, tmp_
 def test_peft_computes_what_was_saved_for_it(method, base, tmp_path):
     model, folder = trained(MAKE[base](), method), tmp_path / "a"
     if method in BEYOND_PEFT[base]:
-        with pytest.raises(EckartError, match=r'PEFT has no .*; save it with format="eckart"'):
+        with pytest.raises(EckartError, match=r'PEFT.*; save it with format="eckart"'):
             eckart.adapters(model).save(folder, format="peft")
         assert not folder.exists()
         return
@@ -228,6 +229,8 @@ def test_a_whole_module_around_an_adapted_layer_is_refused(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+# Tensors of PEFT's files that do not train.
+UNTRAINED = re.compile(r"base_layer|vera_[AB]$|shira_indices$")
 CONFIGS = {
     "patterns": lambda: peft.LoraConfig(
         r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"], rank_pattern={"v_proj": 2},
@@ -246,6 +249,23 @@ CONFIGS = {
     "oft by count": lambda: peft.OFTConfig(
         r=4, oft_block_size=0, use_cayley_neumann=False, target_modules=["q_proj", "down_proj"]
     ),
+    "lokr": lambda: peft.LoKrConfig(r=2, alpha=3, target_modules=["q_proj", "down_proj"]),
+    "lokr, whole": lambda: peft.LoKrConfig(r=16, alpha=30, target_modules=["q_proj", "down_proj"]),
+    "lokr, both": lambda: peft.LoKrConfig(r=2, decompose_both=True, target_modules=["q_proj", "down_proj"]),
+    "lokr, first": lambda: peft.LoKrConfig(
+        r=7, decompose_both=True, decompose_factor=32, target_modules=["q_proj", "down_proj"]
+    ),
+    "lokr, patterns": lambda: peft.LoKrConfig(
+        r=2, decompose_factor=4, rank_pattern={"q_proj": 3}, alpha_pattern={"down_proj": 5}, init_weights="lycoris",
+        target_modules=["q_proj", "down_proj"],
+    ),
+    "loha": lambda: peft.LoHaConfig(
+        r=3, alpha=2, rank_pattern={"q_proj": 2}, alpha_pattern={"down_proj": 5}, target_modules=["q_proj", "down_proj"]
+    ),
+    "hira": lambda: peft.HiraConfig(r=3, rank_pattern={"q_proj": 2}, target_modules=["q_proj", "down_proj"]),
+    "ia3": lambda: peft.IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "shira": lambda: peft.ShiraConfig(r=3, target_modules=["q_proj", "down_proj"]),
+    "vera": lambda: peft.VeraConfig(r=7, vera_dropout=0.1, target_modules=["q_proj", "down_proj", "gate_proj"]),
 }  # fmt: skip
 
 
@@ -258,7 +278,7 @@ def test_what_peft_made_computes_the_same_here(kind, tmp_path):
     before = outputs(loaded)
     assert not torch.equal(outputs(train(loaded)), before)
     stored = load_file(folder / "adapter_model.safetensors")
-    assert eckart.adapters(loaded).count() == sum(p.numel() for key, p in stored.items() if "base_layer" not in key)
+    assert eckart.adapters(loaded).count() == sum(p.numel() for k, p in stored.items() if not UNTRAINED.search(k))
 
 
 def test_a_head_saved_along_must_be_the_base_s(tmp_path):
@@ -281,7 +301,25 @@ def test_peft_on_transposed_layers_and_in_half_precision(tmp_path):
 
 
 REFUSED = {
-    "type": (lambda: peft.LoHaConfig(r=2, target_modules=["q_proj"]), "type LOHA; eckart reads LORA, MISS, HRA, OFT"),
+    "fourierft": (
+        lambda: peft.FourierFTConfig(n_frequency=9, target_modules=["q_proj"]),
+        "type FOURIERFT; eckart reads LORA, MISS, HRA, OFT, LOKR, LOHA, HIRA, IA3, SHIRA, VERA",
+    ),
+    "c3a": (lambda: peft.C3AConfig(block_size=16, target_modules=["q_proj"]), "PEFT's type C3A"),
+    "boft": (lambda: peft.BOFTConfig(boft_block_size=4, target_modules=["q_proj"]), "PEFT's type BOFT"),
+    "road": (lambda: peft.RoadConfig(target_modules=["q_proj"]), "PEFT's type ROAD"),
+    "delora": (lambda: peft.DeloraConfig(r=2, target_modules=["q_proj"]), "PEFT's type DELORA"),
+    "norms": (lambda: peft.LNTuningConfig(target_modules=["input_layernorm"]), "PEFT's type LN_TUNING"),
+    "module dropout": (
+        lambda: peft.LoKrConfig(r=2, module_dropout=0.1, target_modules=["q_proj"]), "says module_dropout=0.1"
+    ),
+    "rank dropout": (
+        lambda: peft.LoHaConfig(r=2, rank_dropout=0.1, target_modules=["q_proj"]), "says rank_dropout=0.1"
+    ),
+    "hira dropout": (lambda: peft.HiraConfig(r=2, hira_dropout=0.1, target_modules=["q_proj"]), "says hira_dropout"),
+    "no projection": (
+        lambda: peft.VeraConfig(r=2, save_projection=False, target_modules=["q_proj"]), "without its random matrices"
+    ),
     "neumann": (lambda: peft.OFTConfig(oft_block_size=16, target_modules=["q_proj"]), "a cut series"),
     "coft": (
         lambda: peft.OFTConfig(oft_block_size=16, use_cayley_neumann=False, coft=True, target_modules=["q_proj"]),
