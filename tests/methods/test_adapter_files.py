@@ -345,6 +345,7 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Specified to not save vera_A")
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_peft_alone_can_express_is_refused(kind, tmp_path):
     config, message = REFUSED[kind]

@@ -152,7 +152,7 @@ def write_peft(
         "base_model_name_or_path": base,
         "task_type": "CAUSAL_LM" if causal else None,
         "inference_mode": True,
-        "bias": "none",
+        **({"bias": "none"} if adapter.kind in (LORA, MISS, HRA, OFT) else {}),
         "target_modules": _targets(list(adapter.layers), modules),
         "modules_to_save": list(adapter.modules) or None,
         **_settings(adapter, transposed),
