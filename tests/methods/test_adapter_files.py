@@ -21,9 +21,10 @@ from transformers import (
 
 import eckart
 from eckart.errors import EckartError
+from eckart.files.peft import lokr_factor, write_peft
 from eckart.hosts import AdaptedHost, Adapter, host, replace
-from eckart.hosts.adapter import Plus, Rescaled, Times
-from eckart.maps import Dense, Householder, LowRank
+from eckart.hosts.adapter import Left, Plus, Rescaled, Times
+from eckart.maps import Dense, Diagonal, Householder, Kronecker, LowRank, sparse
 from eckart.methods.adapt.adapters import ATTRIBUTE
 from eckart.methods.adapt.saving import in_peft_terms
 
@@ -271,11 +272,19 @@ CONFIGS = {
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_what_peft_made_computes_the_same_here(kind, tmp_path):
-    model, folder = made_by_peft(llama(), CONFIGS[kind](), tmp_path / "a")
+    config = CONFIGS[kind]()
+    model, folder = made_by_peft(llama(), config, tmp_path / "a")
     loaded = eckart.load_adapter(llama(), folder)
     assert torch.allclose(outputs(loaded), outputs(model), atol=1e-5)
     assert not torch.allclose(outputs(loaded), outputs(llama()), atol=1e-3)
+    eckart.adapters(loaded).save(tmp_path / "own")
     before = outputs(loaded)
+    assert torch.equal(outputs(eckart.load_adapter(llama(), tmp_path / "own")), before)
+    if kind not in ("vera", "odd hra", "oft by count"):  # written as LORA, warned of by PEFT, or of several sizes
+        eckart.adapters(loaded).save(tmp_path / "back", format="peft")
+        saved = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
+        assert saved["peft_type"] == config.peft_type
+        assert torch.allclose(outputs(in_peft(llama(), tmp_path / "back")), before, atol=1e-5)
     assert not torch.equal(outputs(train(loaded)), before)
     stored = load_file(folder / "adapter_model.safetensors")
     assert eckart.adapters(loaded).count() == sum(p.numel() for k, p in stored.items() if not UNTRAINED.search(k))
@@ -455,6 +464,80 @@ def test_a_compressed_base_keeps_its_adapter_in_the_own_format_alone(tmp_path):
     assert torch.equal(outputs(eckart.load_adapter(compressed(), tmp_path / "a")), outputs(model))
     with pytest.raises(EckartError, match=r"PEFT has no LORA for a LowRankHost, which model.layers.0.mlp.up_proj is"):
         eckart.adapters(model).save(tmp_path / "b", format="peft")
+
+
+@pytest.mark.parametrize("method", ["lors", "sqft"])
+def test_a_mask_is_that_of_its_base_or_stored(method, tmp_path):
+    """Nothing of the mask is stored while the base has it; another support is refused, a lost one is kept as bits."""
+
+    def pruned(least: float) -> nn.Module:
+        model = llama()
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "proj" in name:
+                    weight[weight.abs() < least] = 0
+        return model
+
+    model = trained(pruned(0.01), method)
+    eckart.adapters(model).save(tmp_path / "a")
+    assert not any("bits" in key for key in load_file(tmp_path / "a" / "adapter.safetensors"))
+    assert torch.equal(outputs(eckart.load_adapter(pruned(0.01), tmp_path / "a")), outputs(model))
+    half = eckart.load_adapter(pruned(0.01).bfloat16(), tmp_path / "a")
+    assert torch.allclose(outputs(half).float(), outputs(model), atol=0.2)
+    refuses(pruned(0.011), tmp_path / "a", "was trained where the weights of its base are not 0, and these are 0 else")
+    with torch.no_grad():
+        for layer in eckart.adapters(model).layers.values():
+            layer.base.weight[layer.base.weight.abs() < 0.011] = 0
+    eckart.adapters(model).save(tmp_path / "b")
+    assert torch.equal(outputs(eckart.load_adapter(pruned(0.011), tmp_path / "b")), outputs(model))
+    assert torch.equal(outputs(train(eckart.load_adapter(pruned(0.011), tmp_path / "b"))), outputs(train(model)))
+
+
+def test_what_a_type_of_peft_leaves_no_room_for_is_refused():
+    layer = nn.Linear(12, 8, bias=False)
+
+    def terms(*chains: list, base: nn.Module = layer):
+        return in_peft_terms({f"a.{i}": (base, Adapter(chain)) for i, chain in enumerate(chains)}, {})
+
+    kronecker = {sides: Kronecker(torch.ones(1, *sides), torch.ones(1, 8 // sides[0], 12 // sides[1])) for sides in
+                 ((2, 3), (4, 2), (4, 4), (1, 3))}  # fmt: skip
+    assert lokr_factor(terms([Plus(kronecker[2, 3])])) == -1
+    assert lokr_factor(terms([Plus(kronecker[4, 4])])) == 4
+    ones = torch.ones(12)
+    for chains, message in (
+        ([[Plus(kronecker[4, 2])]], "by one rule for all layers"),
+        ([[Plus(kronecker[1, 3])], [Plus(kronecker[4, 4])]], "by one rule for all layers"),
+        ([[Plus(Kronecker(torch.ones(2, 2, 3), torch.ones(2, 4, 4)))]], "PEFT has no type for Plus of a Kronecker"),
+        ([[Plus(kronecker[2, 3], dropout=0.1)]], "PEFT has no type for Plus of a Kronecker"),
+        ([[Plus(sparse(torch.eye(8, 12)))]], "has a multiple of 20 entries in a.0, not 8"),
+        ([[Plus(LowRank(torch.ones(8, 2), torch.ones(2, 12)))], [Times(Diagonal(ones))]], "the type differs"),
+    ):
+        with pytest.raises(EckartError, match=message + r'.*; save it with format="eckart"'):
+            terms(*chains)
+    with pytest.raises(EckartError, match=r"IA3 would scale the bias of a.0 as well"):
+        terms([Left(Diagonal(ones[:8]))], base=nn.Linear(12, 8))
+    assert terms([Times(Diagonal(ones))], base=nn.Linear(12, 8)).kind == "IA3"
+
+
+def test_ia3_of_layers_with_a_bias_and_of_both_sides(tmp_path):
+    config = peft.IA3Config(target_modules=["q_proj", "o_proj"], feedforward_modules=["o_proj"])
+    _, folder = made_by_peft(llama(attention_bias=True), config, tmp_path / "a")
+    refuses(llama(attention_bias=True), folder, "IA3 scales the bias of model.layers.0.self_attn.q_proj as well")
+    config = peft.IA3Config(target_modules=["o_proj"], feedforward_modules=["o_proj"])
+    theirs, folder = made_by_peft(llama(attention_bias=True), config, tmp_path / "b")
+    loaded = eckart.load_adapter(llama(attention_bias=True), folder)
+    assert torch.allclose(outputs(loaded), outputs(theirs), atol=1e-5)
+    model = eckart.adapt(llama(num_hidden_layers=2), "ia3", targets=r".*0.*(q|down)_proj", side="inputs")
+    eckart.adapt(model, "ia3", name="outputs", targets=r".*1.*(q|down)_proj", side="outputs")
+    train(model)
+    chains = {
+        n: (layer.base, layer.adapter(a)) for n, layer in eckart.adapters(model).layers.items() for a in layer.adapters
+    }
+    adapter = in_peft_terms(chains, {})
+    names = [name for name, _ in llama(num_hidden_layers=2).named_modules()]
+    write_peft(tmp_path / "both", adapter, names)  # a name such as q_proj means layers of either side
+    eckart.adapters(model).use("default", "outputs")
+    assert torch.allclose(outputs(in_peft(llama(num_hidden_layers=2), tmp_path / "both")), outputs(model), atol=1e-5)
 
 
 def test_chains_that_no_method_makes(tmp_path):

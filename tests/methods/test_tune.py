@@ -59,8 +59,10 @@ def _linear(folder: Path) -> dict[str, torch.Tensor]:
     return {name: m.weight for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
 
 
-def test_a_run_that_was_stopped_ends_in_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    options = {"method": "dora", "settings": {"rank": 2}, **QUICK}
+@pytest.mark.parametrize("method", ["dora", "sqft", "flylora"])
+def test_a_run_that_was_stopped_ends_in_the_same_bytes(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    settings = {"flylora": {"rank": 4, "kept": 2}, "sqft": {"rank": 4}}.get(method, {"rank": 2})
+    options = {"method": method, "settings": settings, **QUICK}
     monkeypatch.setattr(tuning, "Course", lambda *args: _Course(*args, save_every=4))
     eckart.tune(MODEL, TEXT, tmp_path / "whole", **options)
 

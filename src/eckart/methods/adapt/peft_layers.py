@@ -210,7 +210,7 @@ def _changes(peft: PeftAdapter, layer: str, shape: tuple[int, int], own: Mapping
             return [Plus(_sparse(own["shira_indices"], own["shira_weight"], shape))]
         case "VERA":
             rows, middle = own["vera_lambda_b"], own["vera_lambda_d"]
-            up, down = own["vera_B"][:m].contiguous(), own["vera_A"][:, :n].contiguous()
+            up, down = own["vera_B"][:m].clone(), own["vera_A"][:, :n].clone()
             return [random_factors(rows, up, middle, down, peft.dropout)]
         case _:
             return [Times(Cayley(own["oft_R.weight"], block_size(own["oft_R.weight"])))]
