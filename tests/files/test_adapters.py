@@ -2,28 +2,34 @@
 
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from eckart.errors import EckartError
-from eckart.files.adapters import (
+from eckart.files.adapters import SPEC, TENSORS, StoredAdapter, StoredLayer, read_adapter, sketch, write_adapter
+from eckart.files.changes import (
+    GROUPED,
+    KERNEL,
+    KINDS,
+    LEFT,
+    MASKED,
+    MULTIPLIED,
     PLUS,
     RESCALED,
-    SPEC,
-    TENSORS,
+    ROUTED,
     TIMES,
-    StoredAdapter,
     StoredChange,
-    StoredLayer,
-    read_adapter,
-    sketch,
-    write_adapter,
+    digest_of,
 )
 from eckart.files.peft import CONFIG, PeftAdapter, block_size, read_peft, write_peft
 from eckart.files.peft import TENSORS as PEFT_TENSORS
-from eckart.maps import Cayley, Dense, Diagonal, LowRank, Product
+from eckart.maps import Cayley, Dense, Diagonal, Hadamard, LowRank, Product, packed, sparse_of
+
+GOLDEN = Path(__file__).parent / "golden" / "adapter"
 
 BASE = Dense(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)))
 
@@ -52,9 +58,111 @@ def test_what_is_read_is_what_was_written(tmp_path):
         write_adapter(tmp_path / "x", written)
 
 
-def edited(tmp_path, spec=lambda raw: None, tensors=lambda held: None):
+def grid(*shape: int) -> torch.Tensor:
+    """Numbers that are exact in every dtype and on every machine."""
+    return (torch.arange(math.prod(shape), dtype=torch.float32) * 0.375 - 1.5).reshape(shape)
+
+
+def every_kind() -> StoredAdapter:
+    """An adapter with a change of every kind, of stated numbers."""
+    bits = packed(grid(6, 10) > 0)
+    down = sparse_of(torch.tensor([0, 1, 1]), torch.tensor([2, 0, 9]), grid(3), (2, 10))
+    first, second = ({"up": grid(6, 2), "down": grid(2, 10)} for _ in range(2))
+    routed = {"up": grid(6, 2), "bias": grid(2)}
+    changes = (
+        StoredChange(PLUS, Hadamard(LowRank(grid(6, 1), grid(1, 10)), Dense(grid(6, 10))), 0.1, 0.25),
+        StoredChange(TIMES, Cayley(grid(5, 1), 2)),
+        StoredChange(LEFT, Diagonal(grid(6))),
+        StoredChange(RESCALED, Diagonal(grid(6)), frozen=("magnitude",)),
+        StoredChange(MULTIPLIED, LowRank(grid(6, 2), grid(2, 10)), 0.5),
+        StoredChange(GROUPED, scale=0.5, tensors={"of_columns": grid(3, 10), "of_rows": grid(6)}),
+        StoredChange(MASKED, scale=2.0, tensors=first, numbers={"elastic": 1.0}, support=digest_of(bits)),
+        StoredChange(MASKED, scale=2.0, tensors={**second, "bits": bits}, numbers={"elastic": 0.0}),
+        StoredChange(KERNEL, tensors={"inputs": grid(2, 10, 3), "outputs": grid(2, 6, 3)}, numbers={"density": 0.1}),
+        StoredChange(ROUTED, down, 0.5, 0.0, ("down.values",), routed, {"kept": 1.0, "balance": 1e-3}),
+    )
+    sketched = tuple(float(i) for i in range(16))
+    return StoredAdapter("all", "lora", {"rank": 2}, 3, {"a.b": StoredLayer((6, 10), sketched, changes)}, {})
+
+
+def same(a: StoredChange, b: StoredChange) -> bool:
+    tensors = a.tensors.keys() == b.tensors.keys() and all(
+        torch.equal(a.tensors[key], b.tensors[key]) and a.tensors[key].dtype == b.tensors[key].dtype
+        for key in a.tensors
+    )
+    return tensors and replace(a, tensors={}) == replace(b, tensors={})
+
+
+def test_every_kind_is_read_as_the_first_version_wrote_it(tmp_path):
+    """The golden folder must stay readable for good, and is written today byte for byte."""
+    made, read = every_kind(), read_adapter(GOLDEN)
+    assert {change.kind for change in made.layers["a.b"].changes} == set(KINDS)
+    for mine, theirs in zip(made.layers["a.b"].changes, read.layers["a.b"].changes, strict=True):
+        assert same(mine, theirs)
+    write_adapter(tmp_path / "x", made)
+    for name in (SPEC, TENSORS):
+        assert (tmp_path / "x" / name).read_bytes() == (GOLDEN / name).read_bytes()
+
+
+AT = lambda raw, i: raw["layers"]["a.b"]["changes"][i]  # noqa: E731
+KIND_DAMAGES = {
+    "no map": (lambda raw: AT(raw, 2).pop("map"), "a.b.2 lacks its map"),
+    "a map too many": (lambda raw: AT(raw, 5).update(map=AT(raw, 2)["map"]), "a.b.5 has a map, which its kind has not"),
+    "left of another side": (lambda raw: AT(raw, 1).update(change="left"), r"a map of shape \(6, 6\) belongs"),
+    "no such tensor": (lambda raw: AT(raw, 5)["tensors"].pop("of_rows"), "has the tensors .'of_columns'. where"),
+    "one too many": (lambda raw: AT(raw, 5)["tensors"].update(more=[1]), "has the tensors"),
+    "described otherwise": (lambda raw: AT(raw, 5)["tensors"].update(of_rows=[5]), r"is \(6,\), described as \[5\]"),
+    "another layer": (lambda raw: raw["layers"]["a.b"].update(shape=[10, 6]), "belongs"),
+    "no number": (lambda raw: AT(raw, 8)["numbers"].pop("density"), r"has the numbers \[\] where .'density'"),
+    "density": (lambda raw: AT(raw, 8)["numbers"].update(density=1.5), "density 1.5, which cannot be"),
+    "elastic": (lambda raw: AT(raw, 6)["numbers"].update(elastic=0.5), "elastic 0.5"),
+    "kept": (lambda raw: AT(raw, 9)["numbers"].update(kept=3), "kept 3.0, which cannot be"),
+    "half kept": (lambda raw: AT(raw, 9)["numbers"].update(kept=1.5), "kept 1.5"),
+    "balance": (lambda raw: AT(raw, 9)["numbers"].update(balance=math.nan), "balance nan"),
+    "no support": (lambda raw: AT(raw, 6).pop("support"), "either the digest of the base's support or bits"),
+    "two supports": (lambda raw: AT(raw, 7).update(support="0"), "either the digest"),
+    "support of another kind": (lambda raw: AT(raw, 5).update(support="0"), "only if it is masked"),
+    "dropout": (lambda raw: AT(raw, 4).update(dropout=0.5), "dropout 0.5"),
+}
+TENSOR_DAMAGES = {
+    "rank": ("a.b.6.up", torch.zeros(6, 3), r"up is a tensor \(6, 3\) where|described"),
+    "bits": ("a.b.7.bits", torch.zeros(6, 2), "dtype torch.float32"),
+    "whole numbers": ("a.b.6.up", torch.zeros(6, 2, dtype=torch.int32), "dtype torch.int32"),
+    "missing": ("a.b.9.bias", None, "a.b.9.bias is missing"),
+    "no place": ("a.b.9.columns", torch.tensor([2, 0, 10], dtype=torch.int32), "columns beyond the matrix"),
+}
+
+
+@pytest.mark.parametrize("damage", [*KIND_DAMAGES, *TENSOR_DAMAGES])
+def test_a_damaged_change_is_refused_in_one_sentence(damage, tmp_path):
+    spec, message = KIND_DAMAGES.get(damage, (lambda raw: None, ""))
+
+    def tensors(held: dict[str, torch.Tensor]) -> None:
+        if damage in TENSOR_DAMAGES:
+            name, tensor, _ = TENSOR_DAMAGES[damage]
+            held.pop(name)
+            if tensor is not None:
+                held[name] = tensor
+
+    with pytest.raises(EckartError, match=message or TENSOR_DAMAGES[damage][2]) as error:
+        read_adapter(edited(tmp_path, spec, tensors, every_kind()))
+    assert "\n" not in str(error.value)
+
+
+def test_sizes_that_share_a_letter_are_equal(tmp_path):
+    folder = edited(
+        tmp_path,
+        lambda raw: AT(raw, 6)["tensors"].update(down=[3, 10]),
+        lambda held: held.update({"a.b.6.down": torch.zeros(3, 10)}),
+        every_kind(),
+    )
+    with pytest.raises(EckartError, match=r"down is a tensor \(3, 10\) where one of shape \(2, 10\) belongs"):
+        read_adapter(folder)
+
+
+def edited(tmp_path, spec=lambda raw: None, tensors=lambda held: None, made=None):
     folder = tmp_path / "x"
-    write_adapter(folder, adapter())
+    write_adapter(folder, made or adapter())
     raw, held = json.loads((folder / SPEC).read_text()), load_file(folder / TENSORS)
     spec(raw)
     tensors(held)
@@ -111,7 +219,7 @@ def test_damaged_tensors_are_refused(tmp_path):
     with pytest.raises(EckartError, match="cannot be read"):
         read_adapter(folder)
     (folder / SPEC).write_text("[]")
-    with pytest.raises(EckartError, match="holds a list, not an object"):
+    with pytest.raises(EckartError, match="should hold a JSON object, got a list"):
         read_adapter(folder)
 
 

@@ -31,7 +31,7 @@ from eckart.methods.adapt.lora_pro import closest_to_full
 SETTINGS = {
     "oft": {"block": 8}, "svfit": {"rank": 5}, "soka": {"rank": 2, "block": 8},
     "sara": {"threshold": 5e-3}, "lift": {"rank": 4, "budget": 4}, "s2ft": {"channels": 4},
-    "flylora": {"rank": 8, "kept": 4},
+    "flylora": {"rank": 8, "kept": 4}, "ia3": {},
 }  # fmt: skip
 MERGING = [method for method in eckart.ADAPTERS if method != "flylora"]
 MOVES = {"lora-xs": 1e-3, "lora-sb": 1.0, "snella": 1e-2}  # methods that do not start at the base, and how far from it
@@ -139,6 +139,11 @@ FORMULAS = {
     "hra": lambda m, n: 4 * n,
     "oft": lambda m, n: n * 7 // 2,
     "sparselora": lambda m, n: 4 * (m + n),
+    "vera": lambda m, n: m + 4,
+    "ia3": max,
+    "loha": lambda m, n: 8 * (m + n),
+    "lokr": lambda m, n: {16: 4, 32: 4, 48: 6}[m] * {32: 4, 48: 6}[n] + {16: 4, 32: 8, 48: 8}[m] * 8,
+    "hira": lambda m, n: 4 * (m + n),
 }
 
 

@@ -58,7 +58,19 @@ CASES = [
     Case("mps", {"rank": 3, "sites": 2}, lambda w: mps_count(w, 3)),
     Case("tlora", {"rank": 3, "sites": 2}, lambda w: tlora_count(w, 3)),
     Case("sparselora", {"rank": 4, "units": 0.5, "dense": 2}, lambda w: 4 * sum(w.shape)),
+    Case("vera", {"rank": 40}, lambda w: w.shape[0] + 40),
+    Case("ia3", {}, lambda w: max(w.shape)),
+    Case("ia3", {"side": "inputs"}, lambda w: w.shape[1]),
+    Case("loha", {"rank": 3}, lambda w: 6 * sum(w.shape)),
+    Case("lokr", {"rank": 3}, lambda w: lokr_count(w, 3)),
+    Case("lokr", {"rank": 4}, lambda w: lokr_count(w, 4)),
+    Case("hira", {"rank": 8}, lambda w: 8 * sum(w.shape)),
 ]
+
+
+def lokr_count(weight: Tensor, rank: int) -> int:
+    (a, c), (b, d) = (split(size) for size in weight.shape)
+    return a * b + (c * d if 2 * rank >= max(c, d) else rank * (c + d))
 
 
 def mps_count(weight: Tensor, bond: int) -> int:
@@ -331,7 +343,7 @@ def test_s2ft_trains_the_same_hidden_units_of_an_mlp():
         assert up.any(1).sum() == 3
 
 
-@pytest.mark.parametrize("method", ["spp", "lors", "sqft"])
+@pytest.mark.parametrize("method", ["spp", "lors", "sqft", "hira"])
 def test_a_sparse_weight_stays_as_sparse(method: str):
     model = eckart.adapt(base(), method, rank=4)
     trained(model, rate=1e-2)
@@ -347,7 +359,7 @@ def pruned() -> list[tuple[str, Tensor]]:
     return [(name, p) for name, p in base().named_parameters() if "proj" in name]
 
 
-@pytest.mark.parametrize("method", ["spp", "lors"])
+@pytest.mark.parametrize("method", ["spp", "lors", "hira"])
 def test_a_layer_of_a_sparse_map_is_adapted_and_merged_on_its_support(method: str):
     weight = pruned()[0][1].detach()
     model = nn.ModuleDict({"layer": eckart.host(eckart.maps.sparse(weight))})
@@ -421,6 +433,45 @@ def test_spectralft_moves_the_top_singular_vectors_only():
         moved = torch.linalg.svdvals(made - rest)
         assert moved[0] > 1e-3
         assert moved[6:].max() < 1e-5
+
+
+@pytest.mark.parametrize("rank", [3, 4])
+def test_lokr_is_one_kronecker_product(rank: int):
+    model = eckart.adapt(base(), "lokr", rank=rank, alpha=2.0)
+    trained(model, rate=1e-2)
+    for name, made in matrices(model).items():
+        (m, n), (a, b) = made.shape, (split(size)[0] for size in made.shape)
+        change = (made - weights(model)[name]).reshape(a, m // a, b, n // b).transpose(1, 2).reshape(a * b, -1)
+        values = torch.linalg.svdvals(change.double())
+        assert values[0] > 1e-3
+        assert values[1] < 1e-5
+        block = change.norm(dim=1).argmax()
+        inner = torch.linalg.svdvals(change[block].view(m // a, n // b).double())
+        assert (inner > 1e-6).sum() <= (rank if 2 * rank < max(m // a, n // b) else min(m // a, n // b))
+
+
+def test_loha_hira_ia3_and_vera_are_their_formulas():
+    """Every map beside what plain torch makes of the same numbers."""
+    for method, settings in (
+        ("loha", {"rank": 3, "alpha": 2.0}), ("hira", {"rank": 3}), ("ia3", {}), ("vera", {"rank": 5}),
+    ):  # fmt: skip
+        model = eckart.adapt(base(), method, **settings)
+        trained(model, rate=1e-2)
+        for name, made in matrices(model).items():
+            weight, (change,) = weights(model)[name], layers(model)[name].adapter("default").chain()
+            p = {key: parameter.detach() for key, parameter in change.named_parameters()}
+            if method == "loha":
+                products = (p[f"delta.{side}.up.weight"] @ p[f"delta.{side}.down.weight"] for side in ("left", "right"))
+                wanted = weight + 2.0 / 3 * torch.mul(*products)
+            elif method == "hira":
+                wanted = weight * (1 + p["factor.up.weight"] @ p["factor.down.weight"])
+            elif method == "ia3":
+                wanted = weight * (p["right.scale"] if weight.shape[1] > weight.shape[0] else p["left.scale"][:, None])
+            else:
+                inner = p["delta.2.scale"][:, None] * p["delta.3.weight"]
+                wanted = weight + (p["delta.0.scale"][:, None] * p["delta.1.weight"]) @ inner
+            torch.testing.assert_close(made, wanted, atol=1e-6, rtol=1e-5)
+            assert (made - weight).abs().max() > 1e-3
 
 
 def test_a_matrix_product_state_of_two_sites_is_lora():

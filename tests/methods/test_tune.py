@@ -62,7 +62,12 @@ def _linear(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("method", "settings"),
-    [("dora", {"rank": 2}), ("sparselora", {"rank": 2, "dense": 3, "outputs": "sparse", "units": 0.5})],
+    [
+        ("dora", {"rank": 2}),
+        ("sparselora", {"rank": 2, "dense": 3, "outputs": "sparse", "units": 0.5}),
+        ("sqft", {"rank": 4}),
+        ("flylora", {"rank": 4, "kept": 2}),
+    ],
 )
 def test_a_run_that_was_stopped_ends_in_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, settings: dict[str, object]

@@ -3,17 +3,12 @@
     eckart_adapter.json      {"format": 1, "name", "method", "settings", "seed", "trained": [module], "layers": {...}}
     adapter.safetensors      the numbers, each once
 
-A layer is {"shape": [out, in], "sketch": [numbers], "changes": [...]}, the change nearest to the base first:
-
-    {"change": "plus" | "times" | "rescaled", "map": <spec>, "scale": s, "dropout": p, "frozen": [parameter]}
-
-<spec> is `LinearMap.spec()`; the map is D of W + s D, R of W R, or the diagonal matrix of the new row lengths. Its
-tensors are "<layer>.<index of the change>.<name>". Modules that train whole are stored as "<module>.<name in its state
-dict>".
+A layer is {"shape": [out, in], "sketch": [numbers], "changes": [...]}, the change nearest to the base first; what a
+change says is in files/changes.py. Its tensors are "<layer>.<index of the change>.<name>". Modules that train whole are
+stored as "<module>.<name in its state dict>".
 The sketch tells whether an adapter meets the base it was made for, whatever dtype that is held in.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,32 +21,13 @@ from torch import Tensor
 
 from eckart.atomic import appearing, check_output, read_json, write_json, write_tensors
 from eckart.errors import EckartError
-from eckart.maps import FAMILIES, Diagonal, LinearMap, blank, from_spec
+from eckart.files.changes import StoredChange, change_entry, read_change
+from eckart.maps import LinearMap
 
 SPEC, TENSORS = "eckart_adapter.json", "adapter.safetensors"
 FORMAT = 1
-KINDS = PLUS, TIMES, RESCALED = "plus", "times", "rescaled"
 SKETCH = 16
 DAMAGED = (KeyError, TypeError, ValueError, AttributeError, IndexError)
-
-
-@dataclass(frozen=True, slots=True)
-class StoredChange:
-    """One change of a layer.
-
-    Attributes:
-        kind: "plus", "times" or "rescaled".
-        map: what is added, what comes before, or the diagonal matrix of the row lengths.
-        scale: factor of what is added.
-        dropout: share of the inputs of what is added that is dropped in training.
-        frozen: parameters of the change's module that never train.
-    """
-
-    kind: str
-    map: LinearMap
-    scale: float = 1.0
-    dropout: float = 0.0
-    frozen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +93,7 @@ def write_adapter(folder: Path, adapter: StoredAdapter) -> None:
     tensors = {f"{head}.{key}": t for head, state in adapter.trained.items() for key, t in state.items()}
     for name, layer in adapter.layers.items():
         for i, change in enumerate(layer.changes):
-            tensors.update({f"{name}.{i}.{key}": t for key, t in change.map.tensors().items()})
+            tensors.update({f"{name}.{i}.{key}": t for key, t in change.all_tensors().items()})
     described = {
         "format": FORMAT,
         "name": adapter.name,
@@ -133,16 +109,7 @@ def write_adapter(folder: Path, adapter: StoredAdapter) -> None:
 
 
 def _layer_entry(layer: StoredLayer) -> dict[str, Any]:
-    changes = [
-        {
-            "change": change.kind,
-            "map": change.map.spec(),
-            "scale": change.scale,
-            "dropout": change.dropout,
-            "frozen": list(change.frozen),
-        }
-        for change in layer.changes
-    ]
+    changes = [change_entry(change) for change in layer.changes]
     return {"shape": list(layer.shape), "sketch": list(layer.sketch), "changes": changes}
 
 
@@ -176,28 +143,8 @@ def _layer(name: str, entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> S
     found = tuple(float(number) for number in entry["sketch"])
     if len(found) != SKETCH:
         raise EckartError(f"{name} has a sketch of {len(found)} numbers, not {SKETCH}")
-    changes = tuple(_change(f"{name}.{i}.", c, (m, n), tensors) for i, c in enumerate(entry["changes"]))
+    changes = tuple(read_change(f"{name}.{i}.", c, (m, n), tensors) for i, c in enumerate(entry["changes"]))
     return StoredLayer((m, n), found, changes)
-
-
-def _change(prefix: str, entry: Mapping[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor]) -> StoredChange:
-    """Return a change, whose tensors are taken out of those of the file."""
-    names = blank(entry["map"], FAMILIES, torch.float32).tensors()
-    lacking = next((f"{prefix}{key}" for key in names if f"{prefix}{key}" not in tensors), None)
-    if lacking is not None:
-        raise EckartError(f"the tensor {lacking} is missing")
-    map_ = from_spec(entry["map"], {key: tensors.pop(f"{prefix}{key}") for key in names}, FAMILIES)
-    map_.validate()
-    kind, scale, dropout = str(entry["change"]), float(entry["scale"]), float(entry["dropout"])
-    if kind not in KINDS:
-        raise EckartError(f"{prefix[:-1]} is a change of kind {kind!r}; this version knows {', '.join(KINDS)}")
-    m, n = shape
-    needed = {PLUS: (m, n), TIMES: (n, n), RESCALED: (m, m)}[kind]
-    if map_.shape != needed or (kind == RESCALED and not isinstance(map_, Diagonal)):
-        raise EckartError(f"{prefix[:-1]} is a {map_!r} where a map of shape {needed} belongs")
-    if not math.isfinite(scale) or not 0 <= dropout < 1:
-        raise EckartError(f"{prefix[:-1]} has scale {scale} and dropout {dropout}")
-    return StoredChange(kind, map_, scale, dropout, tuple(str(key) for key in entry["frozen"]))
 
 
 def _taken(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -86,13 +86,28 @@ def improve_entries(weight: Tensor, metric: Metric, map_: LinearMap) -> LinearMa
     return map_
 
 
-def _refitted(
-    entries: Bitmap | NM, target: Tensor, metric: Metric, atoms: Tensor | None = None, steps: int = STEPS
-) -> Bitmap | NM:
-    """Return entries of least error under the whole metric, by preconditioned conjugate gradients."""
+def _refitted(entries: Bitmap | NM, target: Tensor, metric: Metric, atoms: Tensor | None = None) -> Bitmap | NM:
+    """Return the same places with values of less error."""
     columns = _columns(entries)
     mask = torch.zeros(entries.shape, dtype=target.dtype, device=target.device).scatter(1, columns, 1.0)
-    values, outputs, seen = entries.dense(), metric.outputs, metric.seen
+    values = improve_values(entries.dense(), mask, target, metric, atoms)
+    return dataclasses.replace(entries, values=values.gather(1, columns).view_as(entries.values))
+
+
+def improve_values(
+    values: Tensor, mask: Tensor, target: Tensor, metric: Metric, atoms: Tensor | None = None, steps: int = STEPS
+) -> Tensor:
+    """Return values of less error under the whole metric, by preconditioned conjugate gradients.
+
+    Args:
+        values: S (m, n) to start from, zero where the mask is.
+        mask: (m, n), 1 where values may be, 0 elsewhere.
+        target: W* (m, n), or (m, n') with atoms.
+        metric: what close means.
+        atoms: D (n, n'), or None for the identity.
+        steps: of conjugate gradients; no step makes the error larger.
+    """
+    outputs, seen = metric.outputs, metric.seen
     error = (values if atoms is None else values @ atoms) - target
     if atoms is None:
         pulled, second = weighted_rows(error, seen), seen
@@ -113,7 +128,7 @@ def _refitted(
         preconditioned = inverse * residual
         before, size = size, float((residual * preconditioned).sum())
         step = preconditioned + size / before * step
-    return dataclasses.replace(entries, values=values.gather(1, columns).view_as(entries.values))
+    return values
 
 
 def _columns(entries: Bitmap | NM) -> Tensor:

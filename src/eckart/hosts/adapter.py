@@ -1,12 +1,14 @@
 """Adapters: what is composed with a frozen linear map, as changes that each turn one map into another.
 
-    W' = f_k(... f_2(f_1(W)) ...)        Plus: W + s D        Times: W R        Rescaled: diag(g / |rows of W|) W
+    W' = f_k(... f_2(f_1(W)) ...)
+
+    Plus: W + s D        Times: W R        Left: L W        Rescaled: diag(g / |rows of W|) W
 
 Every change says both how to apply f(W) given a way to apply W, and which map f(W) is. The first runs, the second is
 merged, saved and tested against. Changes of several papers compose in any order, since none looks at more of the
 inner map than these two.
 
-Legend: W the map so far (m, n); x (..., n) inputs; D, R the change's own maps, whose parameters train unless frozen.
+Legend: W the map so far (m, n); x (..., n) inputs; D, L, R the change's own maps, whose parameters train unless frozen.
 """
 
 from abc import abstractmethod
@@ -113,6 +115,22 @@ class Times(Change):
 
     def call(self, x: Tensor, inner: Inner) -> Tensor:
         return inner.call(applied(self.right, x))
+
+
+class Left(Change):
+    """L W: what comes out is changed, the bias is not."""
+
+    keeps_bias = False
+
+    def __init__(self, left: LinearMap) -> None:
+        super().__init__()
+        self.left = host(left)
+
+    def of(self, inner: LinearMap) -> LinearMap:
+        return Product((map_of(self.left), inner))
+
+    def call(self, x: Tensor, inner: Inner) -> Tensor:
+        return applied(self.left, inner.call(x))
 
 
 class Rescaled(Change):

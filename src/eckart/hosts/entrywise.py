@@ -12,10 +12,11 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from eckart.hosts.adapter import Change, Inner, scaled
+from eckart.hosts.host import host, map_of
 from eckart.maps import Dense, LinearMap, Sum, multiply_by_rows, rows_of, unpacked
 
 
@@ -77,7 +78,7 @@ class MaskedFactors(Entrywise):
 
     def __init__(self, up: Tensor, down: Tensor, bits: Tensor, scale: float) -> None:
         super().__init__((up.shape[0], down.shape[1]), scale)
-        self.up, self.down = torch.nn.Parameter(up), torch.nn.Parameter(down)
+        self.up, self.down = nn.Parameter(up), nn.Parameter(down)
         self.register_buffer("bits", bits)
 
     def made_of(self) -> tuple[Tensor, ...]:
@@ -87,3 +88,94 @@ class MaskedFactors(Entrywise):
         up, down, bits = own
         product: Tensor = up[start:stop] @ down
         return product * unpacked(bits[start:stop], self.shape[1])
+
+
+class ElasticFactors(MaskedFactors):
+    """Masked factors of which a step of training takes the first k columns and rows, k one of r, 3 r / 4 and r / 2."""
+
+    def drawn(self) -> tuple[Tensor, ...]:
+        r = self.down.shape[0]
+        # torch's own generator, which gradient checkpointing puts back for the second pass
+        k = (r, 3 * r // 4, r // 2)[int(torch.randint(3, ()))]
+        return self.up[:, :k], self.down[:k], self.bits
+
+
+class Multiplied(Entrywise):
+    """W + s W * D, entry by entry.
+
+    Args:
+        factor: D (m, n).
+        scale: s.
+    """
+
+    reads_weight = True
+
+    def __init__(self, factor: LinearMap, scale: float = 1.0) -> None:
+        super().__init__(factor.shape, scale)
+        self.factor = host(factor)
+
+    def made_of(self) -> tuple[Tensor, ...]:
+        return tuple(pytree.tree_leaves(map_of(self.factor)))
+
+    def rows(self, start: int, stop: int, own: Sequence[Tensor], weight: Tensor | None) -> Tensor:
+        factor = pytree.tree_unflatten(list(own), pytree.tree_structure(map_of(self.factor)))
+        product = rows_of(factor, start, stop)
+        return product if weight is None else product * weight
+
+
+class Grouped(Entrywise):
+    """W + s W * (b_i a_p(i)j), p(i) = floor(i r / m): r groups of rows, each with a vector of its own.
+
+    Args:
+        columns: a (r, n).
+        rows: b (m,).
+        scale: s.
+    """
+
+    reads_weight = True
+
+    def __init__(self, columns: Tensor, rows: Tensor, scale: float) -> None:
+        super().__init__((rows.shape[0], columns.shape[1]), scale)
+        self.of_columns, self.of_rows = nn.Parameter(columns), nn.Parameter(rows)
+
+    def made_of(self) -> tuple[Tensor, ...]:
+        return self.of_columns, self.of_rows
+
+    def rows(self, start: int, stop: int, own: Sequence[Tensor], weight: Tensor | None) -> Tensor:
+        of_columns, of_rows = own
+        group = torch.arange(start, stop, device=of_rows.device) * of_columns.shape[0] // self.shape[0]
+        product: Tensor = of_columns[group] * of_rows[start:stop, None]
+        return product if weight is None else product * weight
+
+
+class Kernel(Entrywise):
+    """W + K * |K| where |K| >= q,    K_ij = 0.1 (|a_j - b_i| - |c_j - d_i|), q the quantile that leaves a share of K.
+
+    Args:
+        inputs: a and c, (2, n, h).
+        outputs: b and d, (2, m, h).
+        density: the share.
+    """
+
+    def __init__(self, inputs: Tensor, outputs: Tensor, density: float) -> None:
+        super().__init__((outputs.shape[1], inputs.shape[1]))
+        self.inputs, self.outputs, self.density = nn.Parameter(inputs), nn.Parameter(outputs), density
+
+    def made_of(self) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            sizes = _kernel(self.inputs, self.outputs).abs().flatten()
+            dropped = sizes.numel() - max(1, round(self.density * sizes.numel()))
+            least = sizes.kthvalue(dropped + 1).values
+        return self.inputs, self.outputs, least
+
+    def rows(self, start: int, stop: int, own: Sequence[Tensor], weight: Tensor | None) -> Tensor:
+        inputs, outputs, least = own
+        kernel = _kernel(inputs, outputs[:, start:stop])
+        size = kernel.detach().abs()
+        return kernel * size.where(size >= least, 0.0)
+
+
+def _kernel(inputs: Tensor, outputs: Tensor) -> Tensor:
+    """Return K (m, n) of vectors (2, n, h) of the inputs and (2, m, h) of the outputs."""
+    distances = torch.cdist(outputs, inputs, compute_mode="donot_use_mm_for_euclid_dist")
+    return 0.1 * (distances[0] - distances[1])

@@ -33,15 +33,18 @@ class Routed(Change):
         kept: k.
         scale: s.
         balance: u.
+        bias: d, zeros by default.
     """
 
     bias: Tensor
 
-    def __init__(self, up: Tensor, down: LinearMap, kept: int, scale: float, balance: float) -> None:
+    def __init__(
+        self, up: Tensor, down: LinearMap, kept: int, scale: float, balance: float, bias: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.up, self.down = nn.Parameter(up), host(down).requires_grad_(False)
         self.kept, self.scale, self.balance = kept, scale, balance
-        self.register_buffer("bias", torch.zeros(up.shape[1], device=up.device))
+        self.register_buffer("bias", torch.zeros(up.shape[1], device=up.device) if bias is None else bias)
 
     def of(self, inner: LinearMap) -> LinearMap:
         raise EckartError(

@@ -21,6 +21,7 @@ from eckart.maps.facts import Fact as Fact
 from eckart.maps.facts import facts as facts
 from eckart.maps.facts import rank_bound as rank_bound
 from eckart.maps.gated import Gated as Gated
+from eckart.maps.hadamard import Hadamard as Hadamard
 from eckart.maps.interleaved import Interleaved as Interleaved
 from eckart.maps.interleaved import interleaving as interleaving
 from eckart.maps.kronecker import Kronecker as Kronecker
@@ -79,6 +80,6 @@ FAMILIES: dict[str, type[LinearMap]] = {
     for cls in (
         Dense, LowRank, Pivoted, Diagonal, Permutation, Selection, Placement, Sparse, NM, Kronecker,
         Householder, Cayley, Tiled, TensorTrain, Tucker,
-        Bitmap, Scattered, Quantized, Sum, Product, Scaled, Blocks, Interleaved, RowNormalized, Masked,
+        Bitmap, Scattered, Quantized, Sum, Product, Scaled, Blocks, Interleaved, RowNormalized, Masked, Hadamard,
     )
 }  # fmt: skip

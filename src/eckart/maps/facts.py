@@ -7,6 +7,7 @@ from enum import Enum
 
 from eckart.maps.base import Blocks, LinearMap, Product, Scaled, Sum
 from eckart.maps.dense import Diagonal
+from eckart.maps.hadamard import Hadamard
 from eckart.maps.kronecker import Kronecker
 from eckart.maps.lowrank import LowRank
 from eckart.maps.masked import Masked
@@ -55,6 +56,8 @@ def facts(map_: LinearMap) -> frozenset[Fact]:
             found = facts(inner) & {D}  # an asymmetric mask breaks symmetry, any mask keeps zeros
         case RowNormalized(_, direction):
             found = facts(direction) & {D}
+        case Hadamard(left, right):
+            found = ((facts(left) | facts(right)) & {D}) | (facts(left) & facts(right) & {S})
         case Blocks(grid):
             found = facts(grid[0][0]) if len(grid) == len(grid[0]) == 1 else frozenset()
         case _:
@@ -66,7 +69,7 @@ def rank_bound(map_: LinearMap) -> int:
     """Return the smallest r such that the structure guarantees rank W <= r.
 
     rank(A + B) <= rank A + rank B; rank(A B) <= min(rank A, rank B); a non-zero multiple keeps the rank;
-    rank(A (x) B) = rank A rank B.
+    rank(A (x) B) = rank A rank B, and rank(A * B) is at most that.
     """
     full = min(map_.shape)
     match map_:
@@ -74,6 +77,8 @@ def rank_bound(map_: LinearMap) -> int:
             return min(map_.rank, full)
         case Kronecker(left, right):
             return min(full, left.shape[0] * min(left.shape[1:]) * min(right.shape[1:]))
+        case Hadamard(left, right):
+            return min(full, rank_bound(left) * rank_bound(right))
         case Sum(maps):
             return min(full, sum(map(rank_bound, maps)))
         case Product(maps):

@@ -20,6 +20,7 @@ from eckart.maps import (
     Cayley,
     Dense,
     Diagonal,
+    Hadamard,
     Householder,
     Interleaved,
     Kronecker,
@@ -368,6 +369,18 @@ def _masked(normal: Normal, generator: Generator) -> Made:
     yield "none", Masked(Dense(normal(2, 3)), torch.zeros(2, 3, dtype=torch.bool)), 0 * normal(2, 3)
 
 
+def _hadamard(normal: Normal, generator: Generator) -> Made:
+    for m, n in SHAPES:
+        a, b = normal(m, n), normal(m, n)
+        yield f"{m}x{n}", Hadamard(Dense(a), Dense(b)), a * b
+    u, v, s, t = normal(5, 2), normal(2, 4), normal(5, 3), normal(3, 4)
+    yield "low-rank", Hadamard(LowRank(u, v), LowRank(s, t)), torch.einsum("ik,kj,il,lj->ij", u, v, s, t)
+    d, w = normal(3), normal(3, 3)
+    yield "diagonal", Hadamard(Diagonal(d), Dense(w)), torch.diag(d * w.diagonal())
+    nothing = Hadamard(LowRank(normal(2, 0), normal(0, 3)), Dense(normal(2, 3)))
+    yield "rank 0", nothing, torch.zeros(2, 3, dtype=torch.float64)
+
+
 def _nested(normal: Normal, generator: Generator) -> Made:
     w, up, down, d, size = normal(4, 5), normal(4, 2), normal(2, 5), normal(4), normal(4)
     adapted = Sum((Dense(w), Scaled(LowRank(up, down), 0.5)))
@@ -409,5 +422,6 @@ MAKERS: dict[str, Callable[[Normal, Generator], Made]] = {
     "Interleaved": _interleaved,
     "RowNormalized": _row_normalized,
     "Masked": _masked,
+    "Hadamard": _hadamard,
     "nested": _nested,
 }

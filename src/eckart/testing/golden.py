@@ -16,6 +16,7 @@ from eckart.maps import (
     Cayley,
     Dense,
     Diagonal,
+    Hadamard,
     Householder,
     Interleaved,
     Kronecker,
@@ -79,6 +80,7 @@ def golden_maps() -> dict[str, LinearMap]:
         "Interleaved": Interleaved((dense, lowrank), torch.tensor([1, 0, 0, 1, 0, 1], dtype=torch.uint8)),
         "RowNormalized": RowNormalized(_grid(3) + 4, Sum((dense, lowrank))),
         "Masked": Masked(dense, mask),
+        "Hadamard": Hadamard(dense, lowrank),
     }
 
 

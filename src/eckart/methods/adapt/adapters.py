@@ -1,6 +1,6 @@
 """The adapters of a model: which there are, which are active, and taking them in and out."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from eckart.methods.adapt.merging import merged
 from eckart.methods.adapt.recipe import Recipe
 from eckart.methods.adapt.saving import Format, save_adapter
 from eckart.methods.pages import nearest
+from eckart.stats import Batch, live_moments
 
 # Where a model keeps the description of its adapters, and which of its parameters trained before the first one.
 ATTRIBUTE = "eckart_adapters"
@@ -104,12 +105,21 @@ class Adapters:
             for name, layer in self.layers.items():
                 layer.active = kept[name]
 
-    def merge(self) -> dict[str, float]:
+    def merge(self, data: Iterable[Batch] | None = None) -> dict[str, float]:
         """Compute with merged layers from now on; return the share of each layer's change that its structure loses.
 
         The base stays in memory untouched, so `unmerge` restores it to the bit.
+
+        Args:
+            data: batches as the model is called with; layers that cannot hold all of the change are then merged to
+                give the nearest outputs on what they see there, not the nearest weights, and the share lost is that.
+
+        Raises:
+            EckartError: if no matrix stands for an adapter, or the batches never reach a layer; nothing is merged then.
         """
-        made = {n: merged(layer) for n, layer in self.layers.items() if layer.active and not layer.is_merged}
+        wanted = {name: layer for name, layer in self.layers.items() if layer.active and not layer.is_merged}
+        seen = {} if data is None else live_moments(self.model, wanted, data)
+        made = {name: merged(layer, seen.get(name)) for name, layer in wanted.items()}
         for name, (module, _) in made.items():  # only once all are there: one that refuses leaves the model alone
             self.layers[name].merge(module)
         return {name: lost for name, (_, lost) in made.items()}
@@ -119,9 +129,11 @@ class Adapters:
         for layer in self.layers.values():
             layer.unmerge()
 
-    def fold(self) -> nn.Module:
-        """Merge for good and return the model without a trace of adapters."""
-        made = {name: merged(layer)[0] if layer.active else layer.base for name, layer in self.layers.items()}
+    def fold(self, data: Iterable[Batch] | None = None) -> nn.Module:
+        """Merge for good, as `merge` does, and return the model without a trace of adapters."""
+        wanted = {name: layer for name, layer in self.layers.items() if layer.active}
+        seen = {} if data is None else live_moments(self.model, wanted, data)
+        made = {n: merged(layer, seen.get(n))[0] if n in wanted else layer.base for n, layer in self.layers.items()}
         for name, module in made.items():
             replace(self.model, name, module)
         self._forget()

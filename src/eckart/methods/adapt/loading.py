@@ -3,20 +3,22 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from eckart.errors import EckartError
-from eckart.files.adapters import PLUS, SPEC, TIMES, StoredChange, StoredLayer, read_adapter, sketch
-from eckart.files.peft import CONFIG, HRA, LORA, MISS, PeftAdapter, block_size, read_peft
-from eckart.hosts import AdaptedHost, Adapter, adaptable_layers, map_of
-from eckart.hosts.adapter import Change, Plus, Rescaled, Times
-from eckart.maps import Cayley, Diagonal, Householder, LinearMap, LowRank, Tiled
+from eckart.files.adapters import SPEC, StoredLayer, read_adapter, sketch
+from eckart.files.peft import CONFIG, PeftAdapter, read_peft
+from eckart.hosts import AdaptedHost, Adapter, adaptable_layers, map_of, offset_of
+from eckart.hosts.adapter import Change, Left, Plus, Rescaled, Times
+from eckart.hosts.entrywise import Multiplied
+from eckart.maps import LinearMap
 from eckart.methods.adapt.adapt import attach, check_name, follow
 from eckart.methods.adapt.adapters import ATTRIBUTE, State
+from eckart.methods.adapt.changes import made_change
 from eckart.methods.adapt.described import Described
+from eckart.methods.adapt.peft_layers import described_peft, from_peft
 
 # Share by which the sketches of a base may differ: codes of 4 bits move them by 0.09, of 2 bits by 0.35, the best
 # map of a quarter of the ranks by 0.63, the weights of another model by 1.4.
@@ -69,9 +71,10 @@ class _Saved:
 def _own(model: nn.Module, folder: Path) -> _Saved:
     stored = read_adapter(folder)
     bases = _bases(model, stored.layers, folder)
-    layers = {layer: [_change(layer, change) for change in e.changes] for layer, e in stored.layers.items()}
-    _check_shapes(layers, bases)
+    for layer, entry in stored.layers.items():
+        _check_shape(layer, entry.shape, bases[layer].shape, bases[layer].shape)
     _check_sketches(stored.layers, bases)
+    layers = {n: [made_change(n, change, bases[n]) for change in e.changes] for n, e in stored.layers.items()}
     described = Described(stored.method, stored.settings, stored.seed, tuple(stored.trained))
     return _Saved(stored.name, described, layers, stored.trained)
 
@@ -79,10 +82,13 @@ def _own(model: nn.Module, folder: Path) -> _Saved:
 def _from_peft(model: nn.Module, folder: Path) -> _Saved:
     peft = read_peft(folder)
     bases = _bases(model, peft.layers, folder)
-    layers = {layer: _peft_changes(peft, layer, base.shape[1]) for layer, base in bases.items()}
+    layers = {
+        layer: from_peft(peft, layer, base.shape, biased=offset_of(model.get_submodule(layer)) is not None)
+        for layer, base in bases.items()
+    }
     _check_shapes(layers, bases)
     trained = _by_module(model, peft)
-    return _Saved("default", _described_peft(peft, tuple(trained)), layers, trained)
+    return _Saved("default", described_peft(peft, tuple(trained)), layers, trained)
 
 
 def _bases(model: nn.Module, layers: Mapping[str, object], folder: Path) -> dict[str, LinearMap]:
@@ -95,72 +101,29 @@ def _bases(model: nn.Module, layers: Mapping[str, object], folder: Path) -> dict
     return {name: map_of(m.base if isinstance(m, AdaptedHost) else m) for name, m in modules.items()}
 
 
-def _change(layer: str, stored: StoredChange) -> Change:
-    change: Change
-    if stored.kind == PLUS:
-        change = Plus(stored.map, stored.scale, dropout=stored.dropout)
-    elif stored.kind == TIMES:
-        change = Times(stored.map)
-    else:
-        change = Rescaled(cast(Diagonal, stored.map).scale)
-    parameters = dict(change.named_parameters())
-    unknown = next((key for key in stored.frozen if key not in parameters), None)
-    if unknown is not None:
-        raise EckartError(f"the adapter of {layer} freezes {unknown}, which it does not have; copy the folder again")
-    for key in stored.frozen:
-        parameters[key].requires_grad_(False)
-    return change
-
-
-def _described_peft(peft: PeftAdapter, trained: tuple[str, ...]) -> Described:
-    """Return the method that trains an adapter of PEFT on, with the settings of the config."""
-    first = next(iter(peft.layers.values()))
-    if peft.kind == MISS:
-        return Described("miss", {"rank": first["miss_block"].shape[0], "dropout": peft.dropout}, 0, trained)
-    if peft.kind == HRA:
-        rank = first["hra_u"].shape[1]  # an odd one could not start as the base, but need not
-        return Described("hra", {"rank": rank} if rank % 2 == 0 else {}, 0, trained)
-    if peft.kind != LORA:
-        return Described("oft", {"block": block_size(first["oft_R.weight"])}, 0, trained)
-    method = "dora" if peft.has_magnitudes else "rslora" if peft.rank_stabilized else "lora"
-    alpha = peft.alpha * peft.rank**0.5 if method == "dora" and peft.rank_stabilized else peft.alpha
-    return Described(method, {"rank": peft.rank, "alpha": alpha, "dropout": peft.dropout}, 0, trained)
-
-
-def _peft_changes(peft: PeftAdapter, layer: str, width: int) -> list[Change]:
-    """Return the changes of a layer with that many inputs, in float32 or wider."""
-    own = {key: t.to(torch.promote_types(t.dtype, torch.float32)) for key, t in peft.layers[layer].items()}
-    try:
-        if peft.kind == LORA:
-            low_rank = LowRank(own["lora_B.weight"], own["lora_A.weight"])
-            lengths = [Rescaled(own[key]) for key in own if key == "lora_magnitude_vector"]
-            return [Plus(low_rank, peft.scale(layer), dropout=peft.dropout), *lengths]
-        if peft.kind == MISS:
-            return [Plus(Tiled(own["miss_block"].mT.contiguous(), width), dropout=peft.dropout)]
-        if peft.kind == HRA:
-            return [Times(Householder(own["hra_u"].mT.contiguous()))]
-        return [Times(Cayley(own["oft_R.weight"], block_size(own["oft_R.weight"])))]
-    except EckartError as error:
-        raise EckartError(f"the tensors of {layer} do not fit: {error}") from error
-
-
 def _check_shapes(layers: Mapping[str, list[Change]], bases: Mapping[str, LinearMap]) -> None:
     """Refuse an adapter that was made for layers of other shapes."""
     for layer, change in ((layer, change) for layer, changes in layers.items() for change in changes):
         m, n = bases[layer].shape
-        came: tuple[int, ...]
-        needed: tuple[int, ...]
         match change:
             case Plus():
-                came, needed = map_of(change.delta).shape, (m, n)
+                _check_shape(layer, map_of(change.delta).shape, (m, n), (m, n))
             case Times():
-                came, needed = map_of(change.right).shape, (n, n)
-            case _:
-                came, needed = tuple(cast(Rescaled, change).magnitude.shape), (m,)
-        if came != needed:
-            raise EckartError(
-                f"the adapter of {layer} is {came} where the layer, {m} x {n}, needs {needed}; load it on its own base"
-            )
+                _check_shape(layer, map_of(change.right).shape, (n, n), (m, n))
+            case Left():
+                _check_shape(layer, map_of(change.left).shape, (m, m), (m, n))
+            case Multiplied():
+                _check_shape(layer, change.shape, (m, n), (m, n))
+            case Rescaled():
+                _check_shape(layer, tuple(change.magnitude.shape), (m,), (m, n))
+
+
+def _check_shape(layer: str, came: tuple[int, ...], needed: tuple[int, ...], shape: tuple[int, int]) -> None:
+    if came != needed:
+        m, n = shape
+        raise EckartError(
+            f"the adapter of {layer} is {came} where the layer, {m} x {n}, needs {needed}; load it on its own base"
+        )
 
 
 def _check_sketches(layers: Mapping[str, StoredLayer], bases: Mapping[str, LinearMap]) -> None:

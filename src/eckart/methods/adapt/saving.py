@@ -1,42 +1,25 @@
 """Saving an adapter: as eckart's own folder, which holds all of it, or as PEFT's, which other tools read.
 
-In PEFT's terms, exactly:
-
-    low rank, thin products, sums of them   LORA: sum_i s_i B_i A_i = s [B_1 s_1/s, B_2 s_2/s, ...] [A_1; A_2; ...]
-    the same, rows rescaled                 LORA with use_dora
-    tiles                                   MISS
-    reflections                             HRA
-    rotations of blocks                     OFT without Cayley-Neumann
-
-What is frozen, and what a rule does to gradients, PEFT's format does not know: trained further there, all factors move.
+What PEFT's terms for a layer are is in peft_layers.py.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from eckart.errors import EckartError
-from eckart.files.adapters import (
-    PLUS,
-    RESCALED,
-    TIMES,
-    StoredAdapter,
-    StoredChange,
-    StoredLayer,
-    sketch,
-    write_adapter,
-)
-from eckart.files.peft import HRA, LORA, MISS, OFT, PeftAdapter, write_peft
-from eckart.hosts import AdaptedHost, Adapter, is_conv1d, is_convolution, is_linear, map_of
-from eckart.hosts.adapter import Change, Plus, Rescaled, Times
-from eckart.maps import Cayley, Dense, Diagonal, Householder, LinearMap, LowRank, Product, Scaled, Sum, Tiled, row_norms
+from eckart.files.adapters import StoredAdapter, StoredLayer, sketch, write_adapter
+from eckart.files.peft import HIRA, IA3, LOHA, LOKR, LORA, OFT, SHIRA, PeftAdapter, lokr_factor, rank_of, write_peft
+from eckart.hosts import AdaptedHost, Adapter, is_conv1d, is_convolution, is_linear, map_of, offset_of
+from eckart.maps import row_norms
+from eckart.methods.adapt.changes import stored_change
 from eckart.methods.adapt.described import Described
+from eckart.methods.adapt.peft_layers import OWN, to_peft
 
 Format = Literal["eckart", "peft"]
-OWN = 'save it with format="eckart"'
 
 
 def save_adapter(
@@ -97,24 +80,9 @@ def _stored(layer: AdaptedHost, name: str) -> StoredLayer:
     trained = {id(parameter) for parameter in adapter.trained()}
     changes = []
     for change in adapter.chain():
-        kind, map_, scale, dropout = _parts(change)
         frozen = tuple(key for key, parameter in change.named_parameters() if id(parameter) not in trained)
-        changes.append(StoredChange(kind, map_, scale, dropout, frozen))
+        changes.append(stored_change(change, base, frozen))
     return StoredLayer(base.shape, sketch(base), tuple(changes))
-
-
-def _parts(change: Change) -> tuple[str, LinearMap, float, float]:
-    """Return kind, map, scale and dropout of a change."""
-    match change:
-        case Plus():
-            dropout = 0.0 if change.dropout is None else change.dropout.p
-            return PLUS, map_of(change.delta).apply(torch.detach), change.scale, dropout
-        case Times():
-            return TIMES, map_of(change.right).apply(torch.detach), 1.0, 0.0
-        case Rescaled():
-            return RESCALED, Diagonal(change.magnitude.detach()), 1.0, 0.0
-        case _:
-            raise EckartError(f"a change of type {type(change).__name__} has no format; use Plus, Times and Rescaled")
 
 
 @torch.no_grad()
@@ -126,29 +94,55 @@ def in_peft_terms(
     Raises:
         EckartError: if PEFT has no type that computes the same.
     """
-    kinds, dropouts = {}, {}
+    kinds, scales, dropouts = {}, {}, {}
     tensors: dict[str, dict[str, Tensor]] = {}
-    alphas: dict[str, float] = {}
     for name, (base, adapter) in layers.items():
         if is_convolution(base):
             raise EckartError(f"{name} is a convolution, which is not written in PEFT's format; {OWN}")
-        kinds[name], tensors[name], scale, dropouts[name] = _peft_layer(name, adapter)
+        kinds[name], tensors[name], scales[name], dropouts[name] = to_peft(name, adapter)
         if not is_linear(base) or (is_conv1d(base) and kinds[name] != LORA):
             raise EckartError(f"PEFT has no {kinds[name]} for a {type(base).__name__}, which {name} is; {OWN}")
-        if kinds[name] == LORA:
-            alphas[name] = scale * tensors[name]["lora_A.weight"].shape[0]
+        if kinds[name] == IA3 and offset_of(base) is not None and tensors[name]["ia3_l"].shape[0] > 1:
+            raise EckartError(f"PEFT's IA3 would scale the bias of {name} as well; {OWN}")
         if "lora_magnitude_vector" in tensors[name]:
             _check_rows(name, base, Adapter(adapter.chain()[:-1]))
     _same("the type", kinds)
     _same("the dropout", dropouts)
     kind, dropout = next(iter(kinds.values())), next(iter(dropouts.values()))
+    rest = {f"{head}.{key}": tensor for head, state in trained.items() for key, tensor in state.items()}
+    ranks = _ranks(kind, tensors, {name: map_of(base).shape for name, (base, _) in layers.items()})
+    alphas = {name: scale * ranks[name] for name, scale in scales.items()} if kind in (LORA, LOHA, LOKR) else {}
+    known = ranks if kind in (LOKR, SHIRA) else {}
+    made = PeftAdapter(kind, tensors, alphas, dropout, tuple(trained), rest, ranks=known)
     if kind == LORA:
         _same("rescaling", {name: "lora_magnitude_vector" in own for name, own in tensors.items()})
-    else:
-        axis = {MISS: 0, HRA: 1, OFT: 1}[kind]
-        _same("the rank or block", {name: next(iter(own.values())).shape[axis] for name, own in tensors.items()})
-    rest = {f"{head}.{key}": tensor for head, state in trained.items() for key, tensor in state.items()}
-    return PeftAdapter(kind, tensors, alphas, dropout, tuple(trained), rest)
+    elif kind == LOKR:
+        lokr_factor(made)
+    elif kind not in (LOHA, HIRA):
+        _same("the rank or block", ranks)
+    return made
+
+
+def _ranks(
+    kind: str, tensors: Mapping[str, Mapping[str, Tensor]], shapes: Mapping[str, tuple[int, int]]
+) -> dict[str, int]:
+    """Return what PEFT's config calls the rank or the block of every layer; 0 where a type has none.
+
+    Raises:
+        EckartError: if as many sparse entries as there are stand for no rank.
+    """
+    out = {name: rank_of(kind, own) for name, own in tensors.items()}
+    for name, own in tensors.items():
+        if kind == OFT:
+            out[name] = own["oft_R.weight"].shape[1]
+        elif kind == LOKR:  # the least from which PEFT keeps the second factor whole
+            out[name] = -(-max(max(t["lokr_w2"].shape) for t in tensors.values()) // 2)
+        elif kind == SHIRA:
+            count, sides = own["shira_weight"].shape[0], sum(shapes[name])
+            if count % sides or not count:
+                raise EckartError(f"PEFT's SHIRA has a multiple of {sides} entries in {name}, not {count}; {OWN}")
+            out[name] = count // sides
+    return out
 
 
 def _check_rows(name: str, base: nn.Module, adapter: Adapter) -> None:
@@ -164,59 +158,3 @@ def _same(what: str, values: Mapping[str, object]) -> None:
     other = next((n for n, v in others if v != value), None)
     if other is not None:
         raise EckartError(f"{what} differs between {name} and {other}, and PEFT knows one for all layers; {OWN}")
-
-
-def _peft_layer(name: str, adapter: Adapter) -> tuple[str, dict[str, Tensor], float, float]:
-    """Return the type, the tensors, the scale and the dropout of a layer."""
-    match adapter.chain():
-        case [Plus(delta=delta, scale=scale) as plus] if isinstance(map_of(delta), Tiled):
-            tile = cast(Tiled, map_of(delta)).tile
-            return MISS, {"miss_block": scale * tile.mT}, 1.0, _dropout([plus])
-        case [Times(right=right)] if isinstance(map_of(right), Householder):
-            return HRA, {"hra_u": cast(Householder, map_of(right)).vectors.mT}, 1.0, 0.0
-        case [Times(right=right)] if isinstance(map_of(right), Cayley):
-            return OFT, {"oft_R.weight": cast(Cayley, map_of(right)).skew}, 1.0, 0.0
-        case [*changes, Rescaled(magnitude=magnitude)] if changes:
-            rescaled = {"lora_magnitude_vector": magnitude}
-        case changes:
-            rescaled = {}
-    sums = [change for change in changes if isinstance(change, Plus)]
-    pairs = [thin_factors(map_of(change.delta)) for change in sums]
-    if len(sums) != len(changes) or any(pair is None for pair in pairs):
-        found = " then ".join(_word(change) for change in adapter.chain())
-        raise EckartError(f"PEFT has no type for {found}, which {name} has; {OWN}")
-    scale = next((change.scale for change in reversed(sums) if change.scale), 1.0)
-    weighted = [(pair[0] * (change.scale / scale), pair[1]) for pair, change in zip(pairs, sums, strict=True) if pair]
-    up, down = torch.cat([up for up, _ in weighted], 1), torch.cat([down for _, down in weighted])
-    return LORA, {"lora_A.weight": down, "lora_B.weight": up, **rescaled}, scale, _dropout(sums)
-
-
-def _dropout(changes: Sequence[Plus]) -> float:
-    return max(0.0 if change.dropout is None else change.dropout.p for change in changes)
-
-
-def _word(change: Change) -> str:
-    held = change.delta if isinstance(change, Plus) else change.right if isinstance(change, Times) else None
-    inner = f" of a {type(map_of(held)).__name__}" if held is not None else ""
-    return f"{type(change).__name__}{inner}"
-
-
-def thin_factors(map_: LinearMap) -> tuple[Tensor, Tensor] | None:
-    """Return U (m, r) and V (r, n) with U V the map, r the least inner size of its structure; None if it has none."""
-    match map_:
-        case LowRank(up, down):
-            return up, down
-        case Scaled(inner, scale):
-            pair = thin_factors(inner)
-            return None if pair is None else (pair[0] * scale, pair[1])
-        case Sum(maps):
-            parts = [pair for pair in map(thin_factors, maps) if pair is not None]
-            if len(parts) < len(maps):
-                return None
-            return torch.cat([up for up, _ in parts], 1), torch.cat([down for _, down in parts])
-        case Product(maps) if len(maps) > 1 and all(isinstance(part, (Dense, Diagonal, LowRank)) for part in maps):
-            cut = min(range(1, len(maps)), key=lambda i: maps[i].shape[0])
-            sides = [Product(part).to(torch.float64).dense() for part in (maps[:cut], maps[cut:])]
-            return sides[0].to(map_.dtype), sides[1].to(map_.dtype)
-        case _:
-            return None

@@ -13,14 +13,9 @@ kernel. What SNELLA adds, a softmax of K and shares of entries that are allocate
 and left out: every layer has one share.
 """
 
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor, nn
-
 from eckart.errors import EckartError
 from eckart.hosts import Adapter
-from eckart.hosts.entrywise import Entrywise
+from eckart.hosts.entrywise import Kernel
 from eckart.methods.adapt.layer import Layer
 from eckart.methods.adapt.recipe import Recipe, check_rank
 
@@ -42,33 +37,6 @@ def snella(*, rank: int = 8, density: float = 0.1) -> Recipe:
         drawn = layer.uniform(2 * half * (m + n))
         # each kind is drawn as its own matrix, with one over the root of its size as the bound
         ins, outs = drawn[: rank * n].view(2, n, half), drawn[rank * n :].view(2, m, half)
-        return Adapter([_Kernel(ins / (n * half) ** 0.5, outs / (m * half) ** 0.5, density)])
+        return Adapter([Kernel(ins / (n * half) ** 0.5, outs / (m * half) ** 0.5, density)])
 
     return Recipe(build, rate=1e-3)
-
-
-class _Kernel(Entrywise):
-    """W + the large entries of a kernel matrix."""
-
-    def __init__(self, inputs: Tensor, outputs: Tensor, density: float) -> None:
-        super().__init__((outputs.shape[1], inputs.shape[1]))
-        self.inputs, self.outputs, self.density = nn.Parameter(inputs), nn.Parameter(outputs), density
-
-    def made_of(self) -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            sizes = _kernel(self.inputs, self.outputs).abs().flatten()
-            dropped = sizes.numel() - max(1, round(self.density * sizes.numel()))
-            least = sizes.kthvalue(dropped + 1).values
-        return self.inputs, self.outputs, least
-
-    def rows(self, start: int, stop: int, own: Sequence[Tensor], weight: Tensor | None) -> Tensor:
-        inputs, outputs, least = own
-        kernel = _kernel(inputs, outputs[:, start:stop])
-        size = kernel.detach().abs()
-        return kernel * size.where(size >= least, 0.0)
-
-
-def _kernel(inputs: Tensor, outputs: Tensor) -> Tensor:
-    """Return K (m, n) of vectors (2, n, r / 2) of the inputs and (2, m, r / 2) of the outputs."""
-    distances = torch.cdist(outputs, inputs, compute_mode="donot_use_mm_for_euclid_dist")
-    return 0.1 * (distances[0] - distances[1])

@@ -12,12 +12,9 @@ and its published ranks of 32, 24 and 16. Its choice of one k per layer after tr
 `merge` codes the merged weight anew and reports the loss, where QA-SparsePEFT trains through the codes.
 """
 
-import torch
-from torch import Tensor
-
 from eckart.errors import EckartError
 from eckart.hosts import Adapter
-from eckart.hosts.entrywise import MaskedFactors
+from eckart.hosts.entrywise import ElasticFactors
 from eckart.methods.adapt.layer import Layer
 from eckart.methods.adapt.recipe import Recipe, check_rank
 from eckart.methods.adapt.support import masked
@@ -37,16 +34,6 @@ def sqft(*, rank: int = 32, alpha: float = 64.0, elastic: bool = True) -> Recipe
 
     def build(layer: Layer) -> Adapter:
         change = masked(layer, rank, alpha / rank)
-        return Adapter([_Elastic(change.up, change.down, change.bits, change.scale) if elastic else change])
+        return Adapter([ElasticFactors(change.up, change.down, change.bits, change.scale) if elastic else change])
 
     return Recipe(build, rate=5e-4)
-
-
-class _Elastic(MaskedFactors):
-    """Masked factors of which a step of training takes the first k columns and rows."""
-
-    def drawn(self) -> tuple[Tensor, ...]:
-        r = self.down.shape[0]
-        # torch's own generator, which gradient checkpointing puts back for the second pass
-        k = (r, 3 * r // 4, r // 2)[int(torch.randint(3, ()))]
-        return self.up[:, :k], self.down[:k], self.bits

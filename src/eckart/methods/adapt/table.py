@@ -9,8 +9,12 @@ from eckart.methods.adapt.dora import dora
 from eckart.methods.adapt.eva import eva
 from eckart.methods.adapt.flora import flora
 from eckart.methods.adapt.flylora import flylora
+from eckart.methods.adapt.hira import hira
 from eckart.methods.adapt.hra import hra
+from eckart.methods.adapt.ia3 import ia3
 from eckart.methods.adapt.lift import lift
+from eckart.methods.adapt.loha import loha
+from eckart.methods.adapt.lokr import lokr
 from eckart.methods.adapt.lora import lora
 from eckart.methods.adapt.lora_plus import lora_plus
 from eckart.methods.adapt.lora_pro import lora_pro
@@ -36,6 +40,7 @@ from eckart.methods.adapt.sqft import sqft
 from eckart.methods.adapt.svfit import svfit
 from eckart.methods.adapt.switchlora import switchlora
 from eckart.methods.adapt.tlora import tlora
+from eckart.methods.adapt.vera import vera
 from eckart.methods.pages import Setting, check_settings, first_line, page_named, signature_of, text_of
 
 Page = Callable[..., Recipe]
@@ -74,6 +79,11 @@ ADAPTERS: dict[str, Page] = {
     "mps": mps,
     "tlora": tlora,
     "sparselora": sparselora,
+    "vera": vera,
+    "ia3": ia3,
+    "loha": loha,
+    "lokr": lokr,
+    "hira": hira,
 }
 
 
