@@ -26,6 +26,8 @@ class Recipe:
         shares: share of the learning rate by a part of a parameter's name.
         rule: what is done to the gradients of trained pairs of factors, or None.
         penalty: what training adds to the loss for each adapter, or None.
+        server: what the server of a federation makes of a layer's averaged factors, or None for what they are.
+        follows: whether an adapter may build on an earlier one of its method.
     """
 
     build: Callable[[Layer], Adapter]
@@ -36,6 +38,8 @@ class Recipe:
     shares: Mapping[str, float] = field(default_factory=dict)
     rule: GradientRule | None = None
     penalty: Callable[[Adapter], Tensor] | None = None
+    server: Callable[[LowRank], LowRank] | None = None
+    follows: bool = False
 
 
 def check_rank(rank: int) -> None:

@@ -7,6 +7,8 @@ from eckart.methods.adapt.allora import allora
 from eckart.methods.adapt.corda import corda
 from eckart.methods.adapt.dora import dora
 from eckart.methods.adapt.eva import eva
+from eckart.methods.adapt.fedsvd import fedsvd
+from eckart.methods.adapt.ffa_lora import ffa_lora
 from eckart.methods.adapt.flora import flora
 from eckart.methods.adapt.flylora import flylora
 from eckart.methods.adapt.hra import hra
@@ -70,6 +72,8 @@ ADAPTERS: dict[str, Page] = {
     "flora": flora,
     "mps": mps,
     "tlora": tlora,
+    "ffa-lora": ffa_lora,
+    "fedsvd": fedsvd,
 }
 
 
