@@ -3,10 +3,10 @@
     python benchmarks/interference.py [--methods lora flylora ffa-lora] [--seeds 0 1 2] [--steps 60]
 
 The claim measured: FlyLoRA's adapters, whose random projections are nearly orthogonal, interfere less than LoRA's when
-they are added. all-MiniLM-L6-v2 learns TREC (6 classes), CR and SST-2 (2 classes each), every linear layer of its blocks
-adapted, a head per task; as many numbers train in every method. A method's learning rate is the one of `RATES` with the
-lowest mean loss of the tasks alone, on development examples, seed 0. Then all three adapters are active at once, every
-task with its own head.
+they are added. all-MiniLM-L6-v2 learns TREC (6 classes), CR and SST-2 (2 classes each), every linear layer of its
+blocks adapted, a head per task; as many numbers train in every method. A method's learning rate is the one of `RATES`
+with the lowest mean loss of the tasks alone, on development examples, seed 0. Then all three adapters are active at
+once, every task with its own head.
 """
 
 import argparse

@@ -61,6 +61,9 @@ if TYPE_CHECKING:
     from eckart.methods.adapt.adapt import adapt as adapt
     from eckart.methods.adapt.adapt import adapters as adapters
     from eckart.methods.adapt.adapters import Adapters as Adapters
+    from eckart.methods.adapt.federated import Federated as Federated
+    from eckart.methods.adapt.federated import federate as federate
+    from eckart.methods.adapt.federated import recombine as recombine
     from eckart.methods.adapt.loading import load_adapter as load_adapter
     from eckart.methods.adapt.table import ADAPTERS as ADAPTERS
     from eckart.methods.adapt.tune import Tuned as Tuned
@@ -90,6 +93,7 @@ PUBLIC: dict[str, str] = {
         "eckart.methods.evaluate": ("evaluate", "Evaluation"),
         "eckart.methods.adapt.adapt": ("adapt", "adapters"),
         "eckart.methods.adapt.adapters": ("Adapters",),
+        "eckart.methods.adapt.federated": ("federate", "Federated", "recombine"),
         "eckart.methods.adapt.loading": ("load_adapter",),
         "eckart.methods.adapt.table": ("ADAPTERS",),
         "eckart.methods.adapt.tune": ("tune", "Tuned"),

@@ -6,10 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from eckart.errors import EckartError
 from eckart.hosts import AdaptedHost, replace
+from eckart.hosts.adapter import Plus
+from eckart.hosts.decoding import is_plain
+from eckart.hosts.host import LowRankHost
+from eckart.maps import LowRank
 from eckart.methods.adapt.described import Described
 from eckart.methods.adapt.merging import merged
 from eckart.methods.adapt.recipe import Recipe
@@ -154,13 +159,41 @@ class Adapters:
         Raises:
             EckartError: if the folder cannot be written or the format cannot express the adapter; nothing is written.
         """
-        if name is None:
-            among = self.names if len(self.names) == 1 else list(self.active)
-            if len(among) != 1:
-                raise EckartError(f"which adapter? Give name=, one of {', '.join(self.names)}")
-            name = among[0]
-        self._require(name)
+        name = self._one(name)
         save_adapter(self.model, self.layers, name, self.state.described[name], Path(folder), format)
+
+    def factors(self, name: str | None = None) -> dict[str, LowRank]:
+        """Return copies of an adapter's low-rank changes by layer: what the client of a federation sends.
+
+        Args:
+            name: the adapter; may be left out if there is one, or one is active.
+
+        Raises:
+            EckartError: if it is not one plain low-rank change on every layer.
+        """
+        pairs = self._pairs(self._one(name))
+        return {n: LowRank(up.detach().clone(), down.detach().clone()) for n, (up, down) in pairs.items()}
+
+    def put_factors(self, factors: Mapping[str, LowRank], name: str | None = None) -> None:
+        """Overwrite an adapter's low-rank changes: what the client of a federation receives.
+
+        Args:
+            factors: by layer, as `factors` and `eckart.recombine` return them.
+            name: the adapter; may be left out if there is one, or one is active.
+
+        Raises:
+            EckartError: if layers or shapes are others; nothing is overwritten then.
+        """
+        pairs = self._pairs(self._one(name))
+        came = {n: (tuple(pair.up.shape), tuple(pair.down.shape)) for n, pair in factors.items()}
+        wanted = {n: (tuple(up.shape), tuple(down.shape)) for n, (up, down) in pairs.items()}
+        wrong = next((n for n in wanted | came if wanted.get(n) != came.get(n)), None)
+        if wrong is not None:
+            raise EckartError(f"factors of {wrong} are {came.get(wrong)} where {wanted.get(wrong)} belongs")
+        with torch.no_grad():
+            for n, (up, down) in pairs.items():
+                up.copy_(factors[n].up)
+                down.copy_(factors[n].down)
 
     def parameter_groups(self, rate: float | None = None, **options: Any) -> list[dict[str, Any]]:
         """Return the trained parameters as groups for any optimizer of torch, with each one's own learning rate.
@@ -198,6 +231,29 @@ class Adapters:
             if f".adapters.{name}." in parameter:
                 return next((share for part, share in recipe.shares.items() if part in parameter), 1.0)
         return 1.0
+
+    def _one(self, name: str | None) -> str:
+        """Return the adapter that is meant."""
+        if name is None:
+            among = self.names if len(self.names) == 1 else list(self.active)
+            if len(among) != 1:
+                raise EckartError(f"which adapter? Give name=, one of {', '.join(self.names)}")
+            name = among[0]
+        self._require(name)
+        return name
+
+    def _pairs(self, name: str) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the factors of an adapter by layer."""
+        pairs = {}
+        for layer, module in self.layers.items():
+            match module.adapter(name).chain() if name in module.adapters else []:
+                case []:
+                    continue
+                case [Plus(delta=LowRankHost(up=up, down=down))] if is_plain(up) and is_plain(down):
+                    pairs[layer] = up.weight, down.weight
+                case _:
+                    raise EckartError(f"{name!r} is not one low-rank change on {layer}; use a method such as fedsvd")
+        return pairs
 
     def _require(self, name: str) -> None:
         if name not in self.state.described:

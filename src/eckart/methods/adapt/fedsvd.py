@@ -11,9 +11,11 @@ Structure: low rank added, its first factor frozen between rounds. Start: W, A r
 published code draws the first A as LoRA does. Trained: B = 0 at the start; m r numbers. `eckart.federate` runs the
 rounds, `eckart.recombine` is the server's part for systems of their own.
 
-Source: Lee et al. 2025, "FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA", and its published
-code: r = alpha = 8, every round decomposed.
+Source: Lee et al. 2025, "FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA", and its
+published code: r = alpha = 8, every round decomposed.
 """
+
+from collections.abc import Sequence
 
 from eckart.hosts import Adapter
 from eckart.linalg import polar_factor, svd_of_product
@@ -38,7 +40,12 @@ def fedsvd(*, rank: int = 8, alpha: float = 8.0) -> Recipe:
     return Recipe(build, rate=1e-3, server=decomposed)
 
 
-def decomposed(factors: LowRank) -> LowRank:
-    """Return the same product with factors U S and V^T, V^T having orthonormal rows."""
-    found = svd_of_product([(factors.up, factors.down)])
+def decomposed(pairs: Sequence[LowRank], rank: int) -> LowRank:
+    """Return the best map of a rank of a sum, with factors U S and V^T, V^T having orthonormal rows.
+
+    Args:
+        pairs: the terms of the sum.
+        rank: r.
+    """
+    found = svd_of_product([(pair.up, pair.down) for pair in pairs], rank)
     return LowRank(found.left * found.values, found.right)

@@ -2,8 +2,8 @@
 
     W' = W + (alpha / r) B A,    A fixed:    mean_i B_i A = (mean_i B_i) A
 
-which two trained factors do not have: mean_i B_i A_i is not (mean_i B_i) (mean_i A_i). Noise on the gradient of B enters
-W' linearly, and is not multiplied by noise on A.
+which two trained factors do not have: mean_i B_i A_i is not (mean_i B_i) (mean_i A_i). Noise on the gradient of B
+enters W' linearly, and is not multiplied by noise on A.
 
 Structure: low rank added, its first factor frozen. Start: W. Trained: B = 0 at the start; m r numbers.
 

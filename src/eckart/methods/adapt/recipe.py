@@ -26,7 +26,7 @@ class Recipe:
         shares: share of the learning rate by a part of a parameter's name.
         rule: what is done to the gradients of trained pairs of factors, or None.
         penalty: what training adds to the loss for each adapter, or None.
-        server: what the server of a federation makes of a layer's averaged factors, or None for what they are.
+        server: what the server of a federation makes of a layer's changes and a rank, or None for averaged parameters.
         follows: whether an adapter may build on an earlier one of its method.
     """
 
@@ -38,7 +38,7 @@ class Recipe:
     shares: Mapping[str, float] = field(default_factory=dict)
     rule: GradientRule | None = None
     penalty: Callable[[Adapter], Tensor] | None = None
-    server: Callable[[LowRank], LowRank] | None = None
+    server: Callable[[Sequence[LowRank], int], LowRank] | None = None
     follows: bool = False
 
 
