@@ -138,6 +138,9 @@ FORMULAS = {
     "miss": lambda m, n: 4 * m,
     "hra": lambda m, n: 4 * n,
     "oft": lambda m, n: n * 7 // 2,
+    "ffa-lora": lambda m, n: 4 * m,
+    "fedsvd": lambda m, n: 4 * m,
+    "incremental": lambda m, n: 4 * (m + n) + 4,
 }
 
 

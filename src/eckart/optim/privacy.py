@@ -34,7 +34,7 @@ def renyi_divergence(order: int, share: float, noise: float) -> float:
         return 0.0
     if share == 1:
         return order / (2 * noise**2)
-    terms: list[float] = [
+    terms = [
         math.lgamma(order + 1) - math.lgamma(k + 1) - math.lgamma(order - k + 1)
         + (order - k) * math.log1p(-share) + k * math.log(share) + (k * k - k) / (2 * noise**2)
         for k in range(order + 1)
@@ -63,10 +63,10 @@ def epsilon(share: float, noise: float, steps: int, delta: float) -> float:
         return 0.0
     if noise == 0:
         return math.inf
-    found = (
+    found: list[float] = [
         steps * renyi_divergence(a, share, noise) + math.log1p(-1 / a) - (math.log(delta) + math.log(a)) / (a - 1)
         for a in ORDERS
-    )
+    ]
     return max(0.0, min(found))
 
 

@@ -15,6 +15,7 @@ from eckart.hosts.adapter import Plus
 from eckart.hosts.decoding import is_plain
 from eckart.hosts.host import LowRankHost
 from eckart.maps import LowRank
+from eckart.methods.adapt.combining import combination, combined
 from eckart.methods.adapt.described import Described
 from eckart.methods.adapt.merging import merged
 from eckart.methods.adapt.recipe import Recipe
@@ -72,7 +73,7 @@ class Adapters:
         """
         wanted = {**dict.fromkeys(names, 1.0), **weights}
         for name in wanted:
-            self._require(name)
+            self.require(name)
         self.require_unmerged()
         for layer in self.layers.values():
             layer.active = {name: weight for name, weight in wanted.items() if name in layer.adapters}
@@ -83,7 +84,7 @@ class Adapters:
         """Apply to every sequence of the batches inside the `with` the adapter it asks for; None is the base."""
         for name in names:
             if name is not None:
-                self._require(name)
+                self.require(name)
         self.require_unmerged()
         for layer in self.layers.values():
             layer.requests = tuple(names)
@@ -139,13 +140,47 @@ class Adapters:
 
     def drop(self, name: str) -> None:
         """Delete one adapter."""
-        self._require(name)
+        self.require(name)
         self.require_unmerged()
         for layer in self.layers.values():
             layer.active.pop(name, None)
             if name in layer.adapters:
                 del layer.adapters[name]
         del self.state.described[name]
+
+    def combine(self, *names: str, how: str = "task-masks", into: str = "combined", **settings: Any) -> list[str]:
+        """Make new adapters of several: one for all of them, or one for each that shares its weights with the others.
+
+        The new ones do not train and are not active yet; the old ones stay until they are dropped.
+
+        Args:
+            names: the adapters, two at least.
+            how: "sum", "mean", "ties", or "task-masks", which keeps every task's own part of the sum.
+            into: what the new adapter is called; "task-masks" makes one per task, called "<into>:<name>".
+            settings: of the way to combine, by name.
+
+        Returns:
+            The names of the new adapters.
+
+        Raises:
+            EckartError: for unknown names, or an adapter that depends on its input; nothing is added then.
+        """
+        if len(set(names)) < 2 or len(set(names)) != len(names):
+            raise EckartError(f"combine takes two different adapters or more, got {', '.join(names) or 'none'}")
+        for name in names:
+            self.require(name)
+        way = combination(how, settings)
+        new = [f"{into}:{name}" for name in names] if way.per_task else [into]
+        for name in new:
+            self.require_new(name)
+        chosen = {n: layer for n, layer in self.layers.items() if any(name in layer.adapters for name in names)}
+        made = {n: combined(layer, names, way) for n, layer in chosen.items()}
+        for n, adapters in made.items():
+            for name, adapter in zip(new, adapters, strict=True):
+                self.layers[n].add(name, adapter)
+        for name in new:
+            self.state.described[name] = Described(how, settings, 0)
+        return new
 
     def save(self, folder: str | Path, name: str | None = None, *, format: Format = "eckart") -> None:
         """Write an adapter to a folder of its own, which `eckart.load_adapter` puts back.
@@ -239,7 +274,7 @@ class Adapters:
             if len(among) != 1:
                 raise EckartError(f"which adapter? Give name=, one of {', '.join(self.names)}")
             name = among[0]
-        self._require(name)
+        self.require(name)
         return name
 
     def _pairs(self, name: str) -> dict[str, tuple[Tensor, Tensor]]:
@@ -255,9 +290,18 @@ class Adapters:
                     raise EckartError(f"{name!r} is not one low-rank change on {layer}; use a method such as fedsvd")
         return pairs
 
-    def _require(self, name: str) -> None:
+    def require(self, name: str) -> None:
+        """Raise an `EckartError` unless there is an adapter of that name."""
         if name not in self.state.described:
             raise EckartError(f"no adapter is called {name!r}; {nearest(name, self.names)}")
+
+    def require_new(self, name: str) -> None:
+        """Raise an `EckartError` unless an adapter of that name can be added."""
+        if not name or "." in name:  # names are parts of parameters' names
+            raise EckartError(f"an adapter's name must have at least one letter and no dot, got {name!r}")
+        if name in self.names:
+            raise EckartError(f"there is an adapter called {name!r} already; give another name")
+        self.require_unmerged()
 
     def require_unmerged(self) -> None:
         """Raise an `EckartError` if merged layers stand for the adapted ones."""

@@ -12,6 +12,7 @@ from eckart.methods.adapt.ffa_lora import ffa_lora
 from eckart.methods.adapt.flora import flora
 from eckart.methods.adapt.flylora import flylora
 from eckart.methods.adapt.hra import hra
+from eckart.methods.adapt.incremental import incremental
 from eckart.methods.adapt.lift import lift
 from eckart.methods.adapt.lora import lora
 from eckart.methods.adapt.lora_plus import lora_plus
@@ -74,6 +75,7 @@ ADAPTERS: dict[str, Page] = {
     "tlora": tlora,
     "ffa-lora": ffa_lora,
     "fedsvd": fedsvd,
+    "incremental": incremental,
 }
 
 
