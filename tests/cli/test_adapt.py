@@ -43,6 +43,7 @@ def test_a_fine_tune_is_reported(tmp_path: Path):
         (("--target", "q_prj"), "targets name 'q_prj', which no linear layer is called"),
         (("--format", "bin"), "--format must be eckart or peft, got 'bin'"),
         (("--validation", "nowhere.txt"), "there is no file nowhere.txt"),
+        (("--method", "incremental", "--after", "nowhere"), "nowhere holds no adapter"),
         (("--method", "soka", "--format", "peft"), "PEFT has no type"),
     ],
 )

@@ -89,8 +89,7 @@ def federate(
         batch: examples per step, on average where there is noise.
         rate: learning rate of SGD.
         chosen: share of the clients that train in a round, at least one.
-        noise: deviation of the noise in relation to `clip`; 0 trains without differential privacy, and nothing is
-            clipped. `eckart.optim.noise_for` returns what an epsilon needs.
+        noise: deviation in relation to `clip`, as `eckart.optim.noise_for` returns it; 0 neither clips nor protects.
         clip: largest norm of an example's gradient.
         delta: of differential privacy.
         seed: seed of everything random.

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from eckart.atomic import appearing, check_output, make_folder, write_json
+from eckart.files.adapters import TENSORS
 from eckart.files.text import load_tokenizer
 from eckart.methods.adapt.adapt import adapt, adapters
 from eckart.methods.adapt.adapters import Adapters
 from eckart.methods.adapt.described import Described
+from eckart.methods.adapt.loading import load_adapter
 from eckart.methods.adapt.rates import GRID, find_rate
 from eckart.methods.adapt.saving import Format
 from eckart.methods.adapt.tasks import Examples, batch_of, load_task_model, measured, read_examples
@@ -25,6 +27,8 @@ from eckart.methods.training import Course, Share, Step, train
 from eckart.progress import Progress, silent
 
 REPORT = "report.json"
+# What the adapter of an earlier task is called while a later one trains.
+EARLIER = "earlier"
 # Examples that data-driven starts are made from.
 START = 64
 # Fewest and most steps of the short runs that a rate is chosen by.
@@ -68,6 +72,7 @@ def tune(
     out: str | Path,
     *,
     method: str = "lora",
+    after: str | Path | None = None,
     validation: str | Path | None = None,
     text_field: str = "text",
     label_field: str | None = None,
@@ -88,6 +93,7 @@ def tune(
         data: text or .jsonl to learn, or labelled rows in a .jsonl or .tsv file, plain or gzip.
         out: folder to write; must not hold anything yet.
         method: one of `eckart.ADAPTERS`.
+        after: folder of the adapter of an earlier task that this one builds on, for methods that can.
         validation: what to measure on; by default the last tenth of the data, 512 examples at most.
         text_field: field or column of the text.
         label_field: the same of the label, which makes it a classification.
@@ -105,23 +111,34 @@ def tune(
         EckartError: for bad input, in one sentence, or a run that diverges; nothing is written then.
     """
     began, target, given = time.perf_counter(), Path(out), dict(settings or {})
-    recipe = Described(method, given, seed).recipe()
+    course = Course(steps, _rate(rate, Described(method, given, seed)), batch)
     check_output(target)
-    course = Course(steps, rate if isinstance(rate, float | int) else recipe.rate, batch)
     fields = {"length": length, "text_field": text_field, "label_field": label_field}
     examples, held_out = _examples(Path(model), Path(data), validation, fields)
     torch.manual_seed(seed)  # a head that is new starts anew
     base = load_task_model(Path(model), examples.labels)
     before, start = measured(base, held_out), _batches(examples, batch)
-    handle = adapters(adapt(base, method, targets=targets, data=start, seed=seed, progress=progress, **given))
+    handle = _adapted(base, after, method, targets=targets, data=start, seed=seed, progress=progress, **given)
     _rehearse(handle, format)
-    decides = str(model), method, given, seed, rate, asdict(course), list(targets or ()), fields
+    decides = str(model), method, given, seed, rate, asdict(course), list(targets or ()), fields, _digest(after)
     partial = _partial(target, decides, examples)
     course = _Run(handle, examples, held_out, seed, partial, progress).train(course, sweep=rate == "auto")
-    after, numbers = measured(base, held_out), (handle.count(), sum(p.numel() for p in base.parameters()))
-    tuned = Tuned(method, target, *numbers, course.rate, steps, before, after, time.perf_counter() - began)
-    _publish(handle, tuned, partial, format)
-    return tuned
+    reached, numbers = measured(base, held_out), (handle.count(), sum(p.numel() for p in base.parameters()))
+    tuned = Tuned(method, target, *numbers, course.rate, steps, before, reached, time.perf_counter() - began)
+    return _publish(handle, tuned, partial, format)
+
+
+def _rate(rate: float | str | None, described: Described) -> float:
+    """Return the learning rate to start from: the one given, or the method's."""
+    usual = described.recipe().rate
+    return float(rate) if isinstance(rate, float | int) else usual
+
+
+def _adapted(base: nn.Module, after: str | Path | None, method: str, **options: Any) -> Adapters:
+    """Add the adapter, behind that of an earlier task if there is one."""
+    if after is not None:
+        load_adapter(base, after, EARLIER)
+    return adapters(adapt(base, method, after=None if after is None else EARLIER, **options))
 
 
 def _rehearse(handle: Adapters, form: Format) -> None:
@@ -130,12 +147,19 @@ def _rehearse(handle: Adapters, form: Format) -> None:
         handle.save(Path(scratch) / "adapter", format=form)
 
 
-def _publish(handle: Adapters, tuned: Tuned, partial: Path, form: Format) -> None:
+def _publish(handle: Adapters, tuned: Tuned, partial: Path, form: Format) -> Tuned:
     """Write the adapter and the report, without what differs between two runs, and delete the run's state."""
     with appearing(tuned.out) as folder:
         handle.save(folder, format=form)
         write_json(folder / REPORT, {k: v for k, v in tuned.as_dict().items() if k not in ("out", "seconds")})
     shutil.rmtree(partial, ignore_errors=True)
+    return tuned
+
+
+def _digest(folder: str | Path | None) -> str:
+    """Return what tells one adapter's folder from another."""
+    path = None if folder is None else Path(folder) / TENSORS
+    return "" if path is None or not path.is_file() else hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _batches(examples: Examples, size: int) -> list[dict[str, Tensor]]:
