@@ -1,4 +1,9 @@
-"""Making adapters of several tasks into one change, or into one that they share."""
+"""Making adapters of several tasks into one change: plain sums and means.
+
+    sum: tau = sum_t tau_t          mean: tau = sum_t tau_t / T          tau_t = f_t(W) - W
+
+Gives: one change, (m, n) dense.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from eckart.methods.adapt.allora import allora
+from eckart.methods.adapt.combining import COMBINATIONS
 from eckart.methods.adapt.corda import corda
 from eckart.methods.adapt.dora import dora
 from eckart.methods.adapt.eva import eva
@@ -79,13 +80,17 @@ ADAPTERS: dict[str, Page] = {
 }
 
 
+# What is described: the methods, and the ways to combine adapters.
+PAGES: dict[str, Callable[..., Any]] = {**ADAPTERS, **COMBINATIONS}
+
+
 def adapter_settings(method: str) -> dict[str, Setting]:
     """Return the settings of a method by name.
 
     Raises:
         EckartError: for an unknown method, with the nearest names.
     """
-    return signature_of(page_named(ADAPTERS, method))
+    return signature_of(page_named(PAGES, method))
 
 
 def adapter_recipe(method: str, settings: Mapping[str, Any]) -> Recipe:
@@ -100,9 +105,9 @@ def adapter_recipe(method: str, settings: Mapping[str, Any]) -> Recipe:
 
 def adapter_summary(method: str) -> str:
     """Return the first line of a method's docstring."""
-    return first_line(page_named(ADAPTERS, method))
+    return first_line(page_named(PAGES, method))
 
 
 def adapter_source(method: str) -> str:
     """Return the docstring of a method's page: formula, structure and source."""
-    return text_of(page_named(ADAPTERS, method))
+    return text_of(page_named(PAGES, method))
