@@ -144,10 +144,11 @@ def test_clients_learn_together_and_the_same_seed_gives_the_same_bits(noise: flo
         before = float(losses(model, everything).mean().detach())
         done = eckart.federate(
             model, CLIENTS, rounds=12, steps=4, batch=20, rate=0.5, chosen=0.7, noise=noise, seed=seed, losses=losses,
-            after=seen.append, progress=lambda *_: None,
+            after=lambda index, model=model, seen=seen: seen.append(index + model.eval().training),
         )  # fmt: skip
         runs.append(state(model))
         assert seen == list(range(12))
+        assert model.training  # as it was
         assert sum(done.steps) == 12 * 2 * 4
         assert float(losses(model, everything).mean().detach()) < before - (0.02 if noise else 0.15)
         assert all(0 < spent < float("inf") for spent in done.epsilons) == bool(noise)

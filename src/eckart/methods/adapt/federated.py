@@ -10,7 +10,8 @@ Source: McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks 
 2016, "Deep Learning with Differential Privacy".
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -107,18 +108,18 @@ def federate(
         raise EckartError(f"{handle.state.described[name].method} adds a penalty to the loss; train it without noise")
     local = _Local(steps, batch, rate, clip, noise, losses or example_losses)
     taken = [0] * len(clients)
-    training = model.training
-    for index in range(rounds):
-        progress("rounds", index, rounds)
-        order = torch.Generator().manual_seed(seed * STRIDE + index)
-        count = max(1, round(chosen * len(clients)))
-        found = sorted(torch.randperm(len(clients), generator=order)[:count].tolist())
-        _round(handle, name, [clients[i] for i in found], local, [(seed * rounds + index) * STRIDE + i for i in found])
-        for i in found:
-            taken[i] += steps
-        if after is not None:
-            after(index)
-    model.train(training)
+    with _mode_kept(model):
+        for index in range(rounds):
+            progress("rounds", index, rounds)
+            order = torch.Generator().manual_seed(seed * STRIDE + index)
+            count = max(1, round(chosen * len(clients)))
+            found = sorted(torch.randperm(len(clients), generator=order)[:count].tolist())
+            seeds = [(seed * rounds + index) * STRIDE + i for i in found]
+            _round(handle, name, [clients[i] for i in found], local, seeds)
+            for i in found:
+                taken[i] += steps
+            if after is not None:
+                after(index)
     progress("rounds", rounds, rounds)
     spent = (epsilon(local.share(data), noise, done, delta) for data, done in zip(clients, taken, strict=True))
     return Federated(tuple(taken), tuple(spent), sum(p.numel() for p in model.parameters() if p.requires_grad))
@@ -177,18 +178,31 @@ def _round(handle: Adapters, name: str, clients: Sequence[Batch], local: _Local,
     start = {n: t.detach().clone() for n, t in (trained | held).items()}
     shares = _shares([float(_count(data)) for data in clients], len(clients))
     total = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in trained.items()}
-    for data, seed, share in zip(clients, seeds, shares, strict=True):
-        _put(trained | held, start)
-        _train(handle, data, local, seed)
-        for n, parameter in trained.items():
-            total[n] += share * parameter.detach().double()
-    if not all(all_finite(value) for value in total.values()):
-        _put(trained | held, start)
-        raise EckartError("what the clients trained is no longer finite; use a smaller rate")
-    _put(trained | held, start | total)
+    result = start
+    try:
+        for data, seed, share in zip(clients, seeds, shares, strict=True):
+            _put(trained | held, start)
+            _train(handle, data, local, seed)
+            for n, parameter in trained.items():
+                total[n] += share * parameter.detach().double()
+        if not all(all_finite(value) for value in total.values()):
+            raise EckartError("what the clients trained is no longer finite; use a smaller rate")
+        result = start | total
+    finally:
+        _put(trained | held, result)
     if server is not None:
         factors = handle.factors(name)
         handle.put_factors({layer: server([pair], pair.rank) for layer, pair in factors.items()}, name)
+
+
+@contextmanager
+def _mode_kept(model: nn.Module) -> Iterator[None]:
+    """Put a model back into the mode it is in."""
+    before = model.training
+    try:
+        yield
+    finally:
+        model.train(before)
 
 
 def _train(handle: Adapters, data: Batch, local: _Local, seed: int) -> None:
