@@ -114,6 +114,25 @@ def test_what_has_no_gradient_by_example_is_refused(method: str, trained: list[s
         clipped_gradients(model, lambda: losses(model), 1.0)
 
 
+def test_weights_that_are_used_twice_are_refused():
+    model = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 9, bias=False))
+    model[1].weight = model[0].weight
+    with pytest.raises(EckartError, match="nothing else has the same weights"):
+        clipped_gradients(model, lambda: model(IDS % 9).sum((1, 2)), 1.0)
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(self.inner(x)).sum(1)
+
+    twice = Twice()
+    with pytest.raises(EckartError, match="runs twice in a pass"):
+        clipped_gradients(twice, lambda: twice(torch.ones(3, 6)), 1.0)
+
+
 def test_a_mean_over_examples_is_refused():
     model = bert("lora")
     with pytest.raises(EckartError, match="one number per example"):

@@ -11,6 +11,7 @@ sum_i c_i g_i^T h_i. No gradient of a single example is kept.
 Legend: x (batch, tokens, n), g = dL/dy (batch, tokens, m), h either side's factor, c (batch,) factors.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,11 +95,13 @@ def _watched(model: nn.Module) -> Iterator[tuple[nn.Module, list[tuple[Tensor, _
         if wanted:
             known.update(id(parameter) for parameter, _ in wanted)
             yield module, wanted
-    other = next((n for n, p in model.named_parameters() if p.requires_grad and id(p) not in known), None)
-    if other is not None:
-        raise EckartError(
-            f"{other} trains, whose gradient by example is not known; low-rank changes and linear layers may train"
-        )
+    holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and (id(parameter) not in known or holders[id(parameter)] > 1):
+            raise EckartError(
+                f"{name} trains, whose gradient by example is not known; low-rank changes and linear layers may train, "
+                "where nothing else has the same weights"
+            )
 
 
 def _of_linear(module: nn.Linear) -> list[tuple[Tensor, _Parts]]:
