@@ -55,6 +55,12 @@ def test_bad_input_is_one_sentence(tmp_path: Path, more: tuple[object, ...], sen
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ways_to_combine_are_printed():
+    code, out, _ = run("adapters", "task-masks")
+    assert code == 0
+    assert "threshold" in out
+
+
 def test_methods_of_adaptation_are_listed_and_printed():
     code, out, _ = run("adapters", "--json")
     assert code == 0

@@ -83,7 +83,7 @@ def _earlier(
     handle.require(after)
     method = handle.state.described[after].method
     if not described.recipe().follows or method != described.method:
-        raise EckartError(f"a {described.method} adapter does not build on {after!r}, a {method} one; leave after= out")
+        raise EckartError(f"{described.method} does not build on {after!r}, whose method is {method}; leave after= out")
     if heads:
         raise EckartError(f"{heads[0]} would train whole and change what {after!r} computes; give trained=()")
     found = {name: layer.adapter(after) for name, layer in handle.layers.items() if after in layer.adapters}
