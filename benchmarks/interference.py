@@ -1,6 +1,6 @@
 """Adapters of several tasks added together: what each task loses beside the others, by method.
 
-    python benchmarks/interference.py [--methods lora flylora ffa-lora] [--seeds 0 1 2] [--steps 60]
+    python benchmarks/interference.py [--methods lora flylora] [--seeds 0 1 2] [--steps 60]
 
 The claim measured: FlyLoRA's adapters, whose random projections are nearly orthogonal, interfere less than LoRA's when
 they are added. all-MiniLM-L6-v2 learns TREC (6 classes), CR and SST-2 (2 classes each), every linear layer of its
@@ -29,7 +29,6 @@ TASKS = ("trec", "cr", "sst2")
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 16},
     "flylora": {"rank": 32, "kept": 8},
-    "ffa-lora": {"rank": 32, "alpha": 64.0},
 }
 RATES = (3e-4, 1e-3, 3e-3)
 BATCH, LENGTH, EXAMPLES = 16, 16, 250

@@ -32,7 +32,7 @@ def ties(*, density: float = 0.2, scale: float = 1.0) -> Combination:
 
     def combine(changes: Sequence[Tensor]) -> list[Dense]:
         kept = torch.stack([_trimmed(change, density) for change in changes])
-        agree = (kept.sign() == kept.sum(0).sign()) & (kept != 0)
+        agree = kept.sign() == kept.sum(0).sign()
         return [Dense(scale * (kept * agree).sum(0) / agree.sum(0).clamp_min(1))]
 
     return Combination(combine, per_task=False)
