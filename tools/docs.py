@@ -6,6 +6,7 @@ python tools/docs.py --check    fails if a page differs from what would be writt
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, get_args
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from eckart.methods.adapt.combining import COMBINATIONS
 from eckart.methods.adapt.table import ADAPTERS, adapter_settings, adapter_source, adapter_summary
 from eckart.methods.compress.table import METHODS, settings_of, source_of, summary_of
 from eckart.methods.pages import Setting
@@ -45,6 +47,13 @@ def adapters() -> list[dict[str, Any]]:
         before = sum(other["anchor"] == method["anchor"] for other in out[:i])
         method["anchor"] += f"-{before}" if before else ""
     return out
+
+
+def combinations() -> list[dict[str, Any]]:
+    """Return what docs/adapters.md says of every way to combine adapters."""
+    return [
+        _described(name, adapter_summary(name), adapter_source(name), adapter_settings(name)) for name in COMBINATIONS
+    ]
 
 
 def _described(name: str, summary: str, page: str, settings: Mapping[str, Setting]) -> dict[str, Any]:
@@ -128,6 +137,28 @@ def costs(rows: list[dict[str, Any]], keeps: tuple[float, ...] = (0.8, 0.6, 0.5)
     return out
 
 
+def over_seeds(rows: list[dict[str, Any]], keys: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return rows that differ in their seed alone as one: means, their spread, and from how many."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(_flat(row))
+    out = []
+    for mine in groups.values():
+        numbers = [key for key, value in mine[0].items() if isinstance(value, float)]
+        means = {key: statistics.fmean(row[key] for row in mine) for key in numbers}
+        spread = {key: statistics.stdev([row[key] for row in mine]) if len(mine) > 1 else 0.0 for key in numbers}
+        out.append({**mine[0], **means, "spread": spread, "seeds": len(mine)})
+    return out
+
+
+def _flat(row: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """Return a row without rows inside: {"alone": {"trec": 1.0}} as {"alone.trec": 1.0}."""
+    out: dict[str, Any] = {}
+    for key, value in row.items():
+        out |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
+    return out
+
+
 def headline(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return how much of the loss that svd-llm adds eckart does not, by model and budget."""
     at = {(r["model"], r["variant"], r["keep"]): r for r in rows}
@@ -159,6 +190,7 @@ def pages() -> dict[Path, str]:
     values = {
         "methods": methods(),
         "adapters": adapters(),
+        "combinations": combinations(),
         "compression": compression,
         "tables": tables(compression["rows"]),
         "headline": headline(compression["rows"]),
@@ -176,6 +208,9 @@ def pages() -> dict[Path, str]:
         "finetunes": results("finetunes"),
         "finetuned": finetunes(results("finetunes")["rows"]),
         "claims": claims(results("finetunes")["rows"]),
+        "federated": results("federated"),
+        "over_seeds": over_seeds,
+        "interference": results("interference"),
     }
     return {
         ROOT / f"docs/{name}.md": environment.get_template(f"{name}.md.jinja").render(values)

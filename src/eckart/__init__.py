@@ -64,6 +64,9 @@ if TYPE_CHECKING:
     from eckart.methods.adapt.adapters import Adapters as Adapters
     from eckart.methods.adapt.calibration import calibration_error as calibration_error
     from eckart.methods.adapt.calibration import fit_temperature as fit_temperature
+    from eckart.methods.adapt.federated import Federated as Federated
+    from eckart.methods.adapt.federated import federate as federate
+    from eckart.methods.adapt.federated import recombine as recombine
     from eckart.methods.adapt.loading import load_adapter as load_adapter
     from eckart.methods.adapt.table import ADAPTERS as ADAPTERS
     from eckart.methods.adapt.tune import Tuned as Tuned
@@ -94,6 +97,7 @@ PUBLIC: dict[str, str] = {
         "eckart.methods.adapt.adapt": ("adapt", "adapters"),
         "eckart.methods.adapt.adapters": ("Adapters",),
         "eckart.methods.adapt.calibration": ("calibration_error", "fit_temperature"),
+        "eckart.methods.adapt.federated": ("federate", "Federated", "recombine"),
         "eckart.methods.adapt.loading": ("load_adapter",),
         "eckart.methods.adapt.table": ("ADAPTERS",),
         "eckart.methods.adapt.tune": ("tune", "Tuned"),

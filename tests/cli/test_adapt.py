@@ -57,6 +57,7 @@ def test_a_probed_classification_reports_its_calibration(tmp_path: Path):
         (("--format", "bin"), "--format must be eckart or peft, got 'bin'"),
         (("--probe", 3), "probe trains the head of a classification, and texts have none"),
         (("--validation", "nowhere.txt"), "there is no file nowhere.txt"),
+        (("--method", "incremental", "--after", "nowhere"), "nowhere holds no adapter"),
         (("--method", "soka", "--format", "peft"), "PEFT has no type"),
     ],
 )
@@ -66,6 +67,12 @@ def test_bad_input_is_one_sentence(tmp_path: Path, more: tuple[object, ...], sen
     assert sentence in " ".join(error.split())
     assert out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ways_to_combine_are_printed():
+    code, out, _ = run("adapters", "task-masks")
+    assert code == 0
+    assert "threshold" in out
 
 
 def test_methods_of_adaptation_are_listed_and_printed():

@@ -144,6 +144,9 @@ FORMULAS = {
     "loha": lambda m, n: 8 * (m + n),
     "lokr": lambda m, n: {16: 4, 32: 4, 48: 6}[m] * {32: 4, 48: 6}[n] + {16: 4, 32: 8, 48: 8}[m] * 8,
     "hira": lambda m, n: 4 * (m + n),
+    "ffa-lora": lambda m, n: 4 * m,
+    "fedsvd": lambda m, n: 4 * m,
+    "incremental": lambda m, n: 4 * (m + n) + 4,
 }
 
 

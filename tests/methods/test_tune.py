@@ -241,3 +241,32 @@ def test_fields_and_labels_that_are_not_there_are_named(tmp_path: Path, rows: Pa
     other.write_text("sentence\tkind\nthe cow ran\tcow\n")
     with pytest.raises(EckartError, match="has the label 'cow', which the training data does not have"):
         eckart.tune(MODEL, rows, tmp_path / "out", validation=other, text_field="sentence", label_field="kind", **QUICK)
+
+
+def test_a_later_task_builds_on_an_earlier_one_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    options = {"method": "incremental", "settings": {"rank": 4, "later": 2}, **QUICK}
+    first = eckart.tune(MODEL, TEXT, tmp_path / "first", **options)
+    capitals = tmp_path / "capitals.txt"
+    capitals.write_text(TEXT.read_text().upper()[:40_000])
+    with pytest.raises(EckartError, match="does not build on"):
+        eckart.tune(MODEL, capitals, tmp_path / "lora", after=tmp_path / "first", **QUICK)
+    second = eckart.tune(MODEL, capitals, tmp_path / "second", after=tmp_path / "first", **options)
+    assert second.after["loss"] < second.before["loss"]
+    sizes = [layer.shape for name, layer in _linear(MODEL).items() if "layers" in name]
+    assert first.trained == sum(4 * (m + n) + 4 for m, n in sizes)
+    assert second.trained == sum(2 * (m + n) + 4 + 2 for m, n in sizes)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    for name in ("first", "second"):
+        eckart.load_adapter(model, tmp_path / name, name)
+    assert eckart.adapters(model).names == ["first", "second"]
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning, "_publish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        eckart.tune(MODEL, capitals, tmp_path / "again", after=tmp_path / "first", **options)
+    monkeypatch.undo()
+    eckart.tune(MODEL, capitals, tmp_path / "again", after=tmp_path / "first", **options)
+    for path in (tmp_path / "second").iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()

@@ -131,6 +131,9 @@ def adapt(
     out: Annotated[Path, typer.Option(help="Folder to write; must not hold anything yet.")],
     method: Annotated[str, typer.Option(help="Name of a method; `eckart adapters` lists them.")] = "lora",
     rank: Annotated[int | None, typer.Option(help="The same as --set rank=...")] = None,
+    after: Annotated[
+        Path | None, typer.Option(help="Adapter of an earlier task to build on, with --method incremental.")
+    ] = None,
     validation: Annotated[
         Path | None, typer.Option(help="What to measure on.  [default: the last tenth of the data]")
     ] = None,
@@ -174,10 +177,10 @@ def adapt(
     typed = parse_adapter_settings(method, assignments)
     with Bars() as progress:
         done = tune(
-            model, data, out, method=method, validation=validation, text_field=text_field, label_field=label_field,
-            steps=steps, batch=batch, length=length, rate=_rate(rate), probe=probe, probe_rate=probe_rate,
-            targets=targets or None, seed=seed, format="peft" if file_format == "peft" else "eckart", settings=typed,
-            progress=progress,
+            model, data, out, method=method, after=after, validation=validation, text_field=text_field,
+            label_field=label_field, steps=steps, batch=batch, length=length, rate=_rate(rate), probe=probe,
+            probe_rate=probe_rate, targets=targets or None, seed=seed, settings=typed, progress=progress,
+            format="peft" if file_format == "peft" else "eckart",
         )  # fmt: skip
     print_json(done.as_dict()) if as_json else print_all(tuned_table(done))
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from eckart.errors import EckartError
 from eckart.hosts.decoding import is_plain
 from eckart.hosts.host import LowRankHost, host, map_of
-from eckart.maps import LinearMap, LowRank, Product, RowNormalized, Scaled, Sum, row_norms
+from eckart.maps import Dense, Diagonal, LinearMap, LowRank, Product, RowNormalized, Scaled, Sum, row_norms
 
 # Stands between two trained factors and their use: returns them, and what it does to their gradients on the way back.
 GradientRule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -89,7 +89,9 @@ class Plus(Change):
 
     def scaled_factors(self) -> tuple[Tensor, Tensor] | None:
         """Return s U and V of a low-rank D whose inputs are not dropped, behind the gradient rule; None otherwise."""
-        factors = None if self.dropout is not None and self.training else self.factors()
+        if self.dropout is not None and self.training:
+            return None
+        factors = self.factors() or selected_factors(map_of(self.delta))
         return None if factors is None else (factors[0] * self.scale if self.scale != 1.0 else factors[0], factors[1])
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
@@ -205,6 +207,11 @@ class Adapter(nn.Module):
             if isinstance(change, Plus) and any(p.requires_grad for p in change.parameters()):
                 change.rule = rule
 
+    def freeze(self) -> None:
+        """Let nothing of it train from now on."""
+        self.requires_grad_(False)
+        self._fixed = {name for name, _ in self.named_parameters()}
+
     @property
     def keeps_bias(self) -> bool:
         """Whether every change does, and the map is applied as it is."""
@@ -239,6 +246,15 @@ class Adapter(nn.Module):
             return _with_products(inner, [(weight * up, down) for up, down in run]).call(x)
         current = _with_products(current, run)
         return torch.lerp(inner.call(x), current.call(x), weight)
+
+
+def selected_factors(map_: LinearMap) -> tuple[Tensor, Tensor] | None:
+    """Return U diag(s) and V of U diag(s) V; None for any other map."""
+    match map_:
+        case Product(maps=(Dense(weight=up), Diagonal(scale=selector), Dense(weight=down))):
+            return up * selector, down
+        case _:
+            return None
 
 
 def _with_products(inner: Inner, pairs: Sequence[tuple[Tensor, Tensor]]) -> Inner:

@@ -138,7 +138,7 @@ def train(
         step = _step(samples, course, index, seed)
         for group in optimizer.param_groups:
             group["lr"] = step.rate * group["share"]
-        with torch.enable_grad(), _seeded(samples.device, seed * STRIDE + index):
+        with torch.enable_grad(), seeded(samples.device, seed * STRIDE + index):
             total, task = loss(step)
         value = float(task.detach())
         first = value if first is None else first
@@ -181,7 +181,7 @@ def _diverged(stage: str, index: int, value: float, first: float, state: Path) -
 
 
 @contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
     """Seed the global generators for a while: dropout takes no other."""
     cuda = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if cuda else []):

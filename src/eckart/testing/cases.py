@@ -41,6 +41,7 @@ from eckart.maps import (
     TensorTrain,
     Tiled,
     Tucker,
+    packed,
 )
 from eckart.testing.case import Case
 
@@ -361,6 +362,7 @@ def _masked(normal: Normal, generator: Generator) -> Made:
     for m, n in SHAPES:
         w, mask = normal(m, n), torch.rand(m, n, generator=generator) < 0.6
         yield f"{m}x{n}", Masked(Dense(w), mask), w * mask
+        yield f"{m}x{n} bits", Masked(Dense(w), packed(mask)), w * mask
     up, down, mask = normal(3, 2), normal(2, 5), torch.rand(3, 5, generator=generator) < 0.6
     yield "low-rank", Masked(LowRank(up, down), mask), (up @ down) * mask
     d = normal(3)

@@ -37,6 +37,7 @@ def adapt(
     targets: str | Sequence[str] | None = None,
     trained: Sequence[str] | None = None,
     data: Iterable[Batch] | None = None,
+    after: str | None = None,
     seed: int = 0,
     progress: Progress = silent,
     **settings: Any,
@@ -54,6 +55,7 @@ def adapt(
         trained: names of modules, as they end, that train whole beside the adapter; by default the heads that
             transformers makes for a task (classifier, score, qa_outputs).
         data: batches as the model is called with, for methods that start from data; a few hundred sequences do.
+        after: the adapter of an earlier task that this one builds on, for methods that can; it does not train any more.
         seed: seed of everything random in the start.
         progress: told of the stages "statistics" and "gradients".
         settings: settings of the method by name, typed.
@@ -66,9 +68,14 @@ def adapt(
     check_name(model, name)
     chosen = target_layers(model, targets)
     heads = _heads(model, trained)
+    earlier = {} if after is None else _earlier(model, after, described, chosen, heads)
     layers = _layers(model, chosen, recipe, data, seed, progress)
+    for layer in layers:
+        layer.earlier = earlier.get(layer.name)
     built = {layer.name: recipe.build(layer) for layer in layers}
     follow(model, built, recipe, seed)
+    for adapter in earlier.values():
+        adapter.freeze()
     described = Described(method, dict(settings), seed, heads)
     return attach(model, name, described, built)
 
@@ -82,6 +89,28 @@ def follow(model: nn.Module, built: Mapping[str, Adapter], recipe: Recipe, seed:
             built[name].shortcut = shortcut
 
 
+def _earlier(
+    model: nn.Module, after: str, described: Described, chosen: Mapping[str, nn.Module], heads: Sequence[str]
+) -> dict[str, Adapter]:
+    """Return the adapter that a new one builds on, by layer.
+
+    Raises:
+        EckartError: if there is none, it is of another kind or on other layers, or what it computes would change.
+    """
+    handle = adapters(model)
+    handle.require(after)
+    method = handle.state.described[after].method
+    if not described.recipe().follows or method != described.method:
+        raise EckartError(f"{described.method} does not build on {after!r}, whose method is {method}; leave after= out")
+    if heads:
+        raise EckartError(f"{heads[0]} would train whole and change what {after!r} computes; give trained=()")
+    found = {name: layer.adapter(after) for name, layer in handle.layers.items() if after in layer.adapters}
+    if found.keys() != chosen.keys():
+        other = min(found.keys() ^ chosen.keys())
+        raise EckartError(f"{after!r} and the new adapter must be on the same layers; {other} has one of both")
+    return found
+
+
 def check_name(model: nn.Module, name: str) -> None:
     """Check that an adapter of that name can be put on a model.
 
@@ -91,10 +120,7 @@ def check_name(model: nn.Module, name: str) -> None:
     if "." in name or not name:
         raise EckartError(f"an adapter's name must have at least one letter and no dot, got {name!r}")
     if hasattr(model, ATTRIBUTE):
-        present = Adapters(model)
-        if name in present.names:
-            raise EckartError(f"there is an adapter called {name!r} already; give another name")
-        present.require_unmerged()
+        Adapters(model).require_new(name)
 
 
 def attach(model: nn.Module, name: str, described: Described, built: Mapping[str, Any]) -> nn.Module:

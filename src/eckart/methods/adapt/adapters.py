@@ -6,12 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from eckart.errors import EckartError
 from eckart.hosts import AdaptedHost, replace
+from eckart.hosts.adapter import Plus
+from eckart.hosts.decoding import is_plain
+from eckart.hosts.host import LowRankHost
+from eckart.maps import LowRank
 from eckart.methods.adapt.between import Between, Followed, follow
+from eckart.methods.adapt.combining import combination, combined
 from eckart.methods.adapt.described import Described
 from eckart.methods.adapt.layer import Layer
 from eckart.methods.adapt.merging import merged
@@ -72,7 +78,7 @@ class Adapters:
         """
         wanted = {**dict.fromkeys(names, 1.0), **weights}
         for name in wanted:
-            self._require(name)
+            self.require(name)
         self.require_unmerged()
         for layer in self.layers.values():
             layer.active = {name: weight for name, weight in wanted.items() if name in layer.adapters}
@@ -83,7 +89,7 @@ class Adapters:
         """Apply to every sequence of the batches inside the `with` the adapter it asks for; None is the base."""
         for name in names:
             if name is not None:
-                self._require(name)
+                self.require(name)
         self.require_unmerged()
         for layer in self.layers.values():
             layer.requests = tuple(names)
@@ -150,7 +156,7 @@ class Adapters:
 
     def drop(self, name: str) -> None:
         """Delete one adapter."""
-        self._require(name)
+        self.require(name)
         self.require_unmerged()
         for layer in self.layers.values():
             layer.active.pop(name, None)
@@ -159,6 +165,40 @@ class Adapters:
         del self.state.described[name]
         if name in self.state.hooks:
             self.state.hooks.pop(name).remove()
+
+    def combine(self, *names: str, how: str = "task-masks", into: str = "combined", **settings: Any) -> list[str]:
+        """Make new adapters of several: one for all of them, or one for each that shares its weights with the others.
+
+        The new ones do not train and are not active yet; the old ones stay until they are dropped.
+
+        Args:
+            names: the adapters, two at least.
+            how: "sum", "mean", "ties", or "task-masks", which keeps every task's own part of the sum.
+            into: what the new adapter is called; "task-masks" makes one per task, called "<into>:<name>".
+            settings: of the way to combine, by name.
+
+        Returns:
+            The names of the new adapters.
+
+        Raises:
+            EckartError: for unknown names, or an adapter that depends on its input; nothing is added then.
+        """
+        if len(set(names)) < 2 or len(set(names)) != len(names):
+            raise EckartError(f"combine takes two different adapters or more, got {', '.join(names) or 'none'}")
+        for name in names:
+            self.require(name)
+        way = combination(how, settings)
+        new = [f"{into}:{name}" for name in names] if way.per_task else [into]
+        for name in new:
+            self.require_new(name)
+        chosen = {n: layer for n, layer in self.layers.items() if any(name in layer.adapters for name in names)}
+        made = {n: combined(layer, names, way) for n, layer in chosen.items()}
+        for n, adapters in made.items():
+            for name, adapter in zip(new, adapters, strict=True):
+                self.layers[n].add(name, adapter)
+        for name in new:
+            self.state.described[name] = Described(how, settings, 0)
+        return new
 
     def save(self, folder: str | Path, name: str | None = None, *, format: Format = "eckart") -> None:
         """Write an adapter to a folder of its own, which `eckart.load_adapter` puts back.
@@ -172,13 +212,41 @@ class Adapters:
         Raises:
             EckartError: if the folder cannot be written or the format cannot express the adapter; nothing is written.
         """
-        if name is None:
-            among = self.names if len(self.names) == 1 else list(self.active)
-            if len(among) != 1:
-                raise EckartError(f"which adapter? Give name=, one of {', '.join(self.names)}")
-            name = among[0]
-        self._require(name)
+        name = self._one(name)
         save_adapter(self.model, self.layers, name, self.state.described[name], Path(folder), format)
+
+    def factors(self, name: str | None = None) -> dict[str, LowRank]:
+        """Return copies of an adapter's low-rank changes by layer: what the client of a federation sends.
+
+        Args:
+            name: the adapter; may be left out if there is one, or one is active.
+
+        Raises:
+            EckartError: if it is not one plain low-rank change on every layer.
+        """
+        pairs = self._pairs(self._one(name))
+        return {n: LowRank(up.detach().clone(), down.detach().clone()) for n, (up, down) in pairs.items()}
+
+    def put_factors(self, factors: Mapping[str, LowRank], name: str | None = None) -> None:
+        """Overwrite an adapter's low-rank changes: what the client of a federation receives.
+
+        Args:
+            factors: by layer, as `factors` and `eckart.recombine` return them.
+            name: the adapter; may be left out if there is one, or one is active.
+
+        Raises:
+            EckartError: if layers or shapes are others; nothing is overwritten then.
+        """
+        pairs = self._pairs(self._one(name))
+        came = {n: (tuple(pair.up.shape), tuple(pair.down.shape)) for n, pair in factors.items()}
+        wanted = {n: (tuple(up.shape), tuple(down.shape)) for n, (up, down) in pairs.items()}
+        wrong = next((n for n in wanted | came if wanted.get(n) != came.get(n)), None)
+        if wrong is not None:
+            raise EckartError(f"factors of {wrong} are {came.get(wrong)} where {wanted.get(wrong)} belongs")
+        with torch.no_grad():
+            for n, (up, down) in pairs.items():
+                up.copy_(factors[n].up)
+                down.copy_(factors[n].down)
 
     def parameter_groups(self, rate: float | None = None, **options: Any) -> list[dict[str, Any]]:
         """Return the trained parameters as groups for any optimizer of torch, with each one's own learning rate.
@@ -255,9 +323,41 @@ class Adapters:
                 return next((share for part, share in recipe.shares.items() if part in parameter), 1.0)
         return 1.0
 
-    def _require(self, name: str) -> None:
+    def _one(self, name: str | None) -> str:
+        """Return the adapter that is meant."""
+        if name is None:
+            among = self.names if len(self.names) == 1 else list(self.active)
+            if len(among) != 1:
+                raise EckartError(f"which adapter? Give name=, one of {', '.join(self.names)}")
+            name = among[0]
+        self.require(name)
+        return name
+
+    def _pairs(self, name: str) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the factors of an adapter by layer."""
+        pairs = {}
+        for layer, module in self.layers.items():
+            match module.adapter(name).chain() if name in module.adapters else []:
+                case []:
+                    continue
+                case [Plus(delta=LowRankHost(up=up, down=down))] if is_plain(up) and is_plain(down):
+                    pairs[layer] = up.weight, down.weight
+                case _:
+                    raise EckartError(f"{name!r} is not one low-rank change on {layer}; use a method such as fedsvd")
+        return pairs
+
+    def require(self, name: str) -> None:
+        """Raise an `EckartError` unless there is an adapter of that name."""
         if name not in self.state.described:
             raise EckartError(f"no adapter is called {name!r}; {nearest(name, self.names)}")
+
+    def require_new(self, name: str) -> None:
+        """Raise an `EckartError` unless an adapter of that name can be added."""
+        if not name or "." in name:  # names are parts of parameters' names
+            raise EckartError(f"an adapter's name must have at least one letter and no dot, got {name!r}")
+        if name in self.names:
+            raise EckartError(f"there is an adapter called {name!r} already; give another name")
+        self.require_unmerged()
 
     def require_unmerged(self) -> None:
         """Raise an `EckartError` if merged layers stand for the adapted ones."""

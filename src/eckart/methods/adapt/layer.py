@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from eckart.errors import EckartError
-from eckart.hosts import is_convolution, kernel_axes, map_of
+from eckart.hosts import Adapter, is_convolution, kernel_axes, map_of
 from eckart.linalg import TruncatedSVD, truncated_svd
 from eckart.stats import Moments
 
@@ -28,6 +28,7 @@ class Layer:
         inputs: moments of its inputs, if the recipe asks for them.
         derived: what was derived from those moments, one dictionary for all layers that share them.
         gradient: mean gradient of the loss by its weight (m, n), if the recipe asks for it.
+        earlier: the adapter that the new one builds on, or None.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Layer:
     inputs: Moments | None = None
     gradient: Tensor | None = None
     derived: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    earlier: Adapter | None = None
     _svd: dict[int, TruncatedSVD] = field(default_factory=dict)
 
     @property

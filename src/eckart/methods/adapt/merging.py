@@ -73,7 +73,7 @@ def _like(base: LinearMap, target: LinearMap) -> LinearMap:
         case Sparse() | NM() | Bitmap():
             return _on_support(base, target.dense())
         case Masked():
-            return Masked(Dense(target.dense() * base.mask), base.mask)
+            return Masked(Dense(target.dense() * base.present()), base.mask)
         case Quantized():
             return quantize(target.dense(), _coding(base), axis=base.axis)
         case _:

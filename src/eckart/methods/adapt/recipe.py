@@ -30,6 +30,8 @@ class Recipe:
         penalty: what training adds to the loss for each adapter, or None.
         between: what is done between optimizer steps, or None.
         skipping: how many channels the frozen layers skip in training, or None for none.
+        server: what the server of a federation makes of a layer's changes and a rank, or None for averaged parameters.
+        follows: whether an adapter may build on an earlier one of its method.
     """
 
     build: Callable[[Layer], Adapter]
@@ -42,6 +44,8 @@ class Recipe:
     penalty: Callable[[Adapter], Tensor] | None = None
     between: Between | None = None
     skipping: Skipping | None = None
+    server: Callable[[Sequence[LowRank], int], LowRank] | None = None
+    follows: bool = False
 
 
 def check_rank(rank: int) -> None:

@@ -4,14 +4,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from eckart.methods.adapt.allora import allora
+from eckart.methods.adapt.combining import COMBINATIONS
 from eckart.methods.adapt.corda import corda
 from eckart.methods.adapt.dora import dora
 from eckart.methods.adapt.eva import eva
+from eckart.methods.adapt.fedsvd import fedsvd
+from eckart.methods.adapt.ffa_lora import ffa_lora
 from eckart.methods.adapt.flora import flora
 from eckart.methods.adapt.flylora import flylora
 from eckart.methods.adapt.hira import hira
 from eckart.methods.adapt.hra import hra
 from eckart.methods.adapt.ia3 import ia3
+from eckart.methods.adapt.incremental import incremental
 from eckart.methods.adapt.lift import lift
 from eckart.methods.adapt.loha import loha
 from eckart.methods.adapt.lokr import lokr
@@ -84,7 +88,14 @@ ADAPTERS: dict[str, Page] = {
     "loha": loha,
     "lokr": lokr,
     "hira": hira,
+    "ffa-lora": ffa_lora,
+    "fedsvd": fedsvd,
+    "incremental": incremental,
 }
+
+
+# What is described: the methods, and the ways to combine adapters.
+PAGES: dict[str, Callable[..., Any]] = {**ADAPTERS, **COMBINATIONS}
 
 
 def adapter_settings(method: str) -> dict[str, Setting]:
@@ -93,7 +104,7 @@ def adapter_settings(method: str) -> dict[str, Setting]:
     Raises:
         EckartError: for an unknown method, with the nearest names.
     """
-    return signature_of(page_named(ADAPTERS, method))
+    return signature_of(page_named(PAGES, method))
 
 
 def adapter_recipe(method: str, settings: Mapping[str, Any]) -> Recipe:
@@ -108,9 +119,9 @@ def adapter_recipe(method: str, settings: Mapping[str, Any]) -> Recipe:
 
 def adapter_summary(method: str) -> str:
     """Return the first line of a method's docstring."""
-    return first_line(page_named(ADAPTERS, method))
+    return first_line(page_named(PAGES, method))
 
 
 def adapter_source(method: str) -> str:
     """Return the docstring of a method's page: formula, structure and source."""
-    return text_of(page_named(ADAPTERS, method))
+    return text_of(page_named(PAGES, method))

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from eckart.atomic import appearing, check_output, make_folder, write_json
 from eckart.errors import EckartError
+from eckart.files.adapters import TENSORS
 from eckart.files.text import load_tokenizer
 from eckart.methods.adapt.adapt import adapt, adapters
 from eckart.methods.adapt.adapters import Adapters
 from eckart.methods.adapt.calibration import calibration_error, fit_temperature
 from eckart.methods.adapt.described import Described
+from eckart.methods.adapt.loading import load_adapter
 from eckart.methods.adapt.rates import GRID, find_rate
 from eckart.methods.adapt.saving import Format
 from eckart.methods.adapt.tasks import Examples, answers, batch_of, load_task_model, measured, read_examples
@@ -27,6 +29,8 @@ from eckart.methods.training import Course, Share, Step, train
 from eckart.progress import Progress, silent
 
 REPORT = "report.json"
+# What the adapter of an earlier task is called while a later one trains.
+EARLIER = "earlier"
 # Examples that data-driven starts are made from.
 START = 64
 # Fewest and most steps of the short runs that a rate is chosen by.
@@ -75,6 +79,7 @@ def tune(
     out: str | Path,
     *,
     method: str = "lora",
+    after: str | Path | None = None,
     validation: str | Path | None = None,
     text_field: str = "text",
     label_field: str | None = None,
@@ -97,6 +102,7 @@ def tune(
         data: text or .jsonl to learn, or labelled rows in a .jsonl or .tsv file, plain or gzip.
         out: folder to write; must not hold anything yet.
         method: one of `eckart.ADAPTERS`.
+        after: folder of the adapter of an earlier task that this one builds on, for methods that can.
         validation: what to measure on; by default the last tenth of the data, 512 examples at most.
         text_field: field or column of the text.
         label_field: the same of the label, which makes it a classification.
@@ -116,19 +122,25 @@ def tune(
         EckartError: for bad input, in one sentence, or a run that diverges; nothing is written then.
     """
     began, target, given = time.perf_counter(), Path(out), dict(settings or {})
-    recipe = Described(method, given, seed).recipe()
     _check(target, probe, label_field)
-    course = Course(steps, rate if isinstance(rate, float | int) else recipe.rate, batch)
+    course = Course(steps, _rate(rate, Described(method, given, seed)), batch)
     fields = {"length": length, "text_field": text_field, "label_field": label_field}
     base, examples, held_out = _task(Path(model), Path(data), validation, fields, seed)
     before, start = measured(base, held_out), _batches(examples, batch)
-    how = {"targets": targets, "data": start, "seed": seed, "progress": progress, **given}
+    how = {"after": after, "targets": targets, "data": start, "seed": seed, "progress": progress, **given}
     decides = str(model), method, given, seed, rate, asdict(course), list(targets or ()), fields, probe, probe_rate
-    run = _Run(base, method, how, examples, held_out, _partial(target, decides, examples), format)
+    partial = _partial(target, (*decides, _digest(after)), examples)
+    run = _Run(base, method, how, examples, held_out, partial, format)
     if probe:
         run.probe(Course(probe, probe_rate, batch))
     course = run.train(course, sweep=rate == "auto")
     return _publish(run, target, course, probe, before, began)
+
+
+def _rate(rate: float | str | None, described: Described) -> float:
+    """Return the learning rate to start from: the one given, or the method's."""
+    usual = described.recipe().rate
+    return float(rate) if isinstance(rate, float | int) else usual
 
 
 def _check(target: Path, steps: int, label_field: str | None) -> None:
@@ -162,6 +174,12 @@ def _publish(run: "_Run", target: Path, course: Course, probe: int, before: dict
         write_json(folder / REPORT, {k: v for k, v in tuned.as_dict().items() if k not in ("out", "seconds")})
     shutil.rmtree(run.partial, ignore_errors=True)
     return tuned
+
+
+def _digest(folder: str | Path | None) -> str:
+    """Return what tells one adapter's folder from another."""
+    path = None if folder is None else Path(folder) / TENSORS
+    return "" if path is None or not path.is_file() else hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _batches(examples: Examples, size: int) -> list[dict[str, Tensor]]:
@@ -211,7 +229,11 @@ class _Run:
             self.handle.save(Path(scratch) / "adapter", format=form)
 
     def _adapted(self) -> Adapters:
-        return adapters(adapt(self.model, self.method, **self.how))
+        how = dict(self.how)
+        folder = how.pop("after")
+        if folder is not None:
+            load_adapter(self.model, folder, EARLIER)
+        return adapters(adapt(self.model, self.method, after=None if folder is None else EARLIER, **how))
 
     def probe(self, course: Course) -> None:
         """Train the head alone, or put it where an earlier run left it, and make the adapter again: what it starts from
