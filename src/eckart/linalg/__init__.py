@@ -12,6 +12,9 @@ from eckart.linalg.pivots import Pivots as Pivots
 from eckart.linalg.pivots import pivot_rows as pivot_rows
 from eckart.linalg.polar import polar_factor as polar_factor
 from eckart.linalg.recombine import svd_of_product as svd_of_product
+from eckart.linalg.rescaled import factored_row_norms as factored_row_norms
+from eckart.linalg.rescaled import rescaled_gradients as rescaled_gradients
+from eckart.linalg.rescaled import rescaled_sum as rescaled_sum
 from eckart.linalg.scores import score_errors as score_errors
 from eckart.linalg.stacked import Sketch as Sketch
 from eckart.linalg.stacked import growth_bound as growth_bound
