@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from eckart.atomic import appearing, check_output, make_folder, write_json
+from eckart.errors import EckartError
 from eckart.files.text import load_tokenizer
 from eckart.methods.adapt.adapt import adapt, adapters
 from eckart.methods.adapt.adapters import Adapters
 from eckart.methods.adapt.described import Described
-from eckart.methods.adapt.rates import GRID, find_rate
+from eckart.methods.adapt.rates import GRID, curvature_rate, find_rate
 from eckart.methods.adapt.saving import Format
 from eckart.methods.adapt.tasks import Examples, batch_of, load_task_model, measured, read_examples
 from eckart.methods.training import Course, Share, Step, train
@@ -74,7 +75,7 @@ def tune(
     steps: int = 500,
     batch: int = 8,
     length: int = 256,
-    rate: float | Literal["auto"] | None = None,
+    rate: float | Literal["auto", "curvature"] | None = None,
     targets: str | Sequence[str] | None = None,
     seed: int = 0,
     format: Format = "eckart",
@@ -94,7 +95,8 @@ def tune(
         steps: optimizer steps, of `batch` examples each.
         batch: examples per step.
         length: tokens of a window of text, and the most of a sentence.
-        rate: of AdamW; by default the method's, and what a short sweep around that finds if "auto".
+        rate: of AdamW; by default the method's, what a short sweep around that finds if "auto", and what the
+            curvature of the loss allows if "curvature", which takes fewer passes.
         targets: layers to adapt, as `eckart.adapt` takes them.
         seed: seed of everything random.
         format: "eckart", or "peft" for what PEFT can express.
@@ -106,6 +108,8 @@ def tune(
     """
     began, target, given = time.perf_counter(), Path(out), dict(settings or {})
     recipe = Described(method, given, seed).recipe()
+    if isinstance(rate, str) and rate not in ("auto", "curvature"):
+        raise EckartError(f"rate must be a number, 'auto' or 'curvature', got {rate!r}")
     check_output(target)
     course = Course(steps, rate if isinstance(rate, float | int) else recipe.rate, batch)
     fields = {"length": length, "text_field": text_field, "label_field": label_field}
@@ -117,7 +121,9 @@ def tune(
     _rehearse(handle, format)
     decides = str(model), method, given, seed, rate, asdict(course), list(targets or ()), fields
     partial = _partial(target, decides, examples)
-    course = _Run(handle, examples, held_out, seed, partial, progress).train(course, sweep=rate == "auto")
+    course = _Run(handle, examples, held_out, seed, partial, progress).train(
+        course, find=rate if isinstance(rate, str) else None
+    )
     after, numbers = measured(base, held_out), (handle.count(), sum(p.numel() for p in base.parameters()))
     tuned = Tuned(method, target, *numbers, course.rate, steps, before, after, time.perf_counter() - began)
     _publish(handle, tuned, partial, format)
@@ -172,10 +178,10 @@ class _Run:
     partial: Path
     progress: Progress
 
-    def train(self, course: Course, *, sweep: bool) -> Course:
+    def train(self, course: Course, *, find: str | None) -> Course:
         """Train what the adapter's method trains, or go on from where an earlier run stopped; return how it went."""
         make_folder(self.partial)
-        course = self._swept(course) if sweep else course
+        course = course if find is None else self._found(course, find)
         state = self.partial / "state.safetensors"
         train(
             self.handle.model.train(), self._rows(), course, self._loss,
@@ -184,18 +190,26 @@ class _Run:
         _release(self.handle.model)
         return course
 
-    def _swept(self, course: Course) -> Course:
-        """Return the course at the rate that a short sweep finds, or that an earlier run found."""
+    def _found(self, course: Course, how: str) -> Course:
+        """Return the course at the rate that a short sweep or the curvature finds, or that an earlier run found."""
         path = self.partial / "rates.json"
         if not path.is_file():
-            short = replace(course, steps=max(SWEEP[0], min(SWEEP[1], course.steps // 10)), final=1.0)
-            model, few = self.handle.model.train(), replace(self.held_out, rows=self.held_out.rows[:START])
-            found = find_rate(
-                model, self._rows(), short, self._loss, lambda: measured(model, few)["loss"],
-                share=self._shares(), seed=self.seed, grid=GRID, progress=self.progress,
-            )  # fmt: skip
-            write_json(path, list(found))
+            write_json(path, self._curvature(course) if how == "curvature" else self._swept(course))
         return replace(course, rate=float(json.loads(path.read_text(encoding="utf-8"))[0]))
+
+    def _curvature(self, course: Course) -> list[float]:
+        model, shares = self.handle.model.train(), self._shares()
+        rows, progress = self._rows(), self.progress
+        return [curvature_rate(model, rows, course, self._loss, share=shares, seed=self.seed, progress=progress)]
+
+    def _swept(self, course: Course) -> list[float]:
+        short = replace(course, steps=max(SWEEP[0], min(SWEEP[1], course.steps // 10)), final=1.0)
+        model, few = self.handle.model.train(), replace(self.held_out, rows=self.held_out.rows[:START])
+        found = find_rate(
+            model, self._rows(), short, self._loss, lambda: measured(model, few)["loss"],
+            share=self._shares(), seed=self.seed, grid=GRID, progress=self.progress,
+        )  # fmt: skip
+        return list(found)
 
     def _loss(self, step: Step) -> tuple[Tensor, Tensor]:
         task: Tensor = self.handle.model(**batch_of(step.samples, self.examples.labels)).loss
