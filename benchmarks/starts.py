@@ -25,6 +25,7 @@ from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
+import eckart
 from adapters import TARGETS, model_of
 from eckart.hosts import Adapter, map_of
 from eckart.hosts.adapter import Plus
@@ -33,7 +34,6 @@ from eckart.maps import LowRank
 from eckart.methods.adapt.adapt import target_layers
 from eckart.methods.adapt.layer import Layer
 from eckart.methods.adapt.table import ADAPTERS
-from eckart.stats import live_statistics
 from harness import load, save
 
 OURS = {"pissa": {}, "corda": {}, "eva": {"rho": 1.0}, "olora": {}, "lora-sb": {}}
@@ -42,7 +42,6 @@ THEIRS = {
     "pissa": ("pissa", "pissa_niter_16"), "corda": ("corda",), "eva": ("eva",), "olora": ("olora",),
     "lora-sb": ("lora_ga",),
 }  # fmt: skip
-LONGEST = 40  # seconds that EVA may take to converge
 
 
 def falling(weight: Tensor) -> None:
@@ -75,10 +74,10 @@ def timed(function: Callable[[], Any]) -> tuple[float, Any]:
 
 
 class Converging:
-    """Batches again and again, until it took too long."""
+    """Batches, until it took too long."""
 
-    def __init__(self) -> None:
-        self.ends = time.process_time() + LONGEST
+    def __init__(self, longest: float) -> None:
+        self.ends = time.process_time() + longest
 
     def __len__(self) -> int:
         return len(batches())
@@ -90,7 +89,7 @@ class Converging:
             yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def theirs(kind: str, hidden: int, rank: int, model: nn.Module) -> tuple[float, dict[str, Tensor] | None]:
+def theirs(kind: str, rank: int, model: nn.Module, longest: float) -> tuple[float, dict[str, Tensor] | None]:
     """Return PEFT's time and the started second factors (m, r) or, of EVA, first ones (n, r) by layer."""
     model = copy.deepcopy(model)
     settings: dict[str, Any] = {
@@ -115,7 +114,7 @@ def theirs(kind: str, hidden: int, rank: int, model: nn.Module) -> tuple[float, 
             preprocess_loraga(model, config, run_model)
         made = peft.get_peft_model(model, config)
         if kind == "eva":
-            peft.initialize_lora_eva_weights(made, Converging(), show_progress_bar=False)
+            peft.initialize_lora_eva_weights(made, Converging(longest), show_progress_bar=False)
         return made
 
     try:
@@ -134,7 +133,8 @@ def ours(model: nn.Module, rank: int) -> tuple[dict[str, float], dict[str, dict[
     """Return our times, of the pass and of every start, and the started factors."""
     layers = target_layers(model, TARGETS)
     times: dict[str, float] = {}
-    times["pass"], (moments, gradients) = timed(lambda: live_statistics(model, layers, batches()))
+    times["pass"], seen_of = timed(lambda: eckart.start_statistics(model, batches(), targets=TARGETS))
+    moments, gradients = seen_of.moments, seen_of.gradients
     shared: dict[int, dict[str, Any]] = {}
     seen = {n: Layer(n, m, 0, None, moments[n], gradients[n], shared.setdefault(id(moments[n]), {}))
             for n, m in layers.items()}  # fmt: skip
@@ -168,7 +168,8 @@ def started(name: str, adapter: Adapter) -> Tensor:
 def exact(name: str, model: nn.Module, rank: int) -> dict[str, Tensor]:
     """Return the subspaces of full decompositions in float64, from the same statistics."""
     layers = target_layers(model, TARGETS)
-    moments, gradients = live_statistics(model, layers, batches())
+    seen_of = eckart.start_statistics(model, batches(), targets=TARGETS)
+    moments, gradients = seen_of.moments, seen_of.gradients
     out = {}
     for layer, module in layers.items():
         w, moment = module.weight.double(), moments[layer].second.double()
@@ -194,7 +195,7 @@ def angles(one: dict[str, Tensor], other: dict[str, Tensor] | None) -> list[floa
     return [statistics.median(found), max(found)]
 
 
-def measure(hidden: int, rank: int, runs: int, blocks: int) -> list[dict[str, Any]]:
+def measure(hidden: int, rank: int, runs: int, blocks: int, longest: float) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     model = made_model(hidden, blocks)
     kinds = [kind for several in THEIRS.values() for kind in several]
@@ -206,7 +207,7 @@ def measure(hidden: int, rank: int, runs: int, blocks: int) -> list[dict[str, An
         for kind in kinds:
             if times.get(kind) == [float("inf")]:  # once is enough
                 continue
-            seconds, found = theirs(kind, hidden, rank, model)
+            seconds, found = theirs(kind, rank, model, longest)
             times.setdefault(kind, []).append(seconds)
             if run == 0:
                 factors[f"peft {kind}"] = found
@@ -260,6 +261,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--longest", type=float, default=40, help="processor seconds that EVA may take to converge")
     parser.add_argument("--only", choices=["starts", "recombination"])
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -270,7 +272,7 @@ def main() -> None:
             save("starts", [*rows, row])
             print(row, flush=True)
     for hidden in given.hidden if given.only != "recombination" else ():
-        found = measure(hidden, given.rank, given.runs, given.blocks)
+        found = measure(hidden, given.rank, given.runs, given.blocks, given.longest)
         save("starts", [*(r for r in load("starts")["rows"] if r.get("hidden") != hidden), *found])
         for row in found:
             print(row, flush=True)

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from eckart.maps import simplify as simplify
     from eckart.methods.adapt.adapt import adapt as adapt
     from eckart.methods.adapt.adapt import adapters as adapters
+    from eckart.methods.adapt.adapt import start_statistics as start_statistics
     from eckart.methods.adapt.adapters import Adapters as Adapters
     from eckart.methods.adapt.loading import load_adapter as load_adapter
     from eckart.methods.adapt.table import ADAPTERS as ADAPTERS
@@ -88,7 +89,7 @@ PUBLIC: dict[str, str] = {
         "eckart.methods.compress.outcome": ("Plan", "LayerPlan", "Outcome"),
         "eckart.methods.compress.table": ("METHODS",),
         "eckart.methods.evaluate": ("evaluate", "Evaluation"),
-        "eckart.methods.adapt.adapt": ("adapt", "adapters"),
+        "eckart.methods.adapt.adapt": ("adapt", "adapters", "start_statistics"),
         "eckart.methods.adapt.adapters": ("Adapters",),
         "eckart.methods.adapt.loading": ("load_adapter",),
         "eckart.methods.adapt.table": ("ADAPTERS",),

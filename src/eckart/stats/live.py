@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -96,9 +97,22 @@ def live_gradients(
     return {name: sums[name].result(name) for name in layers}
 
 
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What one pass over data says of the layers of a model, by name.
+
+    Attributes:
+        moments: of their inputs; layers that see one tensor share one object.
+        gradients: mean gradient of the loss by their weights, (m, n).
+    """
+
+    moments: Mapping[str, Moments]
+    gradients: Mapping[str, Tensor]
+
+
 def live_statistics(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch], progress: Progress = silent
-) -> tuple[dict[str, Moments], dict[str, Tensor]]:
+) -> Statistics:
     """Return what `live_moments` and `live_gradients` do, from one pass forward and backward.
 
     Args:
@@ -117,7 +131,7 @@ def live_statistics(
             keyword = _keywords(model, batch)
             with moments.adding(layers, keyword.get("attention_mask")):
                 _backward(model, keyword)
-    return moments.results(layers), {name: sums[name].result(name) for name in layers}
+    return Statistics(moments.results(layers), {name: sums[name].result(name) for name in layers})
 
 
 def _backward(model: nn.Module, keyword: dict[str, Any]) -> None:
