@@ -172,6 +172,9 @@ def pages() -> dict[Path, str]:
         "equal_bytes": results("equal_bytes"),
         "delta": results("delta"),
         "adapter_costs": results("adapters"),
+        "starts": results("starts"),
+        "rates": results("rates"),
+        "kernels": results("kernels"),
     }
     return {
         ROOT / f"docs/{name}.md": environment.get_template(f"{name}.md.jinja").render(values)

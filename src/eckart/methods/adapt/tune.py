@@ -108,10 +108,8 @@ def tune(
     """
     began, target, given = time.perf_counter(), Path(out), dict(settings or {})
     recipe = Described(method, given, seed).recipe()
-    if isinstance(rate, str) and rate not in ("auto", "curvature"):
-        raise EckartError(f"rate must be a number, 'auto' or 'curvature', got {rate!r}")
     check_output(target)
-    course = Course(steps, rate if isinstance(rate, float | int) else recipe.rate, batch)
+    course = Course(steps, _starting_rate(rate, recipe.rate), batch)
     fields = {"length": length, "text_field": text_field, "label_field": label_field}
     examples, held_out = _examples(Path(model), Path(data), validation, fields)
     torch.manual_seed(seed)  # a head that is new starts anew
@@ -128,6 +126,13 @@ def tune(
     tuned = Tuned(method, target, *numbers, course.rate, steps, before, after, time.perf_counter() - began)
     _publish(handle, tuned, partial, format)
     return tuned
+
+
+def _starting_rate(rate: float | str | None, own: float) -> float:
+    """Return the rate given, or the method's own where none is or it has yet to be found."""
+    if isinstance(rate, str) and rate not in ("auto", "curvature"):
+        raise EckartError(f"rate must be a number, 'auto' or 'curvature', got {rate!r}")
+    return rate if isinstance(rate, float | int) else own
 
 
 def _rehearse(handle: Adapters, form: Format) -> None:
