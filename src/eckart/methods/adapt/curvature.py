@@ -56,9 +56,8 @@ def edge_rate(
     parameters, start = list(named.values()), [p.detach().clone() for p in named.values()]
 
     def gradient(batch: Tensor) -> Tensor:
-        found = torch.autograd.grad(loss(batch), parameters, allow_unused=True)
-        parts = [p.new_zeros(p.numel()) if g is None else g.flatten() for g, p in zip(found, parameters, strict=True)]
-        return torch.cat([part.double() for part in parts])
+        found = torch.autograd.grad(loss(batch), parameters, allow_unused=True, materialize_grads=True)
+        return torch.cat([part.flatten().double() for part in found])
 
     squares = torch.stack([gradient(batch).square() for batch in batches]).mean(0)
     shares = torch.cat([p.new_full((p.numel(),), share(name)) for name, p in named.items()]).double()
@@ -79,10 +78,9 @@ def edge_rate(
         step = REACH * rate / float(direction.square().mean().sqrt())
         return root * (at(direction, step) - at(direction, -step)) / (2 * step)
 
-    generator = torch.Generator().manual_seed(seed)
-    first = torch.randn(len(root), generator=generator, dtype=torch.float64).to(root.device) * (root > 0)
+    draw = torch.randn(len(root), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     try:
-        largest = largest_eigenvalue(product, first, PRODUCTS)
+        largest = largest_eigenvalue(product, draw.to(root.device) * (root > 0), PRODUCTS)
     finally:
         with torch.no_grad():
             for parameter, value in zip(parameters, start, strict=True):

@@ -107,9 +107,8 @@ def tune(
         EckartError: for bad input, in one sentence, or a run that diverges; nothing is written then.
     """
     began, target, given = time.perf_counter(), Path(out), dict(settings or {})
-    recipe = Described(method, given, seed).recipe()
+    course = Course(steps, _starting_rate(rate, Described(method, given, seed).recipe().rate), batch)
     check_output(target)
-    course = Course(steps, _starting_rate(rate, recipe.rate), batch)
     fields = {"length": length, "text_field": text_field, "label_field": label_field}
     examples, held_out = _examples(Path(model), Path(data), validation, fields)
     torch.manual_seed(seed)  # a head that is new starts anew
@@ -119,9 +118,7 @@ def tune(
     _rehearse(handle, format)
     decides = str(model), method, given, seed, rate, asdict(course), list(targets or ()), fields
     partial = _partial(target, decides, examples)
-    course = _Run(handle, examples, held_out, seed, partial, progress).train(
-        course, find=rate if isinstance(rate, str) else None
-    )
+    course = _Run(handle, examples, held_out, seed, partial, progress).train(course, rate)
     after, numbers = measured(base, held_out), (handle.count(), sum(p.numel() for p in base.parameters()))
     tuned = Tuned(method, target, *numbers, course.rate, steps, before, after, time.perf_counter() - began)
     _publish(handle, tuned, partial, format)
@@ -183,10 +180,10 @@ class _Run:
     partial: Path
     progress: Progress
 
-    def train(self, course: Course, *, find: str | None) -> Course:
+    def train(self, course: Course, rate: float | str | None) -> Course:
         """Train what the adapter's method trains, or go on from where an earlier run stopped; return how it went."""
         make_folder(self.partial)
-        course = course if find is None else self._found(course, find)
+        course = self._found(course, rate) if isinstance(rate, str) else course
         state = self.partial / "state.safetensors"
         train(
             self.handle.model.train(), self._rows(), course, self._loss,
