@@ -211,6 +211,9 @@ def pages() -> dict[Path, str]:
         "federated": results("federated"),
         "over_seeds": over_seeds,
         "interference": results("interference"),
+        "starts": results("starts"),
+        "rates": results("rates"),
+        "kernels": results("kernels"),
     }
     return {
         ROOT / f"docs/{name}.md": environment.get_template(f"{name}.md.jinja").render(values)

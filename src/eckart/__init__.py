@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from eckart.maps import simplify as simplify
     from eckart.methods.adapt.adapt import adapt as adapt
     from eckart.methods.adapt.adapt import adapters as adapters
+    from eckart.methods.adapt.adapt import start_statistics as start_statistics
     from eckart.methods.adapt.adapters import Adapters as Adapters
     from eckart.methods.adapt.calibration import calibration_error as calibration_error
     from eckart.methods.adapt.calibration import fit_temperature as fit_temperature
@@ -94,7 +95,7 @@ PUBLIC: dict[str, str] = {
         "eckart.methods.compress.outcome": ("Plan", "LayerPlan", "Outcome"),
         "eckart.methods.compress.table": ("METHODS",),
         "eckart.methods.evaluate": ("evaluate", "Evaluation"),
-        "eckart.methods.adapt.adapt": ("adapt", "adapters"),
+        "eckart.methods.adapt.adapt": ("adapt", "adapters", "start_statistics"),
         "eckart.methods.adapt.adapters": ("Adapters",),
         "eckart.methods.adapt.calibration": ("calibration_error", "fit_temperature"),
         "eckart.methods.adapt.federated": ("federate", "Federated", "recombine"),

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import eckart
+from eckart.errors import EckartError
 from eckart.fit import Metric
 from eckart.fit.kronecker import fit_kronecker
 from eckart.hosts import Adapter, map_of
 from eckart.maps import LowRank
+from eckart.stats import Statistics
 
 M, N, R = 24, 32, 4
 
@@ -158,3 +160,18 @@ def test_allora_speeds_up_short_rows():
     assert factor[1] == 8.0
     assert torch.allclose(ruled_up, factor * up)
     assert torch.equal(ruled_down, down)
+
+
+@pytest.mark.parametrize("method", ["corda", "eva", "lora-sb"])
+def test_one_pass_serves_several_starts(method: str):
+    model = Model()
+    found = eckart.start_statistics(model, [IDS], targets=["layer"])
+    eckart.adapt(model, "pissa", name="other", targets=["layer"], rank=R)
+    eckart.adapt(model, method, targets=["layer"], data=found, rank=R)
+    shared = eckart.adapters(model).layers["layer"].adapter("default").state_dict()
+    own = adapter(method, rank=R).state_dict()
+    assert shared.keys() == own.keys()
+    assert all(torch.equal(shared[key], own[key]) for key in own)
+    eckart.adapters(model).remove()
+    with pytest.raises(EckartError, match=r"what layer sees|gradients at layer"):
+        eckart.adapt(model, method, targets=["layer"], data=Statistics({}, {}), rank=R)

@@ -204,6 +204,18 @@ def test_a_sweep_finds_a_better_rate_than_one_that_is_far_off(tmp_path: Path, mo
         eckart.tune(MODEL, text, tmp_path / "none", **{**options, "rate": "auto"})
 
 
+def test_the_curvature_gives_a_rate_and_leaves_the_start(tmp_path: Path):
+    text = tmp_path / "capitals.txt"
+    text.write_text(TEXT.read_text().upper()[:40_000])
+    options = {**QUICK, "settings": {"rank": 2}}
+    found = eckart.tune(MODEL, text, tmp_path / "found", **{**options, "rate": "curvature"})
+    assert 1e-5 < found.rate < 1
+    again = eckart.tune(MODEL, text, tmp_path / "again", **{**options, "rate": found.rate})
+    assert again.after == found.after
+    with pytest.raises(EckartError, match="'auto' or 'curvature', got 'best'"):
+        eckart.tune(MODEL, text, tmp_path / "best", **{**options, "rate": "best"})
+
+
 def test_peft_s_format_comes_out_if_asked_for(tmp_path: Path):
     eckart.tune(MODEL, TEXT, tmp_path / "out", format="peft", settings={"rank": 2}, **QUICK)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {

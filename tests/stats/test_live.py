@@ -6,7 +6,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eckart.errors import EckartError
-from eckart.stats import live_gradients, live_moments
+from eckart.stats import live_gradients, live_moments, live_statistics
 
 
 def llama() -> nn.Module:
@@ -77,6 +77,18 @@ def test_gradients_are_autograd_s_and_no_parameter_gets_one():
     for name, layer in layers(model).items():
         alike = torch.cosine_similarity(found[name].flatten(), layer.weight.grad.flatten(), dim=0)
         assert alike == pytest.approx(1.0, abs=1e-5)
+
+
+def test_one_pass_gives_what_two_do():
+    model = llama()
+    found = live_statistics(model, layers(model), BATCHES)
+    moments, gradients = live_moments(model, layers(model), BATCHES), live_gradients(model, layers(model), BATCHES)
+    for name in layers(model):
+        assert torch.equal(found.moments[name].second, moments[name].second)
+        assert torch.equal(found.gradients[name], gradients[name])
+        assert not found.moments[name].second.requires_grad
+    attention = "model.layers.0.self_attn."
+    assert found.moments[f"{attention}q_proj"] is found.moments[f"{attention}k_proj"]
 
 
 def test_what_no_batch_reaches_is_named():

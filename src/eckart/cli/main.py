@@ -145,7 +145,10 @@ def adapt(
     batch: Annotated[int, typer.Option(help="Examples per step.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens of a window of text, and the most of a sentence.")] = 256,
     rate: Annotated[
-        str | None, typer.Option(help="Learning rate, or auto for a short sweep.  [default: the method's]")
+        str | None,
+        typer.Option(
+            help="Learning rate; auto for a short sweep, curvature for what that allows.  [default: the method's]"
+        ),
     ] = None,
     probe: Annotated[int, typer.Option(help="Steps in which the head of a classification trains alone before.")] = 0,
     probe_rate: Annotated[float, typer.Option(help="Learning rate of these steps.")] = 1e-3,
@@ -187,12 +190,12 @@ def adapt(
 
 def _rate(given: str | None) -> Any:
     """Return a learning rate as `tune` takes it."""
-    if given is None or given == "auto":
+    if given in (None, "auto", "curvature"):
         return given
     try:
         return float(given)
     except ValueError:
-        raise EckartError(f"--rate must be a number or auto, got {given!r}") from None
+        raise EckartError(f"--rate must be a number, auto or curvature, got {given!r}") from None
 
 
 @app.command("adapters")

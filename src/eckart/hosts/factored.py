@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eckart.hosts.adapter import Adapter, Plus, Rescaled
+from eckart.linalg import factored_row_norms, rescaled_gradients, rescaled_sum
 
 
 def factored_rescale(x: Tensor, base: nn.Module, adapter: Adapter) -> Tensor | None:
@@ -35,21 +36,9 @@ def factored_rescale(x: Tensor, base: nn.Module, adapter: Adapter) -> Tensor | N
     if factors is None or narrow or (plus.dropout is not None and plus.training):
         return None
     up, down = factors
-    norms = factored_norms(base.weight, up, down, plus.scale)
+    norms = factored_row_norms(base.weight, up, down, plus.scale)
     apply = cast(Callable[..., Tensor], _FactoredRescale.apply)
     return apply(x, base.weight, base.bias, up, down, rescaled.magnitude, norms, plus.scale)
-
-
-@torch.no_grad()
-def factored_norms(weight: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
-    """Return |rows of W + s U D|, (m,), float32 or wider, without the matrix."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    cross = (F.linear(weight, down.to(weight.dtype)).to(wide) * up).sum(1)
-    gram = ((up.to(wide) @ (down.to(wide) @ down.mT.to(wide))) * up).sum(1)
-    # torch reads W once and adds up in its own dtype or wider
-    own = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
-    squares: Tensor = own + 2 * scale * cross + scale**2 * gram
-    return squares.clamp_min(0).sqrt()
 
 
 class _FactoredRescale(torch.autograd.Function):
@@ -68,12 +57,9 @@ class _FactoredRescale(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         hidden = F.linear(x, down.to(x.dtype))
-        flat = F.linear(x, weight).view(-1, weight.shape[0])
-        flat.addmm_(hidden.view(-1, hidden.shape[-1]), up.to(x.dtype).mT, alpha=scale)
-        ratio = (magnitude / norms.where(norms > 0, 1.0)).to(x.dtype)
-        y = flat.mul_(ratio).view(*x.shape[:-1], weight.shape[0])
-        if bias is not None:
-            y.add_(bias)
+        flat, thin = F.linear(x, weight).view(-1, weight.shape[0]), hidden.view(-1, hidden.shape[-1])
+        ratio = magnitude / norms.where(norms > 0, 1.0)
+        y = rescaled_sum(flat, thin, up.to(x.dtype), ratio, bias, scale).view(*x.shape[:-1], weight.shape[0])
         ctx.save_for_backward(x, weight, bias, up, down, magnitude, norms, hidden, y)
         ctx.scale = scale
         return y
@@ -84,30 +70,23 @@ class _FactoredRescale(torch.autograd.Function):
         m, r = up.shape
         gradient = gradients[0].reshape(-1, m)
         wants = ctx.needs_input_grad
-        of_magnitude = None
-        if wants[5]:
-            of_magnitude = _magnitude_gradient(gradient, y.view(-1, m), bias, magnitude)
+        ratio, of_magnitude, of_bias = magnitude / norms.where(norms > 0, 1.0), None, None
+        inner, products, total = rescaled_gradients(gradient, y.view(-1, m), ratio, sums=wants[2] or wants[5])
+        if total is not None and wants[2]:
+            of_bias = total.to(bias.dtype)
+        if products is not None and total is not None and wants[5]:
+            seen = products if bias is None else products - total * bias
+            of_magnitude = (seen / magnitude.where(magnitude != 0, 1.0)).to(magnitude.dtype)
             zero = magnitude == 0
             if bool(zero.any()):  # there y says nothing of V x
                 rows = zero.nonzero().flatten()
                 seen = F.linear(x.view(-1, x.shape[-1]), weight[rows])
                 seen += ctx.scale * F.linear(hidden.view(-1, r), up[rows].to(x.dtype))
                 of_magnitude[rows] = ((gradient[:, rows] * seen).sum(0) / norms[rows].clamp_min(1e-30)).to(up.dtype)
-        inner = gradient * (magnitude / norms.where(norms > 0, 1.0)).to(gradient.dtype)
         of_hidden = ctx.scale * (inner @ up.to(inner.dtype))
         of_up = (ctx.scale * (inner.mT @ hidden.view(-1, r))).to(up.dtype) if wants[3] else None
         of_down = (of_hidden.mT @ x.view(-1, x.shape[-1])).to(down.dtype) if wants[4] else None
         of_x = None
         if wants[0]:
             of_x = (inner @ weight).addmm_(of_hidden, down.to(inner.dtype)).view(x.shape)
-        of_bias = gradient.sum(0).to(bias.dtype) if wants[2] else None
         return of_x, None, of_bias, of_up, of_down, of_magnitude, None, None
-
-
-def _magnitude_gradient(gradient: Tensor, y: Tensor, bias: Tensor | None, magnitude: Tensor) -> Tensor:
-    """Return sum_t dy_tj (y_tj - b_j) / g_j, (m,); where g is zero the numerator is too."""
-    wide = torch.promote_types(magnitude.dtype, torch.float32)
-    total = (gradient * y).sum(0, dtype=wide)
-    if bias is not None:
-        total = total - gradient.sum(0, dtype=wide) * bias
-    return (total / magnitude.where(magnitude != 0, 1.0)).to(magnitude.dtype)

@@ -1,8 +1,10 @@
 """What the data says of every layer, streamed block by block."""
 
 from eckart.stats.live import Batch as Batch
+from eckart.stats.live import Statistics as Statistics
 from eckart.stats.live import live_gradients as live_gradients
 from eckart.stats.live import live_moments as live_moments
+from eckart.stats.live import live_statistics as live_statistics
 from eckart.stats.moments import CrossMoments as CrossMoments
 from eckart.stats.moments import CrossSum as CrossSum
 from eckart.stats.moments import Gradients as Gradients

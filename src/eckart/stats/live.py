@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from eckart.errors import EckartError
 from eckart.progress import Progress, silent
-from eckart.stats.moments import GradientSum, Moments, MomentSum
+from eckart.stats.moments import Moments, MomentSum, WeightGradientSum
 from eckart.stats.streaming import hooked
 
 # What a model is called with: token ids (b, t), or its keyword arguments.
@@ -33,25 +34,41 @@ def live_moments(
     Raises:
         EckartError: if there are no batches, a layer is never called, or its inputs hold NaN or Inf.
     """
-    sums: dict[str, MomentSum] = {}
-    owner: dict[str, str] = {}
+    sums = _MomentSums()
     with _evaluating(model):
         for i, batch in enumerate(batches):
             progress("statistics", i, i + 1)
-            seen: dict[int, tuple[Tensor, str]] = {}  # holds the tensors, so that no identity is reused
             keyword = _keywords(model, batch)
-            mask = keyword.get("attention_mask")
-
-            def see(name: str, x: Tensor, seen: dict[int, tuple[Tensor, str]] = seen, mask: Any = mask) -> None:
-                first = seen.setdefault(id(x), (x, name))[1]
-                if owner.setdefault(name, first) == name:
-                    sums.setdefault(name, MomentSum(x.shape[-1], x.device)).add(_unpadded(x, mask))
-
-            with hooked(dict(layers), see):
+            with sums.adding(layers, keyword.get("attention_mask")):
                 model(**keyword)
-    _require_seen(layers, owner)
-    found = {name: total.result(name) for name, total in sums.items()}
-    return {name: found[owner[name]] for name in layers}
+    return sums.results(layers)
+
+
+class _MomentSums:
+    """Sums for the moments of the inputs of layers, one for those called with one tensor."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, MomentSum] = {}
+        self._owner: dict[str, str] = {}
+
+    @contextmanager
+    def adding(self, layers: Mapping[str, nn.Module], mask: Any) -> Iterator[None]:
+        """Add what the layers see in one call of the model, but for padding."""
+        seen: dict[int, tuple[Tensor, str]] = {}  # holds the tensors, so that no identity is reused
+
+        def see(name: str, x: Tensor) -> None:
+            first = seen.setdefault(id(x), (x, name))[1]
+            if self._owner.setdefault(name, first) == name:
+                self._sums.setdefault(name, MomentSum(x.shape[-1], x.device)).add(_unpadded(x.detach(), mask))
+
+        with hooked(dict(layers), see):
+            yield
+
+    def results(self, layers: Mapping[str, nn.Module]) -> dict[str, Moments]:
+        """Return the moments of every layer, the same object for those that share them."""
+        _require_seen(layers, self._owner)
+        found = {name: total.result(name) for name, total in self._sums.items()}
+        return {name: found[self._owner[name]] for name in layers}
 
 
 def live_gradients(
@@ -71,30 +88,71 @@ def live_gradients(
     Raises:
         EckartError: if there are no batches, the model returns no loss, or a layer is never reached.
     """
-    sums: dict[str, GradientSum] = {}
+    sums: dict[str, WeightGradientSum] = {}
+    with _evaluating(model), _summed_gradients(model, layers, sums):
+        for i, batch in enumerate(batches):
+            progress("gradients", i, i + 1)
+            _backward(model, _keywords(model, batch))
+    _require_seen(layers, {name: name for name in sums})
+    return {name: sums[name].result(name) for name in layers}
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What one pass over data says of the layers of a model, by name.
+
+    Attributes:
+        moments: of their inputs; layers that see one tensor share one object.
+        gradients: mean gradient of the loss by their weights, (m, n).
+    """
+
+    moments: Mapping[str, Moments]
+    gradients: Mapping[str, Tensor]
+
+
+def live_statistics(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch], progress: Progress = silent
+) -> Statistics:
+    """Return what `live_moments` and `live_gradients` do, from one pass forward and backward.
+
+    Args:
+        model: a model whose output has a `loss`; token ids without labels are their own labels.
+        layers: layers by name.
+        batches: what the model is called with.
+        progress: told of the stage "gradients".
+
+    Raises:
+        EckartError: as those two do.
+    """
+    moments, sums = _MomentSums(), dict[str, WeightGradientSum]()
     with _evaluating(model), _summed_gradients(model, layers, sums):
         for i, batch in enumerate(batches):
             progress("gradients", i, i + 1)
             keyword = _keywords(model, batch)
-            if "labels" not in keyword:
-                keyword["labels"] = keyword["input_ids"]
-            loss = getattr(model(**keyword), "loss", None)
-            if loss is None:
-                raise EckartError(f"{type(model).__name__} returned no loss; give batches with labels it knows")
-            loss.backward()
-    _require_seen(layers, {name: name for name in sums})
-    return {name: sums[name].of_weight() for name in layers}
+            with moments.adding(layers, keyword.get("attention_mask")):
+                _backward(model, keyword)
+    return Statistics(moments.results(layers), {name: sums[name].result(name) for name in layers})
+
+
+def _backward(model: nn.Module, keyword: dict[str, Any]) -> None:
+    """Run the model and the gradients of its loss."""
+    if "labels" not in keyword:
+        keyword["labels"] = keyword["input_ids"]
+    loss = getattr(model(**keyword), "loss", None)
+    if loss is None:
+        raise EckartError(f"{type(model).__name__} returned no loss; give batches with labels it knows")
+    loss.backward()
 
 
 @contextmanager
 def _summed_gradients(
-    model: nn.Module, layers: Mapping[str, nn.Module], sums: dict[str, GradientSum]
+    model: nn.Module, layers: Mapping[str, nn.Module], sums: dict[str, WeightGradientSum]
 ) -> Iterator[None]:
     def hook(name: str) -> Any:
         def after(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
             x = args[0].detach()
-            total = sums.setdefault(name, GradientSum(out.shape[-1], out.device, x.shape[-1]))
-            out.register_hook(lambda g: total.add(x.reshape(1, -1, x.shape[-1]), g.reshape(1, -1, g.shape[-1])))
+            total = sums.setdefault(name, WeightGradientSum())
+            out.register_hook(lambda g: total.add(x, g))
 
         return after
 

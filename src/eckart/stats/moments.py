@@ -171,6 +171,30 @@ class Gradients:
         return Gradients(int(tensors["count"]), tensors["second"], tensors["row_fisher"])
 
 
+class WeightGradientSum:
+    """Accumulates the gradient of the mean loss with respect to the weight of one layer."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sum: Tensor | None = None
+
+    def add(self, x: Tensor, gradient: Tensor) -> None:
+        """Add a batch: layer inputs x (..., n) and output gradients (..., m)."""
+        inputs, rows = (t.detach().reshape(-1, t.shape[-1]).float() for t in (x, gradient))
+        self.count += len(rows)
+        self._sum = rows.mT @ inputs if self._sum is None else self._sum.addmm_(rows.mT, inputs)
+
+    def result(self, name: str) -> Tensor:
+        """Return E[g x^T] over vectors, (m, n) float32; the sum is used up by it.
+
+        Raises:
+            EckartError: if nothing was added; `name` says where.
+        """
+        if self._sum is None:
+            raise EckartError(f"no gradients reached {name}: the loss does not depend on it")
+        return self._sum.div_(self.count)
+
+
 class GradientSum:
     """Accumulates the gradient moments of one layer.
 

@@ -23,7 +23,7 @@ from eckart.methods.adapt.layer import Layer
 from eckart.methods.adapt.recipe import Recipe
 from eckart.methods.adapt.skipping import shortcuts
 from eckart.progress import Progress, silent
-from eckart.stats import Batch, live_gradients, live_moments
+from eckart.stats import Batch, Statistics, live_gradients, live_moments, live_statistics
 
 # Heads that transformers makes anew for a task, and that no fine-tuning makes sense without training.
 HEADS = ("classifier", "score", "qa_outputs")
@@ -36,7 +36,7 @@ def adapt(
     name: str = "default",
     targets: str | Sequence[str] | None = None,
     trained: Sequence[str] | None = None,
-    data: Iterable[Batch] | None = None,
+    data: Iterable[Batch] | Statistics | None = None,
     after: str | None = None,
     seed: int = 0,
     progress: Progress = silent,
@@ -54,7 +54,8 @@ def adapt(
             default every linear layer inside the blocks.
         trained: names of modules, as they end, that train whole beside the adapter; by default the heads that
             transformers makes for a task (classifier, score, qa_outputs).
-        data: batches as the model is called with, for methods that start from data; a few hundred sequences do.
+        data: batches as the model is called with, for methods that start from data; a few hundred sequences do. Or
+            what `eckart.start_statistics` made of them, for several adapters from one pass.
         after: the adapter of an earlier task that this one builds on, for methods that can; it does not train any more.
         seed: seed of everything random in the start.
         progress: told of the stages "statistics" and "gradients".
@@ -204,30 +205,62 @@ def _layers(
     model: nn.Module,
     chosen: Mapping[str, nn.Module],
     recipe: Recipe,
-    data: Iterable[Batch] | None,
+    data: Iterable[Batch] | Statistics | None,
     seed: int,
     progress: Progress,
 ) -> list[Layer]:
     """Return what the page sees of every layer, with the statistics that the recipe asks for."""
-    batches = list(data or ())
-    if (recipe.uses_inputs or recipe.uses_gradients) and not batches:
-        raise EckartError("this method starts from data; give data= a few batches as the model is called with")
     grid = next((name for name, base in _bases(chosen).items() if is_convolution(base)), None)
     if grid is not None and (recipe.uses_inputs or recipe.uses_gradients):
         raise EckartError(f"{grid} is a convolution, whose inputs and gradients are not gathered; use another method")
-    moments = live_moments(model, chosen, batches, progress) if recipe.uses_inputs else {}
-    gradients = live_gradients(model, chosen, batches, progress) if recipe.uses_gradients else {}
+    found = data if isinstance(data, Statistics) else _gathered(model, chosen, recipe, data, progress)
     shared: dict[int, dict[str, Any]] = {}
     layers = []
     for name, base in _bases(chosen).items():
-        own = moments.get(name)
+        own = found.moments.get(name)
         derived = shared.setdefault(id(own), {}) if own is not None else {}
-        layers.append(Layer(name, base, seed, None, own, gradients.get(name), derived))
+        layers.append(Layer(name, base, seed, None, own, found.gradients.get(name), derived))
     if recipe.ranks is not None:
         ranks = recipe.ranks(layers)
         for layer in layers:
             layer.rank = ranks[layer.name]
     return layers
+
+
+def _gathered(
+    model: nn.Module,
+    chosen: Mapping[str, nn.Module],
+    recipe: Recipe,
+    data: Iterable[Batch] | None,
+    progress: Progress,
+) -> Statistics:
+    """Return the statistics that a recipe asks for."""
+    batches = list(data or ())
+    if (recipe.uses_inputs or recipe.uses_gradients) and not batches:
+        raise EckartError("this method starts from data; give data= a few batches as the model is called with")
+    moments = live_moments(model, chosen, batches, progress) if recipe.uses_inputs else {}
+    return Statistics(moments, live_gradients(model, chosen, batches, progress) if recipe.uses_gradients else {})
+
+
+def start_statistics(
+    model: nn.Module,
+    data: Iterable[Batch],
+    *,
+    targets: str | Sequence[str] | None = None,
+    progress: Progress = silent,
+) -> Statistics:
+    """Return what every data-driven start needs of a model, from one pass forward and backward over data.
+
+    Args:
+        model: as `adapt` takes it.
+        data: batches as the model is called with.
+        targets: layers, as `adapt` takes them.
+        progress: told of the stage "gradients".
+
+    Raises:
+        EckartError: for bad input of any kind, in one sentence.
+    """
+    return live_statistics(model, target_layers(model, targets), data, progress)
 
 
 def adapters(model: nn.Module) -> Adapters:

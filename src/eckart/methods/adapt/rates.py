@@ -1,4 +1,4 @@
-"""Finding the learning rate by a short sweep: it matters more than the method.
+"""Finding the learning rate by a short sweep, or from the curvature: it matters more than the method.
 
 From one start, every rate of a geometric grid around the method's own trains for a few steps; the rate whose held-out
 loss is then lowest is taken. A rate that diverges is out. The same seed gives the same order of examples to all.
@@ -7,7 +7,8 @@ Source: the grid as in "LoRAFactory: A Unified Study of LoRA Variants", which tu
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from eckart.errors import EckartError
-from eckart.methods.training import Course, DivergedError, StepLoss, train
+from eckart.methods.adapt.curvature import BATCHES, SHARE_OF_EDGE, WARM, edge_rate
+from eckart.methods.training import Course, DivergedError, Step, StepLoss, train
 from eckart.progress import Progress
 
 # Times the method's own rate.
@@ -50,29 +52,87 @@ def find_rate(
     Raises:
         EckartError: if every rate diverges.
     """
-    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
     found: dict[float, float] = {}
     for i, factor in enumerate(grid):
         progress("rates", i, len(grid))
         each = replace(course, rate=course.rate * factor)
-        with tempfile.TemporaryDirectory(prefix="eckart-") as scratch:
-            state = Path(scratch) / "state.safetensors"
+        with _as_before(model):
             try:
-                train(model, rows, each, loss, state=state, seed=seed, share=share, progress=_silent)
+                _short_run(model, rows, each, loss, share, seed)
                 found[each.rate] = measure()
             except DivergedError:
                 found[each.rate] = float("inf")
-        with torch.no_grad():
-            for name, value in start.items():
-                model.get_parameter(name).copy_(value)
-            for name, value in buffers.items():
-                model.get_buffer(name).copy_(value)
     progress("rates", len(grid), len(grid))
     if min(found.values()) == float("inf"):
         tried = ", ".join(f"{rate:g}" for rate in found)
         raise EckartError(f"the run diverges at every rate tried ({tried}); give a smaller one")
     return dict(sorted(found.items(), key=lambda pair: pair[1]))
+
+
+def curvature_rate(
+    model: nn.Module,
+    rows: Tensor,
+    course: Course,
+    loss: StepLoss,
+    *,
+    share: Callable[[str], float],
+    seed: int,
+    progress: Progress,
+) -> float:
+    """Return the rate that the curvature allows behind a few steps; the model is as it was then.
+
+    Args:
+        model: what trains, its trained parameters requiring gradients.
+        rows: examples, (count, ...).
+        course: how the run goes; its rate is that of the few steps.
+        loss: of a step.
+        share: of the rate that a parameter of that name has.
+        seed: seed of order and draws.
+        progress: told of the stage "curvature".
+
+    Raises:
+        EckartError: if no gradient reaches what trains, or the loss is nowhere convex.
+    """
+    progress("curvature", 0, 1)
+    few = replace(course, steps=WARM, final=1.0)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).to(rows.device)
+    batches = rows[order[: BATCHES * course.batch]].split(course.batch)
+
+    def of_batch(batch: Tensor) -> Tensor:
+        return loss(Step(0, batch, torch.Generator().manual_seed(seed), course.rate))[0]
+
+    with _as_before(model):
+        _short_run(model, rows, few, loss, share, seed)
+        training = model.training
+        model.eval()
+        edge = edge_rate(model, batches, of_batch, rate=course.rate, share=share, seed=seed)
+        model.train(training)
+    progress("curvature", 1, 1)
+    return SHARE_OF_EDGE * edge
+
+
+@contextmanager
+def _as_before(model: nn.Module) -> Iterator[None]:
+    """Put what trains, and the buffers, back to where they are now."""
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in start.items():
+                model.get_parameter(name).copy_(value)
+            for name, value in buffers.items():
+                model.get_buffer(name).copy_(value)
+
+
+def _short_run(
+    model: nn.Module, rows: Tensor, course: Course, loss: StepLoss, share: Callable[[str], float], seed: int
+) -> None:
+    """Train for a while, its state kept nowhere."""
+    with tempfile.TemporaryDirectory(prefix="eckart-") as scratch:
+        state = Path(scratch) / "state.safetensors"
+        train(model, rows, course, loss, state=state, seed=seed, share=share, progress=_silent)
 
 
 def _silent(stage: str, done: int, total: int) -> None:

@@ -22,7 +22,7 @@ from eckart.methods.adapt.adapters import Adapters
 from eckart.methods.adapt.calibration import calibration_error, fit_temperature
 from eckart.methods.adapt.described import Described
 from eckart.methods.adapt.loading import load_adapter
-from eckart.methods.adapt.rates import GRID, find_rate
+from eckart.methods.adapt.rates import GRID, curvature_rate, find_rate
 from eckart.methods.adapt.saving import Format
 from eckart.methods.adapt.tasks import Examples, answers, batch_of, load_task_model, measured, read_examples
 from eckart.methods.training import Course, Share, Step, train
@@ -86,7 +86,7 @@ def tune(
     steps: int = 500,
     batch: int = 8,
     length: int = 256,
-    rate: float | Literal["auto"] | None = None,
+    rate: float | Literal["auto", "curvature"] | None = None,
     probe: int = 0,
     probe_rate: float = 1e-3,
     targets: str | Sequence[str] | None = None,
@@ -109,7 +109,8 @@ def tune(
         steps: optimizer steps, of `batch` examples each.
         batch: examples per step.
         length: tokens of a window of text, and the most of a sentence.
-        rate: of AdamW; by default the method's, and what a short sweep around that finds if "auto".
+        rate: of AdamW; by default the method's, what a short sweep around that finds if "auto", and what the
+            curvature of the loss allows if "curvature", which takes fewer passes.
         probe: optimizer steps in which the head of a classification trains alone, before the adapter is made (LP-FT).
         probe_rate: of AdamW in these steps.
         targets: layers to adapt, as `eckart.adapt` takes them.
@@ -123,7 +124,7 @@ def tune(
     """
     began, target, given = time.perf_counter(), Path(out), dict(settings or {})
     _check(target, probe, label_field)
-    course = Course(steps, _rate(rate, Described(method, given, seed)), batch)
+    course = Course(steps, _starting_rate(rate, Described(method, given, seed).recipe().rate), batch)
     fields = {"length": length, "text_field": text_field, "label_field": label_field}
     base, examples, held_out = _task(Path(model), Path(data), validation, fields, seed)
     before, start = measured(base, held_out), _batches(examples, batch)
@@ -133,14 +134,15 @@ def tune(
     run = _Run(base, method, how, examples, held_out, partial, format)
     if probe:
         run.probe(Course(probe, probe_rate, batch))
-    course = run.train(course, sweep=rate == "auto")
+    course = run.train(course, rate)
     return _publish(run, target, course, probe, before, began)
 
 
-def _rate(rate: float | str | None, described: Described) -> float:
-    """Return the learning rate to start from: the one given, or the method's."""
-    usual = described.recipe().rate
-    return float(rate) if isinstance(rate, float | int) else usual
+def _starting_rate(rate: float | str | None, own: float) -> float:
+    """Return the rate given, or the method's own where none is or it has yet to be found."""
+    if isinstance(rate, str) and rate not in ("auto", "curvature"):
+        raise EckartError(f"rate must be a number, 'auto' or 'curvature', got {rate!r}")
+    return rate if isinstance(rate, float | int) else own
 
 
 def _check(target: Path, steps: int, label_field: str | None) -> None:
@@ -257,10 +259,10 @@ class _Run:
             parameter.requires_grad_(before[name])
         self.handle = self._adapted()
 
-    def train(self, course: Course, *, sweep: bool) -> Course:
+    def train(self, course: Course, rate: float | str | None) -> Course:
         """Train what the adapter's method trains, or go on from where an earlier run stopped; return how it went."""
         make_folder(self.partial)
-        course = self._swept(course) if sweep else course
+        course = self._found(course, rate) if isinstance(rate, str) else course
         state = self.partial / "state.safetensors"
         train(
             self.handle.model.train(), self._rows(), course, self._loss,
@@ -270,18 +272,26 @@ class _Run:
         _release(self.handle.model)
         return course
 
-    def _swept(self, course: Course) -> Course:
-        """Return the course at the rate that a short sweep finds, or that an earlier run found."""
+    def _found(self, course: Course, how: str) -> Course:
+        """Return the course at the rate that a short sweep or the curvature finds, or that an earlier run found."""
         path = self.partial / "rates.json"
         if not path.is_file():
-            short = replace(course, steps=max(SWEEP[0], min(SWEEP[1], course.steps // 10)), final=1.0)
-            model, few = self.handle.model.train(), replace(self.held_out, rows=self.held_out.rows[:START])
-            found = find_rate(
-                model, self._rows(), short, self._loss, lambda: measured(model, few)["loss"],
-                share=self._shares(), seed=self.seed, grid=GRID, progress=self.progress,
-            )  # fmt: skip
-            write_json(path, list(found))
+            write_json(path, self._curvature(course) if how == "curvature" else self._swept(course))
         return replace(course, rate=float(json.loads(path.read_text(encoding="utf-8"))[0]))
+
+    def _curvature(self, course: Course) -> list[float]:
+        model, shares = self.handle.model.train(), self._shares()
+        rows, progress = self._rows(), self.progress
+        return [curvature_rate(model, rows, course, self._loss, share=shares, seed=self.seed, progress=progress)]
+
+    def _swept(self, course: Course) -> list[float]:
+        short = replace(course, steps=max(SWEEP[0], min(SWEEP[1], course.steps // 10)), final=1.0)
+        model, few = self.handle.model.train(), replace(self.held_out, rows=self.held_out.rows[:START])
+        found = find_rate(
+            model, self._rows(), short, self._loss, lambda: measured(model, few)["loss"],
+            share=self._shares(), seed=self.seed, grid=GRID, progress=self.progress,
+        )  # fmt: skip
+        return list(found)
 
     def _follow(self, optimizer: Any, steps: int) -> Iterable[str]:
         self.handle.follow(optimizer, steps)
