@@ -110,6 +110,7 @@ def compress(
         "method": method, "keep": keep, "bytes": nbytes, "flops": flops, "latency": latency,
         "calibration": calibration, "samples": samples, "length": length, "seed": seed,
         "settings": parse_settings(method, settings or []), "cache": not no_cache,
+        "elastic": elastic, "least": 0.5 if least is None else least,
     }  # fmt: skip
     values: dict[str, Any]
     with Bars() as progress:
@@ -117,8 +118,7 @@ def compress(
             planned = run_plan(model, **arguments, progress=progress)
             values, table = planned.as_dict(), plan_table(planned, every_layer)
         else:
-            arguments |= {"elastic": elastic, "least": 0.5 if least is None else least, "check": not no_check}
-            outcome = run_compress(model, out, **arguments, progress=progress)
+            outcome = run_compress(model, out, **arguments, check=not no_check, progress=progress)
             values, table = outcome.as_dict(), outcome_table(outcome, every_layer)
     print_json(values) if as_json else print_all(table)
 

@@ -92,6 +92,8 @@ StepLoss = Callable[[Step], tuple[Tensor, Tensor]]
 After = Callable[[Step], bool]
 # Share of the learning rate by parameter name.
 Share = Callable[[str], float]
+# Whether the gradient of a parameter of that name is clipped with those of its like, apart from the others.
+Apart = Callable[[str], bool]
 
 
 def train(
@@ -105,6 +107,7 @@ def train(
     stage: str = "train",
     after: After | None = None,
     share: Share = lambda name: 1.0,
+    apart: Apart = lambda name: False,
     progress: Progress,
 ) -> None:
     """Train a module in place, or put it where an earlier run of the same call left it.
@@ -119,6 +122,8 @@ def train(
         stage: what the run is called in progress and errors.
         after: called behind every update.
         share: of the learning rate that a parameter of that name has.
+        apart: which parameters have their gradients clipped on their own: those of a growing penalty would silence the
+            others.
         progress: told of the stage.
 
     Raises:
@@ -127,6 +132,7 @@ def train(
     accelerator = _accelerator(samples.device)
     parameters = {name: p for name, p in trained.named_parameters() if p.requires_grad}
     optimizer = accelerator.prepare(torch.optim.AdamW(_groups(parameters, share), lr=course.rate, weight_decay=0.0))
+    clipped = [[p for name, p in parameters.items() if apart(name) is own] for own in (False, True)]
     run = _Run(trained, parameters, optimizer, state)
     index, finished, first = run.restore()
     while index < course.steps and not finished:
@@ -144,7 +150,8 @@ def train(
             run.save(index, False, first)
         optimizer.zero_grad(set_to_none=True)
         accelerator.backward(total)
-        accelerator.clip_grad_norm_(parameters.values(), CLIP)
+        for together in filter(None, clipped):
+            accelerator.clip_grad_norm_(together, CLIP)
         optimizer.step()
         index += 1
         finished = after is not None and after(step)

@@ -35,10 +35,11 @@ from eckart.fit import regress
 from eckart.fit.refit import refit_down
 from eckart.hosts import EmbeddingHost, host, offset_of, replace
 from eckart.maps import LinearMap
-from eckart.methods.compress.allocate import Allocation, budget_of
+from eckart.methods.compress.allocate import Allocation, budget_of, plan_of
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import EMBEDDING, HEAD, LINEAR, Known, Layer, bias_of, unit_of, weights
 from eckart.methods.compress.limits import Limit
+from eckart.methods.compress.outcome import Plan, SizePlan
 from eckart.methods.compress.sweep import Pair, Sweep
 from eckart.progress import Progress
 from eckart.stats import CrossMoments, CrossSum, Stream, advance, enter, load_hidden, save_hidden
@@ -85,11 +86,16 @@ def ordered(job: Job, layers: Sequence[Layer], table: Sequence[Candidates], part
     """
     path = partial.path(f"{FOLDER}-{ORDER}")
     if not path.is_file():
-        write_order(_ordered(job, layers, table), path)
+        write_order(order_of(job, layers, table), path)
     return read_order_file(path, job.request.model)
 
 
-def _ordered(job: Job, layers: Sequence[Layer], table: Sequence[Candidates]) -> Elastic:
+def order_of(job: Job, layers: Sequence[Layer], table: Sequence[Candidates]) -> Elastic:
+    """Return the order of all components, whatever an earlier run has left.
+
+    Raises:
+        EckartError: if the least size cannot be met.
+    """
     sizes, dense = job.request.sizes, sum(c.dense.numbers for c in table)
     for size in sizes:
         budget_of(job, table, job.model.numel - dense, Limit("keep", size))
@@ -145,6 +151,18 @@ def chosen_of(elastic: Elastic) -> dict[str, Option]:
         name: Option(elastic.stored if cut.rank else "dense", cut.rank or full[name], cut.numbers, cut.nbytes, cut.loss)
         for name, cut in elastic.plan(elastic.sizes[-1]).items()
     }
+
+
+def elastic_plan(job: Job, layers: Sequence[Layer], table: Sequence[Candidates]) -> Plan:
+    """Return the plan of an elastic folder: of its largest size by layer, of every size as a whole."""
+    elastic = order_of(job, layers, table)
+    sizes = []
+    for keep in elastic.sizes:
+        cut = elastic.plan(keep)
+        sizes.append(SizePlan(keep, *elastic.figures(cut, job.model.nbytes), sum(one.loss for one in cut.values())))
+    largest = plan_of(job, layers, Allocation(chosen_of(elastic), list(table), elastic.fixed))
+    held = sum(layer.nbytes for layer in elastic.layers)
+    return dataclasses.replace(largest, sizes=tuple(sizes), components=held)
 
 
 class ElasticSweep(Sweep):
