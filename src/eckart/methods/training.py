@@ -122,8 +122,7 @@ def train(
         stage: what the run is called in progress and errors.
         after: called behind every update.
         share: of the learning rate that a parameter of that name has.
-        apart: which parameters have their gradients clipped on their own: those of a growing penalty would silence the
-            others.
+        apart: whose gradients are clipped on their own, as those of a growing penalty would silence the others.
         progress: told of the stage.
 
     Raises:
@@ -132,7 +131,6 @@ def train(
     accelerator = _accelerator(samples.device)
     parameters = {name: p for name, p in trained.named_parameters() if p.requires_grad}
     optimizer = accelerator.prepare(torch.optim.AdamW(_groups(parameters, share), lr=course.rate, weight_decay=0.0))
-    clipped = [[p for name, p in parameters.items() if apart(name) is own] for own in (False, True)]
     run = _Run(trained, parameters, optimizer, state)
     index, finished, first = run.restore()
     while index < course.steps and not finished:
@@ -148,11 +146,7 @@ def train(
             raise _diverged(stage, index, value, first, state)
         if index % course.save_every == 0:  # parameters whose loss was just found to be good
             run.save(index, False, first)
-        optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(total)
-        for together in filter(None, clipped):
-            accelerator.clip_grad_norm_(together, CLIP)
-        optimizer.step()
+        _update(accelerator, optimizer, total, parameters, apart)
         index += 1
         finished = after is not None and after(step)
     if not all(all_finite(p.detach()) for p in parameters.values()):
@@ -176,6 +170,18 @@ def _groups(parameters: Mapping[str, nn.Parameter], share: Share) -> list[dict[s
     for name, parameter in parameters.items():
         groups.setdefault(share(name), {"params": [], "share": share(name)})["params"].append(parameter)
     return list(groups.values())
+
+
+def _update(
+    accelerator: Accelerator, optimizer: Any, total: Tensor, parameters: Mapping[str, nn.Parameter], apart: Apart
+) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    accelerator.backward(total)
+    for own in (False, True):
+        together = [p for name, p in parameters.items() if apart(name) is own]
+        if together:
+            accelerator.clip_grad_norm_(together, CLIP)
+    optimizer.step()
 
 
 def _diverged(stage: str, index: int, value: float, first: float, state: Path) -> "DivergedError":

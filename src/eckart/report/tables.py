@@ -55,7 +55,7 @@ def _sizes_table(plan: Plan) -> Table:
     """Return the sizes of an elastic folder; what its layers are at the largest is the other table."""
     table = _table("keep", "parameters", "bytes", "predicted")
     for at in plan.sizes:
-        table.add_row(f"{at.keep:g}", f"{at.parameters:,}", size(at.nbytes), loss(at.loss))
+        table.add_row(f"{at.keep:.3g}", f"{at.parameters:,}", size(at.nbytes), loss(at.loss))
     return table
 
 

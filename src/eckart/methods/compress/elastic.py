@@ -11,6 +11,7 @@ of either. The order over all layers is that of the knapsack: the loss predicted
 
 import copy
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -44,12 +45,13 @@ from eckart.methods.compress.sweep import Pair, Sweep
 from eckart.progress import Progress
 from eckart.stats import CrossMoments, CrossSum, Stream, advance, enter, load_hidden, save_hidden
 
-# Components are fitted at the largest size and at every multiple of this below it.
-STEP = 0.05
+# Components are fitted at sizes of about this ratio, so more closely where the same share is more of what is left: with
+# equal steps of 0.05, sizes between the smallest two lost 4 % more than direct compression (docs/LOG.md).
+RATIO = 1.05
 
 
 def sizes_of(limit: Limit, least: float) -> tuple[float, ...]:
-    """Return the sizes that components are fitted at, ascending: from `least` to the limit, in steps of about `STEP`.
+    """Return the sizes that components are fitted at, from `least` to the limit, about `RATIO` times one another.
 
     Raises:
         EckartError: if parameters are not what is limited, or the least size is not below the limit.
@@ -59,8 +61,8 @@ def sizes_of(limit: Limit, least: float) -> tuple[float, ...]:
         raise EckartError(f"the sizes of an elastic folder are shares of the parameters; give keep, not {limit}")
     if not isinstance(least, int | float) or isinstance(least, bool) or not 0.0 < least < keep:
         raise EckartError(f"an elastic folder of keep {keep:g} needs a least size between 0 and that, got {least!r}")
-    steps = max(1, round((keep - least) / STEP))
-    return tuple(round(least + (keep - least) * i / steps, 6) for i in range(steps + 1))
+    steps = max(1, round(math.log(keep / least, RATIO)))
+    return (least, *(round(least * (keep / least) ** (i / steps), 6) for i in range(1, steps)), keep)
 
 
 def check_elastic(job: Job) -> None:
