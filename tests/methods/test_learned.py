@@ -300,7 +300,6 @@ def test_what_was_trained_is_stored_in_codes(method, settings, demo, text, tmp_p
         ("pela", {"tune": 30, "features": 0.0, "departure": 0.0, "storage": "pivoted"}),
         ("maestro", {"steps": 15, "tune": 15}),
         ("trp", {"steps": 20, "interval": 10}),
-        ("acip", {"steps": 30, "tune": 15, "rate": 3e-3, "growth": 1.3}),
         ("acip", {"steps": 30, "tune": 15, "rate": 3e-3, "growth": 1.3, "trained": "factors", "basis": "inputs"}),
     ],
 )
@@ -311,6 +310,17 @@ def test_training_beats_the_plain_svd(method, settings, demo, text, tmp_path):
     assert trained.measured.before == pytest.approx(plain.measured.before, abs=1e-4)
     assert trained.measured.after < plain.measured.after - 1
     assert 0.69 <= trained.plan.kept <= 0.7
+
+
+def test_corrections_are_tuned(demo, text, tmp_path):
+    arguments = {"method": "acip", "samples": 16, "length": 48, "keep": 0.8, "calibration": text, "check": False}
+    after = []
+    for tune in (0, 15):
+        settings = {"steps": 8, "tune": tune, "rate": 1e-2, "growth": 1.3}
+        outcome = eckart.compress(demo, tmp_path / str(tune), settings=settings, **arguments)
+        after.append(outcome.measured.after)
+        assert 0.79 <= outcome.plan.kept <= 0.8
+    assert after[1] < after[0] - 0.1
 
 
 def test_one_search_serves_all_budgets(demo, text, quick, tmp_path):
