@@ -110,7 +110,7 @@ class MaskedSVD(LearnedLayer):
         return (self.left[:, kept] @ self.right[kept] + self._scale * self.up @ self.down).detach()
 
     def factors(self, rank: int, seen: Metric) -> LowRank:
-        if not 0 < self.folded <= rank:
+        if not 0 < self.folded <= rank < len(self.gate):
             return super().factors(rank, seen)
         kept = self._kept(rank)
         up = torch.cat((self.left[:, kept], self._scale * self.up), 1)

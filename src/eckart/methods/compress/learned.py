@@ -68,7 +68,7 @@ class Learning:
             return allocate(self.job, self.layers, self.known, predict=True, progress=self.progress)
         with self.job.runner.whole() as model:
             self._enter(model)
-            found, _ = self._searched(model)
+            found, _ = self._searched(model, tunes=False)
         chosen = {name: dataclasses.replace(option, loss=0.0) for name, option in found.chosen.items()}
         return dataclasses.replace(found, chosen=chosen)
 
@@ -138,8 +138,13 @@ class Learning:
             out[layer.name] = (fit.map, fit.bias, loss_of(self.known, fit))
         return out
 
-    def _searched(self, model: nn.Module) -> tuple[Allocation, Maps]:
-        """Train the layers, choose their ranks, leave them dense in the model; return the maps of those chosen."""
+    def _searched(self, model: nn.Module, *, tunes: bool = True) -> tuple[Allocation, Maps]:
+        """Train the layers, choose their ranks, leave them dense in the model; return the maps of those chosen.
+
+        Args:
+            model: the whole model.
+            tunes: whether layers that are tuned as they are searched are tuned.
+        """
         job, learner, course = self.job, self.learner, self.learner.search
         dense = [layer_candidates(job, layer, None) for layer in self.layers]
         full = sum(layer.dense.numbers for layer in dense)
@@ -170,7 +175,7 @@ class Learning:
         )  # fmt: skip
         table = [self._scored(layer, layers[layer.name]) for layer in self.layers]
         chosen = choose(job, self.layers, self.known, table, budget)
-        if learner.holds and learner.tuning is not None:
+        if tunes and learner.holds and learner.tuning is not None:
             for layer in self.layers:
                 option = chosen[layer.name]
                 layers[layer.name].hold(min(layer.shape) if is_dense(option) else option.rank)
