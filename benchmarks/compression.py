@@ -70,12 +70,21 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "trp trained": ("trp", {"steps": 150, "batch": 2}),
     "maestro trained": ("maestro", {"steps": 100, "tune": 50, "batch": 2}),
     "acip trained": ("acip", {"steps": 100, "tune": 50, "batch": 2, "rate": 2e-3, "growth": 1.1}),
+    "acip trained, factors": (
+        "acip",
+        {"steps": 100, "tune": 50, "batch": 2, "rate": 2e-3, "growth": 1.1, "trained": "factors"},
+    ),
+    "acip trained, factors of the outputs": (
+        "acip",
+        {"steps": 100, "tune": 50, "batch": 2, "rate": 2e-3, "growth": 1.1, "trained": "factors", "basis": "inputs"},
+    ),
     "dobi-svd": ("dobi-svd", {"steps": 20, "batch": 2}),
     "dobi-svd, by tokens": ("dobi-svd", {"steps": 20, "batch": 2, "components": "tokens"}),
 }
 LEARNED = (
     *("aa-svd healed", "eckart healed", "svd-llm healed", "svd-llm LoRA healed", "fusegpt trained"),
     *("svd-llm trained", "pela trained", "trp trained", "maestro trained", "acip trained", "dobi-svd"),
+    *("acip trained, factors", "acip trained, factors of the outputs"),
     "dobi-svd, by tokens",
 )
 

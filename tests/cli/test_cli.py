@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -425,6 +426,9 @@ def test_the_demonstration_compares_two_methods(tmp_path) -> None:
 
 def test_an_elastic_folder_is_made_shown_cut_and_densified(model, text, tmp_path):
     made = ("--samples", "4", "--length", "32", "--calibration", text, "--elastic", "--least", "0.6")
+    planned = eckart("compress", model, "--keep", "0.8", "--plan", *made).stdout
+    assert "elastic: every size from keep 0.6 to 0.8; components take " in planned
+    assert all(re.search(rf"{size} +[\d,]{{5,}} ", planned) for size in (0.6, 0.66, 0.727, 0.8))
     eckart("compress", model, "--keep", "0.8", "--out", tmp_path / "elastic", *made)
     assert "elastic: every size from keep 0.6 to 0.8" in eckart("show", tmp_path / "elastic").stdout
     assert "written to" in eckart("slice", tmp_path / "elastic", "--keep", "0.7", "--out", tmp_path / "cut").stdout

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -161,6 +162,29 @@ def test_smaller_sizes_have_lower_ranks_and_more_loss(elastic):
     assert losses == sorted(losses, reverse=True)
     totals = [sum(cut.numbers for cut in plan.values()) for plan in plans]
     assert totals == sorted(totals)
+
+
+def test_a_plan_says_every_size_beforehand(elastic, demo, quick, tmp_path):
+    planned = eckart.plan(demo, keep=0.9, elastic=True, **quick("eckart"))
+    made = json.loads((elastic / "eckart.json").read_text())["plan"]
+    assert (planned.parameters_after, planned.bytes_after) == (made["parameters_after"], made["bytes_after"])
+    assert {layer.name: layer.rank for layer in planned.layers} == {
+        each["name"]: each["rank"] for each in made["layers"]
+    }
+    assert [at.keep for at in planned.sizes] == list(read_order(elastic).sizes)
+    for at in planned.sizes[::4]:
+        plan = json.loads(
+            (eckart.slice_folder(elastic, tmp_path / str(at.keep), keep=at.keep) / "eckart.json").read_text()
+        )
+        assert (at.parameters, at.nbytes, at.loss) == tuple(
+            plan["plan"][name] for name in ("parameters_after", "bytes_after", "loss")
+        )
+    held = [tensor for path in (elastic / "elastic").iterdir() for tensor in load_file(path).items()]
+    assert planned.components == sum(t.nbytes for name, t in held if name not in ("steps", "losses"))
+    assert planned.as_dict()["sizes"][0]["keep"] == 0.5
+    assert "sizes" not in eckart.plan(demo, keep=0.9, **quick("svd")).as_dict()
+    with pytest.raises(EckartError, match="svd-llm with these settings cannot be elastic"):
+        eckart.plan(demo, keep=0.9, elastic=True, **quick("svd-llm"))
 
 
 def test_without_a_sequential_pass_cutting_is_compressing(tmp_path, demo, quick):

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import eckart
 from eckart.errors import EckartError
-from eckart.fit import metric
+from eckart.fit import Metric, metric, regress
 from eckart.fit.subspace import SubspaceSum
 from eckart.hosts import map_of
 from eckart.methods.compress.acip import MaskedSVD
@@ -90,8 +90,8 @@ def test_it_starts_as_the_weight_and_its_prefixes_as_the_svd():
 # ACIP
 
 
-def masked(w: torch.Tensor) -> MaskedSVD:
-    return MaskedSVD(w, None, 32, 0.0, torch.Generator().manual_seed(0))
+def masked(w: torch.Tensor, seen: Metric | None = None, *, folds: bool = False) -> MaskedSVD:
+    return MaskedSVD(w, None, seen, 32, 0.0, torch.Generator().manual_seed(0), folds=folds)
 
 
 def test_masks_start_open_and_pass_gradients_straight_through():
@@ -130,6 +130,59 @@ def test_scores_are_the_order_in_which_masks_close():
     assert (scores > 0).all()
     assert (scores.diff() < 0).all()
     assert layer._scale == 0.5  # 16 / 32, whatever rank the layer has room for
+
+
+@pytest.mark.parametrize("rank", [3, 9, 14])
+def test_a_held_layer_is_the_factors_it_folds_into(rank):
+    w, x = matrix(16, 20), matrix(4, 20, 1)
+    layer = masked(w, folds=True)
+    assert layer.folded == 2  # an eighth of the layer's rank, not 32
+    with torch.no_grad():
+        layer.up.normal_(generator=torch.Generator().manual_seed(1))
+        layer.gate.copy_(torch.linspace(0.1, 0.9, 16))
+        layer.gate[15] = -1
+        layer.count()
+    factors = layer.factors(rank, metric())
+    layer.hold(rank)
+    assert layer.alive == rank - 2
+    assert factors.rank == rank
+    torch.testing.assert_close(factors(x), layer(x).detach(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(layer.factors(rank, metric()).dense(), factors.dense())
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["down", "up"]
+    # the singular values kept are those of the largest masks that are open
+    u, s, v = torch.linalg.svd(w, full_matrices=False)
+    kept = list(range(14, 16 - rank, -1))
+    lora = 0.5 * layer.up.detach() @ layer.down.detach()
+    torch.testing.assert_close(factors.dense(), (u[:, kept] * s[kept]) @ v[kept] + lora, atol=1e-4, rtol=1e-4)
+
+
+def test_corrections_are_what_a_layer_keeps_first_and_cost_a_dense_one_nothing():
+    w = matrix(16, 20)
+    layer = masked(w, folds=True)
+    with torch.no_grad():
+        layer.up.normal_(generator=torch.Generator().manual_seed(1))
+        layer.gate.copy_(torch.linspace(0.9, 0.1, 16))
+    scores = layer.scores()
+    assert scores.shape == (16,)
+    assert (scores[:3] == scores[0]).all()
+    assert (scores[2:].diff() < 0).all()
+    lora = 0.5 * layer.up.detach() @ layer.down.detach()
+    torch.testing.assert_close(layer.factors(2, metric()).dense(), lora, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(layer.factors(1, metric()).dense().float(), truncated(lora, 1), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(layer.matrix(), w + lora, atol=1e-4, rtol=1e-4)
+    layer.hold(16)
+    assert layer.alive == 16
+
+
+def test_components_of_the_output_are_the_best_maps_of_every_rank():
+    w, x = matrix(9, 16), matrix(400, 16, 1) * torch.linspace(0.1, 3, 16)
+    seen = metric((x.mT @ x).double() / 400)
+    layer, best = masked(w, seen), regress(w, seen, rank=9)
+    for rank in (1, 4, 9):
+        torch.testing.assert_close(layer.target(rank), best.factors(rank).dense().float(), atol=1e-4, rtol=1e-3)
+    lost = torch.zeros(9, 16)
+    lost[:4] = matrix(4, 16)
+    assert masked(lost, seen).left.shape == (9, 9)  # also of a weight without full rank
 
 
 # Trained rank pruning
@@ -217,19 +270,27 @@ def test_output_pca_and_an_untrained_start_on_inputs_are_the_optimum_of_svd_llm(
             assert (held[method][name] - wanted).norm() < 2e-3 * wanted.norm(), (method, name)
 
 
-def test_searched_layers_are_stored_in_codes_and_trained_ones_are_not(demo, text, tmp_path):
-    settings = {"steps": 2, "batch": 2, "components": "tokens"}
-    arguments = {**QUICK, "method": "dobi-svd", "calibration": text}
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("dobi-svd", {"steps": 2, "batch": 2, "components": "tokens"}),
+        ("acip", {"steps": 4, "tune": 3, "rate": 3e-3}),
+        ("pela", {"tune": 3, "storage": "pivoted"}),
+    ],
+)
+def test_what_was_trained_is_stored_in_codes(method, settings, demo, text, tmp_path):
+    arguments = {**QUICK, "method": method, "calibration": text}
     outcomes = {
         bits: eckart.compress(demo, tmp_path / str(bits), settings={**settings, "bits": bits}, **arguments)
         for bits in (0, 8)
     }
-    assert {layer.structure for layer in outcomes[8].plan.layers} <= {"lowrank int8", "int8"}
+    kind = settings.get("storage", "lowrank")
+    assert {layer.structure for layer in outcomes[8].plan.layers} <= {f"{kind} int8", "int8"}
+    planned = eckart.plan(demo, settings={**settings, "bits": 8}, **arguments)
+    assert planned.bytes_after == outcomes[8].plan.bytes_after
     assert outcomes[8].plan.parameters_after == outcomes[0].plan.parameters_after
     assert outcomes[8].plan.bytes_after < 0.6 * outcomes[0].plan.bytes_after
     assert outcomes[8].measured.after == pytest.approx(outcomes[0].measured.after, abs=0.05)
-    with pytest.raises(EckartError, match="trains the numbers it stores"):
-        eckart.plan(demo, **{**arguments, "settings": {**settings, "bits": 8, "tune": 2}})
 
 
 @pytest.mark.parametrize(
@@ -239,7 +300,7 @@ def test_searched_layers_are_stored_in_codes_and_trained_ones_are_not(demo, text
         ("pela", {"tune": 30, "features": 0.0, "departure": 0.0, "storage": "pivoted"}),
         ("maestro", {"steps": 15, "tune": 15}),
         ("trp", {"steps": 20, "interval": 10}),
-        ("acip", {"steps": 30, "tune": 15, "rate": 3e-3, "growth": 1.3}),
+        ("acip", {"steps": 30, "tune": 15, "rate": 3e-3, "growth": 1.3, "trained": "factors", "basis": "inputs"}),
     ],
 )
 def test_training_beats_the_plain_svd(method, settings, demo, text, tmp_path):
@@ -249,6 +310,17 @@ def test_training_beats_the_plain_svd(method, settings, demo, text, tmp_path):
     assert trained.measured.before == pytest.approx(plain.measured.before, abs=1e-4)
     assert trained.measured.after < plain.measured.after - 1
     assert 0.69 <= trained.plan.kept <= 0.7
+
+
+def test_corrections_are_tuned(demo, text, tmp_path):
+    arguments = {"method": "acip", "samples": 16, "length": 48, "keep": 0.8, "calibration": text, "check": False}
+    after = []
+    for tune in (0, 15):
+        settings = {"steps": 8, "tune": tune, "rate": 1e-2, "growth": 1.3}
+        outcome = eckart.compress(demo, tmp_path / str(tune), settings=settings, **arguments)
+        after.append(outcome.measured.after)
+        assert 0.79 <= outcome.plan.kept <= 0.8
+    assert after[1] < after[0] - 0.1
 
 
 def test_one_search_serves_all_budgets(demo, text, quick, tmp_path):

@@ -52,6 +52,26 @@ def same(a: Model, b: Model) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
+def test_a_growing_penalty_does_not_silence_what_is_clipped_apart(tmp_path):
+    """Without a penalty, or with one on what is apart, the others take the same steps."""
+
+    def trained(penalty: float, **apart) -> Model:
+        model = Model()
+        model.register_parameter("gate", torch.nn.Parameter(torch.ones(3)))
+
+        def loss(step):
+            task = model.loss(step)[1]
+            return task + penalty * 3**step.index * model.gate.sum(), task
+
+        course, state = Course(8, 1e-2, 4), tmp_path / f"{penalty}{len(apart)}.safetensors"
+        train(model, DATA, course, loss, state=state, seed=0, progress=silent, **apart)
+        return model
+
+    free = trained(0.0).trained.weight
+    assert torch.equal(trained(10.0, apart=lambda name: name == "gate").trained.weight, free)
+    assert not torch.allclose(trained(10.0).trained.weight, free, atol=1e-3)
+
+
 @pytest.mark.parametrize("until", [0, 4, 6, 11, 18])
 def test_a_run_that_was_stopped_ends_in_the_same_bits(until, tmp_path):
     whole = run(tmp_path / "whole.safetensors")

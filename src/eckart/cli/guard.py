@@ -14,6 +14,8 @@ import typer
 from eckart.errors import EckartError
 
 INTERRUPTED = 130  # what shells report of a program stopped by Ctrl-C
+CONTINUES = "interrupted; running the same command again continues where this one stopped"
+STARTS_AGAIN = "interrupted; nothing was written, running the same command again starts from the beginning"
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
 

@@ -1,6 +1,5 @@
 """The commands. What is imported inside them would make `eckart --help` take seconds."""
 
-import difflib
 import os
 import sys
 from contextlib import nullcontext
@@ -10,7 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from eckart.cli.guard import INTERRUPTED, guarded, print_json
+from eckart.cli.adapt import adapt, adapters
+from eckart.cli.guard import CONTINUES, INTERRUPTED, STARTS_AGAIN, guarded, print_json
+from eckart.cli.options import Json, require_model
 from eckart.errors import EckartError
 
 app = typer.Typer(
@@ -21,7 +22,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Elastic = Annotated[bool, typer.Option("--elastic", help="Make a folder that also loads at every smaller size.")]
 Least = Annotated[
     float | None, typer.Option(help="Smallest size of an elastic folder, as a share like --keep.  [default: 0.5]")
@@ -43,8 +43,6 @@ FlopsShare = Annotated[
 TimeShare = Annotated[
     str | None, typer.Option(metavar="SHARE", help="Instead: share of their time per token, measured here, as in 0.7x.")
 ]
-CONTINUES = "interrupted; running the same command again continues where this one stopped"
-STARTS_AGAIN = "interrupted; nothing was written, running the same command again starts from the beginning"
 
 
 def _print_version(wanted: bool) -> None:
@@ -93,7 +91,7 @@ def compress(
     if out is None and not only_plan:
         raise typer.BadParameter("give a folder to write, or --plan to write nothing", param_hint="--out")
     _require_sizes(keep, elastic, least)
-    _require_model(model)
+    require_model(model)
     if calibration is not None and not calibration.is_file():
         raise EckartError(f"there is no text file {calibration}")
     if out is not None and not only_plan and out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -110,6 +108,7 @@ def compress(
         "method": method, "keep": keep, "bytes": nbytes, "flops": flops, "latency": latency,
         "calibration": calibration, "samples": samples, "length": length, "seed": seed,
         "settings": parse_settings(method, settings or []), "cache": not no_cache,
+        "elastic": elastic, "least": 0.5 if least is None else least,
     }  # fmt: skip
     values: dict[str, Any]
     with Bars() as progress:
@@ -117,102 +116,13 @@ def compress(
             planned = run_plan(model, **arguments, progress=progress)
             values, table = planned.as_dict(), plan_table(planned, every_layer)
         else:
-            arguments |= {"elastic": elastic, "least": 0.5 if least is None else least, "check": not no_check}
-            outcome = run_compress(model, out, **arguments, progress=progress)
+            outcome = run_compress(model, out, **arguments, check=not no_check, progress=progress)
             values, table = outcome.as_dict(), outcome_table(outcome, every_layer)
     print_json(values) if as_json else print_all(table)
 
 
-@app.command()
-@guarded(CONTINUES)
-def adapt(
-    model: Annotated[Path, typer.Argument(help="Folder of a Hugging Face model, dense or compressed.")],
-    data: Annotated[Path, typer.Option(help="Text or .jsonl to learn, or labelled rows in .jsonl or .tsv.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; must not hold anything yet.")],
-    method: Annotated[str, typer.Option(help="Name of a method; `eckart adapters` lists them.")] = "lora",
-    rank: Annotated[int | None, typer.Option(help="The same as --set rank=...")] = None,
-    after: Annotated[
-        Path | None, typer.Option(help="Adapter of an earlier task to build on, with --method incremental.")
-    ] = None,
-    validation: Annotated[
-        Path | None, typer.Option(help="What to measure on.  [default: the last tenth of the data]")
-    ] = None,
-    text_field: Annotated[str, typer.Option(help="Field or column of the text.")] = "text",
-    label_field: Annotated[
-        str | None, typer.Option(help="Field or column of the label, which makes it a classification.")
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 500,
-    batch: Annotated[int, typer.Option(help="Examples per step.")] = 8,
-    length: Annotated[int, typer.Option(help="Tokens of a window of text, and the most of a sentence.")] = 256,
-    rate: Annotated[
-        str | None,
-        typer.Option(
-            help="Learning rate; auto for a short sweep, curvature for what that allows.  [default: the method's]"
-        ),
-    ] = None,
-    probe: Annotated[int, typer.Option(help="Steps in which the head of a classification trains alone before.")] = 0,
-    probe_rate: Annotated[float, typer.Option(help="Learning rate of these steps.")] = 1e-3,
-    targets: Annotated[
-        list[str] | None, typer.Option("--target", help="Layer to adapt, as its name ends.  [default: all in blocks]")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    file_format: Annotated[str, typer.Option("--format", help="Of the adapter's files: eckart or peft.")] = "eckart",
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting of the method.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Fine-tune a model with an adapter: a small trained map beside every frozen one, measured before and after."""
-    _require_model(model)
-    for given in (data, *((validation,) if validation else ())):
-        if not given.is_file():
-            raise EckartError(f"there is no file {given}")
-    if file_format not in ("eckart", "peft"):
-        raise EckartError(f"--format must be eckart or peft, got {file_format!r}")
-
-    from eckart.cli.progress import Bars
-    from eckart.cli.settings import parse_adapter_settings
-    from eckart.methods.adapt.tune import tune
-    from eckart.report.adapters import tuned_table
-    from eckart.report.console import print_all
-
-    assignments = [*(settings or []), *([] if rank is None else [f"rank={rank}"])]
-    typed = parse_adapter_settings(method, assignments)
-    with Bars() as progress:
-        done = tune(
-            model, data, out, method=method, after=after, validation=validation, text_field=text_field,
-            label_field=label_field, steps=steps, batch=batch, length=length, rate=_rate(rate), probe=probe,
-            probe_rate=probe_rate, targets=targets or None, seed=seed, settings=typed, progress=progress,
-            format="peft" if file_format == "peft" else "eckart",
-        )  # fmt: skip
-    print_json(done.as_dict()) if as_json else print_all(tuned_table(done))
-
-
-def _rate(given: str | None) -> Any:
-    """Return a learning rate as `tune` takes it."""
-    if given in (None, "auto", "curvature"):
-        return given
-    try:
-        return float(given)
-    except ValueError:
-        raise EckartError(f"--rate must be a number, auto or curvature, got {given!r}") from None
-
-
-@app.command("adapters")
-@guarded(STARTS_AGAIN)
-def adapters_(
-    name: Annotated[str | None, typer.Argument(help="One method, in full.")] = None,
-    as_json: Json = False,
-) -> None:
-    """List the methods of adaptation, or print one method's formula, source and settings."""
-    from eckart.methods.adapt.table import ADAPTERS
-    from eckart.report.console import print_all
-    from eckart.report.pages import adapter_page, adapter_values, adapters_table
-
-    if as_json:
-        print_json([adapter_values(each) for each in ADAPTERS] if name is None else adapter_values(name))
-    else:
-        print_all(adapters_table() if name is None else adapter_page(name))
+app.command()(adapt)
+app.command("adapters")(adapters)
 
 
 @app.command("eval")
@@ -233,7 +143,7 @@ def evaluate(
     """Measure a model: loss and perplexity on text, or rank correlation on scored sentence pairs."""
     if (text is None) == (pairs is None):
         raise typer.BadParameter("give one of --text (decoders) and --pairs (sentence encoders)", param_hint="--text")
-    _require_model(model)
+    require_model(model)
     given = text or pairs
     if given is not None and not given.is_file():
         raise EckartError(f"there is no file {given}")
@@ -274,7 +184,7 @@ def show(
 ) -> None:
     """Print what a compressed folder holds, from its headers alone; or what `eckart delta` wrote."""
     if not (folder / "delta.json").is_file():
-        _require_model(folder)
+        require_model(folder)
 
     from eckart.files.delta import show_delta
     from eckart.files.inspect import show as run
@@ -298,7 +208,7 @@ def densify(
     keep: Annotated[float | None, typer.Option(help="Size of an elastic folder.  [default: its largest]")] = None,
 ) -> None:
     """Write a compressed folder as an ordinary dense one, which loads without eckart."""
-    _require_model(folder)
+    require_model(folder)
 
     from eckart.cli.progress import Bars
     from eckart.files.inspect import densify as run
@@ -317,7 +227,7 @@ def slice_(
     out: Annotated[Path, typer.Option(help="Folder to write; must not hold anything yet.")],
 ) -> None:
     """Write an elastic folder at a smaller size, without data."""
-    _require_model(folder)
+    require_model(folder)
 
     from eckart.cli.progress import Bars
     from eckart.files.slicing import slice_folder as run
@@ -351,8 +261,8 @@ def delta(
     as_json: Json = False,
 ) -> None:
     """Store a fine-tuned model as a small difference from its base."""
-    _require_model(base)
-    _require_model(tuned)
+    require_model(base)
+    require_model(tuned)
     if calibration is not None and not calibration.is_file():
         raise EckartError(f"there is no text file {calibration}")
 
@@ -379,7 +289,7 @@ def restore(
     as_json: Json = False,
 ) -> None:
     """Write the model that a base and a difference make, as an ordinary folder."""
-    _require_model(base)
+    require_model(base)
 
     from eckart.cli.progress import Bars
     from eckart.files.delta import restore as run
@@ -421,26 +331,6 @@ def _require_sizes(keep: float | None, elastic: bool, least: float | None) -> No
         raise typer.BadParameter("only an elastic folder has a least size; give --elastic", param_hint="--least")
     if keep is not None and not 0.0 < keep <= 1.0:
         raise EckartError(f"keep is the share of parameters that remains and must lie in (0, 1], got {keep:g}")
-
-
-def _require_model(folder: Path) -> None:
-    """Find a wrong MODEL before anything heavy is imported."""
-    if not folder.is_dir():
-        near = difflib.get_close_matches(folder.name, _siblings(folder), n=1)
-        hint = (
-            f"did you mean {folder.with_name(near[0])}?" if near else "give a folder with config.json and safetensors"
-        )
-        raise EckartError(f"there is no model folder {folder}; {hint}")
-    if (folder / "delta.json").is_file():
-        raise EckartError(
-            f"{folder} is a difference, not a model; `eckart restore BASE {folder}` makes the model of it"
-        )
-    if not (folder / "config.json").is_file():
-        raise EckartError(f"{folder} has no config.json; give the path of a Hugging Face model folder")
-
-
-def _siblings(folder: Path) -> list[str]:
-    return [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
 
 
 def run() -> None:

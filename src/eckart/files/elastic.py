@@ -40,6 +40,7 @@ FOLDER, ORDER, KEY = "elastic", "order", "eckart_elastic"
 LAYOUT = 2
 # Bits of a difference between two sizes: eight lose no more than six, four up to a tenth of a percent (docs/LOG.md).
 BITS = 6
+SCALE = torch.float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,13 @@ class ElasticLayer:
     def held(self) -> list[int]:
         """The sizes at which it is cut, ascending."""
         return [i for i, rank in enumerate(self.ranks) if rank]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its components."""
+        (m, n), held = self.shape, [self.ranks[i] for i in self.held]
+        coded = [] if self.shared else held[:-1]
+        return max(held, default=0) * (m + n) * self.itemsize + sum(coded) * (-(-n * BITS // 8) + SCALE.itemsize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +175,17 @@ class Elastic:
             least, most = self.sizes[0], self.sizes[-1]
             raise EckartError(f"{self.folder} holds every size from keep {least:g} to {most:g}, but {keep!r} was asked")
 
+    def figures(self, plan: Mapping[str, Slice], nbytes: int) -> tuple[int, int]:
+        """Return the parameters and the bytes of the model at a size.
+
+        Args:
+            plan: what every layer becomes there.
+            nbytes: of the dense model.
+        """
+        dense = sum((math.prod(layer.shape) + layer.bias) * layer.itemsize for layer in self.layers)
+        after = self.fixed + sum(cut.numbers for cut in plan.values())
+        return after, nbytes - dense + sum(cut.nbytes for cut in plan.values())
+
     def map(self, name: str, rank: int, keep: float) -> LinearMap:
         """Return the map of a layer at a rank, in the dtype it is stored in."""
         layer = self.layer(name)
@@ -234,7 +253,7 @@ def coded_downs(
     for i in reversed(sizes[:-1]):
         now = now[: len(downs[i])]
         change = downs[i] - now
-        scale = (change.abs().amax(1) / (2 ** (BITS - 1) - 1)).float()
+        scale = (change.abs().amax(1) / (2 ** (BITS - 1) - 1)).to(SCALE)
         steps = (change / scale.double().clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round()
         limit = 2 ** (BITS - 1)
         codes = pack((steps.clamp(1 - limit, limit - 1) + limit).to(torch.uint8), BITS)

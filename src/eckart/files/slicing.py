@@ -146,12 +146,9 @@ def _figures(
             }
         )
     before = config.made_by
-    after = elastic.fixed + sum(row["numbers"] for row in rows)
-    saved = sum(
-        row["dense_numbers"] * layer.itemsize - row["nbytes"] for row, layer in zip(rows, elastic.layers, strict=True)
-    )
+    after, nbytes = elastic.figures(plan, before["bytes_before"])
     made_by = {key: value for key, value in before.items() if key not in ("measured", "sizes")}
-    figures = {"parameters_after": after, "bytes_after": before["bytes_before"] - saved, "measured": None}
+    figures = {"parameters_after": after, "bytes_after": nbytes, "measured": None}
     return {**made_by, "keep": keep, "cut_from": elastic.sizes[-1], **figures}, rows
 
 

@@ -94,6 +94,8 @@ After = Callable[[Step], bool]
 Follow = Callable[[Any], Iterable[str]]
 # Share of the learning rate by parameter name.
 Share = Callable[[str], float]
+# Whether the gradient of a parameter of that name is clipped with those of its like, apart from the others.
+Apart = Callable[[str], bool]
 
 
 def train(
@@ -108,6 +110,7 @@ def train(
     after: After | None = None,
     follow: Follow = lambda optimizer: (),
     share: Share = lambda name: 1.0,
+    apart: Apart = lambda name: False,
     progress: Progress,
 ) -> None:
     """Train a module in place, or put it where an earlier run of the same call left it.
@@ -123,6 +126,7 @@ def train(
         after: called behind every update.
         follow: called with the optimizer before the first; what it has done behind each may change shapes.
         share: of the learning rate that a parameter of that name has.
+        apart: whose gradients are clipped on their own, as those of a growing penalty would silence the others.
         progress: told of the stage.
 
     Raises:
@@ -146,10 +150,7 @@ def train(
             raise _diverged(stage, index, value, first, state)
         if index % course.save_every == 0:  # parameters whose loss was just found to be good
             run.save(index, False, first)
-        optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(total)
-        accelerator.clip_grad_norm_(parameters.values(), CLIP)
-        optimizer.step()
+        _update(accelerator, optimizer, total, parameters, apart)
         index, finished = index + 1, after is not None and after(step)
     if not all(all_finite(p.detach()) for p in parameters.values()):
         raise _diverged(stage, index, math.nan, first or 0.0, state)
@@ -171,6 +172,18 @@ def _groups(parameters: Mapping[str, nn.Parameter], share: Share) -> list[dict[s
     for name, parameter in parameters.items():
         groups.setdefault(share(name), {"params": [], "share": share(name)})["params"].append(parameter)
     return list(groups.values())
+
+
+def _update(
+    accelerator: Accelerator, optimizer: Any, total: Tensor, parameters: Mapping[str, nn.Parameter], apart: Apart
+) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    accelerator.backward(total)
+    for own in (False, True):
+        together = [p for name, p in parameters.items() if apart(name) is own]
+        if together:
+            accelerator.clip_grad_norm_(together, CLIP)
+    optimizer.step()
 
 
 def _diverged(stage: str, index: int, value: float, first: float, state: Path) -> "DivergedError":

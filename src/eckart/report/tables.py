@@ -39,9 +39,24 @@ def plan_table(plan: Plan, every_layer: bool = False) -> RenderableType:
         f"{plan.parameters_after:,}; {size(plan.bytes_before)} become {size(plan.bytes_after)}"
     ]
     lines += _spent(plan)
+    if plan.sizes:
+        lines.append(_every_size(plan.sizes[0].keep, plan.sizes[-1].keep, plan.components))
     if plan.unit != RELATIVE:
         lines.append(f"predicted increase of the loss: {loss(plan.loss)} {plan.unit}, the sum over the layers")
-    return _stack(_layer_table(plan.layers, every_layer, plan.unit), Text("\n".join([*lines, *_legend(plan)])))
+    sizes = [_sizes_table(plan)] if plan.sizes else []
+    return _stack(_layer_table(plan.layers, every_layer, plan.unit), *sizes, Text("\n".join([*lines, *_legend(plan)])))
+
+
+def _every_size(least: float, largest: float, components: int) -> str:
+    return f"elastic: every size from keep {least:g} to {largest:g}; components take {size(components)} more"
+
+
+def _sizes_table(plan: Plan) -> Table:
+    """Return the sizes of an elastic folder; what its layers are at the largest is the other table."""
+    table = _table("keep", "parameters", "bytes", "predicted")
+    for at in plan.sizes:
+        table.add_row(f"{at.keep:.3g}", f"{at.parameters:,}", size(at.nbytes), loss(at.loss))
+    return table
 
 
 def _asked(plan: Plan) -> str:
@@ -115,7 +130,7 @@ def contents_table(contents: "Contents", every_layer: bool = False) -> Renderabl
     lines = [text]
     if contents.elastic is not None:
         least, largest, nbytes = (contents.elastic[key] for key in ("least", "largest", "nbytes"))
-        lines.append(f"elastic: every size from keep {least:g} to {largest:g}; components take {size(nbytes)} more")
+        lines.append(_every_size(least, largest, nbytes))
     if isinstance(measured, Mapping):
         lines.append(f"{measured['name']} {measured['before']:.4f} before, {measured['after']:.4f} after")
     if made_by:

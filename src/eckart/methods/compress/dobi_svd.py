@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eckart.fit import Metric
 from eckart.linalg import filtered_svd
 from eckart.methods.compress.learner import Layers, LearnedLayer, Learner, course, frozen
 from eckart.methods.compress.recipe import Recipe, check_least, input_moment
@@ -97,7 +98,9 @@ class PositionLearner(Learner):
     beta: float = 10.0
     penalty: float = 200.0
 
-    def layer(self, weight: Tensor, bias: Tensor | None, share: float, generator: torch.Generator) -> LearnedLayer:
+    def layer(
+        self, weight: Tensor, bias: Tensor | None, share: float, generator: torch.Generator, seen: Metric
+    ) -> LearnedLayer:
         return CutOutputs(weight, bias, share, self.beta)
 
     def objective(self, loss: Tensor, layers: Layers, step: Step) -> Tensor:

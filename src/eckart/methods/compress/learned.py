@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eckart.budget import Option
+from eckart.budget import Candidates, Option
 from eckart.files.writing import TRAINING, LayerRecord, Partial
-from eckart.fit import coded, error_of
+from eckart.fit import Coding, Metric, coded, error_of
 from eckart.fit.subspace import SubspaceSum
 from eckart.hosts import host, is_conv1d, map_of, offset_of, replace
-from eckart.maps import Dense, LinearMap, storage
+from eckart.maps import LinearMap, storage
 from eckart.methods.compress.allocate import Allocation, allocate, budget_of, choose, is_dense
 from eckart.methods.compress.check import Expected, expectation_of
 from eckart.methods.compress.fitting import fit_layer, loss_of, structure_name
@@ -68,7 +68,7 @@ class Learning:
             return allocate(self.job, self.layers, self.known, predict=True, progress=self.progress)
         with self.job.runner.whole() as model:
             self._enter(model)
-            found, _ = self._searched(model)
+            found, _ = self._searched(model, tunes=False)
         chosen = {name: dataclasses.replace(option, loss=0.0) for name, option in found.chosen.items()}
         return dataclasses.replace(found, chosen=chosen)
 
@@ -90,8 +90,14 @@ class Learning:
                 found, maps = self._searched(model)
             originals = {name: map_of(model.get_submodule(name)).dense() for name in maps if self.learner.departure}
             dense = {name: replace(model, name, host(map_, bias)) for name, (map_, bias, _) in maps.items()}
-            if maps and self.learner.tuning is not None:
-                self._tune(model, originals, maps)
+            if maps and self.learner.tuning is not None and not self.learner.holds:
+                hosts = [model.get_submodule(name).requires_grad_(True) for name in maps]
+                self._tune(model, hosts, originals)
+            if self.job.recipe.coding is not None:
+                maps = self._coded(model, maps, self.job.recipe.coding)
+                for name, (map_, bias, _) in maps.items():
+                    last = replace(model, name, host(map_, bias))
+                    dense.setdefault(name, last)
             losses = {name: loss for name, (_, _, loss) in maps.items()}
             self._write(model, found.chosen, losses, partial)
             held_out = self.text.held_out
@@ -101,23 +107,44 @@ class Learning:
         tokens = sum(batch.numel() for batch in self.text.held_out)
         return found, Measured("loss", before, after, tokens, self.text.disjoint), expected
 
+    @torch.no_grad()
+    def _coded(self, model: nn.Module, maps: Maps, coding: Coding) -> Maps:
+        """Return the maps of all layers as trained, dense ones among them, with their numbers as codes.
+
+        Relative errors are those of the maps before training, if there were any, and of the rounding.
+        """
+        out, moments = Maps(), self._moments(model)
+        for layer in self.layers:
+            name, module = layer.name, model.get_submodule(layer.name)
+            trained = map_of(module).apply(Tensor.detach)
+            matrix, before = trained.dense(), maps[name][2] if name in maps else 0.0
+            seen = self.job.recipe.metric(LayerData(matrix, moments[name]))
+            codes = coded(trained, matrix, seen, coding, self.job.weight_dtype(name)).to(torch.float32)
+            out[name] = (codes, offset_of(module), before + _relative(matrix, codes, seen))
+        return out
+
     def _enter(self, model: nn.Module) -> None:
         self.blocks = nn.ModuleList(model.get_submodule(name) for name in self.job.parts.blocks)
         if self.learner.features:
             self.teacher = copy.deepcopy(model)
 
     def _closed_form(self, chosen: dict[str, Option]) -> Maps:
-        """Return the recipe's own maps of the layers that do not stay dense."""
-        out = {}
+        """Return the recipe's own maps of the layers that do not stay dense, in numbers that can be trained."""
+        out, plain = {}, dataclasses.replace(self.job, recipe=dataclasses.replace(self.job.recipe, bits=0))
         for layer, weight in weights(self.job, [layer for layer in self.layers if not is_dense(chosen[layer.name])]):
             key = f"{layer.name}.bias"
             bias = self.job.model.read(key).to(weight) if layer.bias else None
-            fit = fit_layer(self.job, self.known, layer, weight, chosen[layer.name], bias=bias, dtype=torch.float32)
+            fit = fit_layer(plain, self.known, layer, weight, chosen[layer.name], bias=bias, dtype=torch.float32)
             out[layer.name] = (fit.map, fit.bias, loss_of(self.known, fit))
         return out
 
-    def _searched(self, model: nn.Module) -> tuple[Allocation, Maps]:
-        """Train the layers, choose their ranks, leave them dense in the model; return the maps of those chosen."""
+    def _searched(self, model: nn.Module, *, tunes: bool = True) -> tuple[Allocation, Maps]:
+        """Train the layers, choose their ranks, leave them dense in the model; return the maps of those chosen.
+
+        Args:
+            model: the whole model.
+            tunes: whether layers that are tuned as they are searched are tuned.
+        """
         job, learner, course = self.job, self.learner, self.learner.search
         dense = [layer_candidates(job, layer, None) for layer in self.layers]
         full = sum(layer.dense.numbers for layer in dense)
@@ -128,9 +155,11 @@ class Learning:
         originals: dict[str, nn.Module] = {}
         layers: dict[str, LearnedLayer] = {}
         generator = torch.Generator().manual_seed(job.request.seed)
+        moments = self._moments(model)
         for layer, weight in weights(job, self.layers):
             bias = offset_of(model.get_submodule(layer.name))
-            module = learner.layer(weight, bias, budget / full, generator).to(job.runner.device)
+            seen = job.recipe.metric(LayerData(weight, moments[layer.name]))
+            module = learner.layer(weight, bias, budget / full, generator, seen).to(job.runner.device)
             layers[layer.name], originals[layer.name] = module, replace(model, layer.name, module)
 
         def loss(step: Step) -> tuple[Tensor, Tensor]:
@@ -142,12 +171,24 @@ class Learning:
         train(
             self.blocks, self.samples, course, loss,
             state=self._state(), seed=job.request.seed, after=lambda step: learner.after(layers, step),
-            progress=self.progress,
+            apart=learner.apart, progress=self.progress,
         )  # fmt: skip
+        table = [self._scored(layer, layers[layer.name]) for layer in self.layers]
+        chosen = choose(job, self.layers, self.known, table, budget)
+        if tunes and learner.holds and learner.tuning is not None:
+            for layer in self.layers:
+                option = chosen[layer.name]
+                layers[layer.name].hold(min(layer.shape) if is_dense(option) else option.rank)
+            self._tune(model, list(layers.values()), {})
         with torch.no_grad():
             for name, original in originals.items():
                 _put(replace(model, name, original), original)
-            return self._chosen(model, layers, budget, fixed)
+            return Allocation(chosen, table, fixed), self._maps(model, layers, chosen)
+
+    def _scored(self, layer: Layer, learned: LearnedLayer) -> Candidates:
+        """Return the ranks a layer may get with the scores the search ended with."""
+        scores = learned.scores().double()
+        return layer_candidates(self.job, layer, torch.cat((scores, scores.new_zeros(1))))
 
     def _state(self) -> Path:
         """Return where the search's state is: with the statistics if every budget shares it."""
@@ -157,34 +198,23 @@ class Learning:
         settings = sorted((name, repr(value)) for name, value in request.settings.items())
         return self.known.store.path(f"search-{content_key((request.method, repr(settings)), [])[:16]}", 0)
 
-    def _chosen(
-        self, model: nn.Module, layers: dict[str, LearnedLayer], budget: float, fixed: float
-    ) -> tuple[Allocation, Maps]:
-        moments, table = self._moments(model), []
-        for layer in self.layers:
-            scores = layers[layer.name].scores().double()
-            table.append(layer_candidates(self.job, layer, torch.cat((scores, scores.new_zeros(1)))))
-        chosen, maps = choose(self.job, self.layers, self.known, table, budget), {}
+    def _maps(self, model: nn.Module, layers: dict[str, LearnedLayer], chosen: dict[str, Option]) -> Maps:
+        """Return what the layers become that were chosen not to stay dense, dense in the model until then."""
+        moments, maps = self._moments(model), Maps()
         shared = self._shared_outputs(model, chosen) if self.learner.by_sequence else {}
         recipe = self.job.recipe
         for layer in self.layers:
             option, learned = chosen[layer.name], layers[layer.name]
-            if is_dense(option) and recipe.coding is None:
+            if is_dense(option):
                 continue
             matrix = learned.matrix()
             seen = recipe.metric(LayerData(matrix, moments[layer.name]))
             bias = None if learned.bias is None else learned.bias.detach().clone()
-            built: LinearMap = Dense(matrix)
-            if not is_dense(option):
-                outputs = shared.get(layer.name)
-                factors = outputs.factors(matrix) if outputs else learned.factors(option.rank, seen)
-                built = storage(recipe.storage).build(factors).to(torch.float32)
-            if recipe.coding is not None:
-                built = coded(built, matrix, seen, recipe.coding, self.job.weight_dtype(layer.name)).to(torch.float32)
-            whole = error_of(matrix, torch.zeros_like(matrix), seen)
-            error = error_of(matrix, built.dense(), seen)
-            maps[layer.name] = (built, bias, error / whole if whole > 0 else 0.0)
-        return Allocation(chosen, table, fixed), maps
+            outputs = shared.get(layer.name)
+            factors = outputs.factors(matrix) if outputs else learned.factors(option.rank, seen)
+            built = storage(recipe.storage).build(factors).to(torch.float32)
+            maps[layer.name] = (built, bias, _relative(matrix, built, seen))
+        return maps
 
     def _shared_outputs(self, model: nn.Module, chosen: dict[str, Option]) -> dict[str, SubspaceSum]:
         """Return what the leading outputs of all samples have in common, for layers that do not stay dense."""
@@ -213,20 +243,18 @@ class Learning:
             kept = parameter.requires_grad and any(parameter is p for layer in layers for p in layer.parameters())
             parameter.requires_grad_(self.learner.everything or kept)
 
-    def _tune(
-        self,
-        model: nn.Module,
-        originals: dict[str, Tensor],
-        maps: Maps,
-    ) -> None:
-        """Train the structure that was chosen."""
+    def _tune(self, model: nn.Module, layers: Sequence[nn.Module], originals: dict[str, Tensor]) -> None:
+        """Train the structure that was chosen.
+
+        Args:
+            model: the whole model.
+            layers: its layers; of their parameters those that require gradients are trained.
+            originals: matrices that some of them should stay close to, by name.
+        """
         course, learner = self.learner.tuning, self.learner
         if course is None:
             raise AssertionError("a learner without a tuning does not tune")
-        hosts = [model.get_submodule(name) for name in maps]
-        for module in hosts:
-            module.requires_grad_(True)
-        self._trainable(hosts)
+        self._trainable(layers)
 
         def loss(step: Step) -> tuple[Tensor, Tensor]:
             task, features = self._losses(model, step.samples)
@@ -275,6 +303,12 @@ class Learning:
                         )
                     )  # fmt: skip
             partial.save_block(index, tensors, records)
+
+
+def _relative(matrix: Tensor, map_: LinearMap, seen: Metric) -> float:
+    """Return the error of a map as a share of that of the zero map."""
+    whole = error_of(matrix, torch.zeros_like(matrix), seen)
+    return error_of(matrix, map_.dense(), seen) / whole if whole > 0 else 0.0
 
 
 def _put(learned: nn.Module, original: nn.Module) -> None:

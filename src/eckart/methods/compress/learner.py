@@ -53,6 +53,14 @@ class LearnedLayer(nn.Module, ABC):
         """
         return regress(self.target(rank), seen, rank=rank).factors(rank)
 
+    def hold(self, rank: int) -> None:
+        """Fix the choice of components to those of a rank, for a tuning that trains what else there is.
+
+        Args:
+            rank: k; min(m, n) for a layer that stays dense.
+        """
+        raise AssertionError("a learner that holds has layers that can be held")
+
 
 @dataclass(frozen=True, slots=True)
 class Learner:
@@ -84,7 +92,14 @@ class Learner:
         """Windows of text in which no run sees one twice."""
         return max((c.steps * c.batch for c in (self.search, self.tuning) if c is not None), default=1)
 
-    def layer(self, weight: Tensor, bias: Tensor | None, share: float, generator: torch.Generator) -> LearnedLayer:
+    @property
+    def holds(self) -> bool:
+        """Whether the tuning trains the layers under search, held at their ranks, instead of the maps they become."""
+        return False
+
+    def layer(
+        self, weight: Tensor, bias: Tensor | None, share: float, generator: torch.Generator, seen: Metric
+    ) -> LearnedLayer:
         """Return a layer to search.
 
         Args:
@@ -92,8 +107,13 @@ class Learner:
             bias: (m,), or None.
             share: of the layers' numbers that may remain.
             generator: what is random in it, on the CPU.
+            seen: the recipe's metric, built from the layer's inputs in the original model.
         """
         raise AssertionError("a learner without a search has no layers")
+
+    def apart(self, name: str) -> bool:
+        """Tell whether the gradient of a layer's parameter is clipped apart from those of the others."""
+        return False
 
     def prepare(self, layers: "Layers", step: Step) -> None:
         """Change the layers before a step of the search."""

@@ -110,7 +110,9 @@ class OrderedLearner(Learner):
     penalty: float = 1e-6
     threshold: float = 1e-5
 
-    def layer(self, weight: Tensor, bias: Tensor | None, share: float, generator: torch.Generator) -> LearnedLayer:
+    def layer(
+        self, weight: Tensor, bias: Tensor | None, share: float, generator: torch.Generator, seen: Metric
+    ) -> LearnedLayer:
         return OrderedFactors.of(weight, bias)
 
     def prepare(self, layers: Layers, step: Step) -> None:

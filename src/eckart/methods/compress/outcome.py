@@ -52,6 +52,23 @@ class Spent:
 
 
 @dataclass(frozen=True, slots=True)
+class SizePlan:
+    """One of the sizes of an elastic folder.
+
+    Attributes:
+        keep: share of the parameters asked for.
+        parameters: floating parameters at that size.
+        nbytes: their bytes once cut, index tensors included.
+        loss: predicted increase of the loss.
+    """
+
+    keep: float
+    parameters: int
+    nbytes: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What every layer becomes under a budget.
 
@@ -65,6 +82,8 @@ class Plan:
         unit: what the predicted losses are measured in.
         layers: every layer that was considered, dense ones included, in the model's order.
         spent: the budget, if it is over something else than parameters.
+        sizes: of an elastic folder, those its components would be fitted at, ascending; the plan is that of the last.
+        components: bytes that these components would take, beside the largest size.
     """
 
     method: str
@@ -76,6 +95,8 @@ class Plan:
     unit: str
     layers: tuple[LayerPlan, ...]
     spent: Spent | None = None
+    sizes: tuple[SizePlan, ...] = ()
+    components: int = 0
 
     @property
     def loss(self) -> float:
@@ -89,7 +110,8 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
-        return {**asdict(self), "loss": self.loss, "kept": self.kept}
+        values = {**asdict(self), "loss": self.loss, "kept": self.kept}
+        return values if self.sizes else {k: v for k, v in values.items() if k not in ("sizes", "components")}
 
 
 @dataclass(frozen=True, slots=True)

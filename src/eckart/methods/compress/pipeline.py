@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from eckart.atomic import check_output, write_text
+from eckart.budget import Candidates
 from eckart.errors import EckartError
 from eckart.files.card import inherited, model_card
 from eckart.files.writing import HEALED, LayerRecord, Partial, layer_entries, publish, write_folder
@@ -19,7 +20,7 @@ from eckart.methods.compress.blocks import measured_stack, short_plan, shortened
 from eckart.methods.compress.check import BrokenOutputError, Expected, check_reload
 from eckart.methods.compress.collect import collect
 from eckart.methods.compress.corrections import corrected
-from eckart.methods.compress.elastic import ElasticSweep, check_elastic, chosen_of, ordered, sizes_of
+from eckart.methods.compress.elastic import ElasticSweep, check_elastic, chosen_of, elastic_plan, ordered, sizes_of
 from eckart.methods.compress.job import Job, Request, open_job, statistics_store, trim_cache
 from eckart.methods.compress.layers import Known, Layer, check_layers, layers_of, surveyed
 from eckart.methods.compress.learned import Learning
@@ -173,7 +174,7 @@ def _compressed(
     if job.recipe.learner is not None:
         found, measured, expected = Learning(job, known, layers, partial.folder, progress).run(partial)
     elif job.request.sizes:
-        table = surveyed(job, layers, known, errors=True, progress=lambda i: progress("plan", i, len(layers)))
+        table = _all_candidates(job, layers, known, progress)
         elastic = ordered(job, layers, table, partial)
         found = Allocation(chosen_of(elastic), table, elastic.fixed)
         measured, expected = ElasticSweep(job, known, layers, found, elastic, partial, progress).run()
@@ -188,6 +189,11 @@ def _compressed(
         trim_cache(store)
     planned = _as_stored(job, layers, found, partial.records())
     return Outcome(planned, out, measured, 0.0, peak_memory(), _described(job)), expected
+
+
+def _all_candidates(job: Job, layers: list[Layer], known: Known, progress: Progress) -> list[Candidates]:
+    """Return what every layer may become, with predicted losses."""
+    return surveyed(job, layers, known, errors=True, progress=lambda i: progress("plan", i, len(layers)))
 
 
 def _publish(
@@ -233,15 +239,19 @@ def plan(
     length: int | None = None,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
+    elastic: bool = False,
+    least: float = 0.5,
     cache: bool = True,
     progress: Progress = silent,
 ) -> Plan:
     """Return what `compress` would make of every layer, with predicted losses; writes nothing but cached statistics.
 
-    Args and errors are those of `compress`.
+    Args and errors are those of `compress`. The plan of an elastic folder is that of its largest size, with the figures
+    of all sizes that components would be fitted at.
     """
     budget = {"keep": keep, "bytes": bytes, "flops": flops, "latency": latency}
-    job = open_job(_request(model, method, budget, calibration, samples, length, seed, settings), progress)
+    request = _request(model, method, budget, calibration, samples, length, seed, settings)
+    job = _opened(replace(request, sizes=sizes_of(request.limit, least)) if elastic else request, progress)
     if job.recipe.sliced:
         return sliced_plan(job, residual_axis(job))[1]
     if job.recipe.removal is not None:
@@ -253,6 +263,8 @@ def plan(
         store = statistics_store(job, None if cache else Path(scratch))
         collect(job, store, Store(Path(scratch) / "boundaries"), progress)
         known = corrected(job, layers, Known(job, store), Path(scratch), progress)
+        if job.request.sizes:
+            return elastic_plan(job, layers, _all_candidates(job, layers, known, progress))
         if job.recipe.learner is not None:
             found = Learning(job, known, layers, Path(scratch), progress).plan()
         else:

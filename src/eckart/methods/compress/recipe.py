@@ -255,8 +255,6 @@ class Recipe:
             raise EckartError("embeddings=true does not go with this method, which trains linear layers only")
         if self.heal:
             raise EckartError("heal does not go with this method, which trains the whole model; set its own steps")
-        if self.bits and (learner.search is None or learner.tuning is not None):
-            raise EckartError("bits does not go with this method, which trains the numbers it stores; leave it at 0")
         known = ("uniform", "uniform-rank", "threshold") if learner.search else ("uniform", "uniform-rank", "knapsack")
         if self.allocation not in known:
             raise EckartError(

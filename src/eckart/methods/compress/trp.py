@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eckart.fit import Metric
 from eckart.linalg import truncated_svd
 from eckart.methods.compress.learner import Layers, LearnedLayer, Learner, course
 from eckart.methods.compress.recipe import Recipe, check_least, check_share, input_moment
@@ -75,7 +76,9 @@ class TruncationLearner(Learner):
     energy: float = 0.98
     interval: int = 20
 
-    def layer(self, weight: Tensor, bias: Tensor | None, share: float, generator: torch.Generator) -> LearnedLayer:
+    def layer(
+        self, weight: Tensor, bias: Tensor | None, share: float, generator: torch.Generator, seen: Metric
+    ) -> LearnedLayer:
         return Truncated(weight, bias)
 
     def objective(self, loss: Tensor, layers: Layers, step: Step) -> Tensor:
