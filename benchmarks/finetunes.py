@@ -153,8 +153,11 @@ def settings_of(base: nn.Module, method: str, examples: Examples) -> dict[str, A
         return {}
     head, (name, values, others) = bool(examples.labels), SIZES[method]
 
-    def trained(each: str, settings: dict[str, Any]) -> int:
-        return count(adapted(base, each, examples, settings, 0), head)
+    def trained(each: str, settings: dict[str, Any]) -> float:
+        try:
+            return count(adapted(base, each, examples, settings, 0), head)
+        except eckart.EckartError:  # larger than a layer
+            return math.inf
 
     def at(value: float) -> dict[str, Any]:
         return {name: value, **others}

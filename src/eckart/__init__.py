@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from eckart.maps import Dense as Dense
     from eckart.maps import Diagonal as Diagonal
     from eckart.maps import Gated as Gated
+    from eckart.maps import Hadamard as Hadamard
     from eckart.maps import Householder as Householder
     from eckart.maps import Interleaved as Interleaved
     from eckart.maps import Kronecker as Kronecker
@@ -116,7 +117,7 @@ PUBLIC: dict[str, str] = {
         "eckart.maps": (
             "FAMILIES", "LinearMap", "linear_map", "simplify", "pivot",
             "Dense", "LowRank", "Pivoted", "Diagonal", "Permutation", "Selection", "Placement", "Sparse", "NM",
-            "Kronecker", "Householder", "Cayley", "Tiled", "TensorTrain", "Tucker",
+            "Kronecker", "Hadamard", "Householder", "Cayley", "Tiled", "TensorTrain", "Tucker",
             "Bitmap", "Quantized", "Scattered", "Sum", "Product", "Scaled", "Blocks", "Interleaved",
             "RowNormalized", "Masked", "Gated",
         ),

@@ -22,7 +22,7 @@ from eckart.maps import Dense, Kronecker, LinearMap, LowRank, Product, Scaled, S
 SHARED = Path(os.environ.get("ECKART_SHARED", "/work/shared"))
 SETTINGS = {
     "oft": {"block": 8}, "svfit": {"rank": 5}, "soka": {"rank": 2}, "sara": {"threshold": 1e-2},
-    "lift": {"rank": 4, "budget": 4}, "s2ft": {"channels": 4}, "flylora": {"rank": 8, "kept": 4},
+    "lift": {"rank": 4, "budget": 4}, "s2ft": {"channels": 4}, "flylora": {"rank": 8, "kept": 4}, "ia3": {},
 }  # fmt: skip
 # Methods that start from inputs or gradients of linear layers, and the one that needs a transformer.
 REFUSED = {"corda", "eva", "lora-sb", "sparselora"}

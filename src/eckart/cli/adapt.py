@@ -31,10 +31,7 @@ def adapt(
     batch: Annotated[int, typer.Option(help="Examples per step.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens of a window of text, and the most of a sentence.")] = 256,
     rate: Annotated[
-        str | None,
-        typer.Option(
-            help="Learning rate; auto for a short sweep, curvature for what that allows.  [default: the method's]"
-        ),
+        str | None, typer.Option(help="Learning rate; auto (by a sweep) or curvature.  [default: the method's]")
     ] = None,
     probe: Annotated[int, typer.Option(help="Steps in which the head of a classification trains alone before.")] = 0,
     probe_rate: Annotated[float, typer.Option(help="Learning rate of these steps.")] = 1e-3,

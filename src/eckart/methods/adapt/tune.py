@@ -130,11 +130,8 @@ def tune(
     before, start = measured(base, held_out), _batches(examples, batch)
     how = {"after": after, "targets": targets, "data": start, "seed": seed, "progress": progress, **given}
     decides = str(model), method, given, seed, rate, asdict(course), list(targets or ()), fields, probe, probe_rate
-    partial = _partial(target, (*decides, _digest(after)), examples)
-    run = _Run(base, method, how, examples, held_out, partial, format)
-    if probe:
-        run.probe(Course(probe, probe_rate, batch))
-    course = run.train(course, rate)
+    run = _Run(base, method, how, examples, held_out, _partial(target, examples, decides, after), format)
+    course = run.train(course, rate, Course(probe, probe_rate, batch) if probe else None)
     return _publish(run, target, course, probe, before, began)
 
 
@@ -203,9 +200,9 @@ def _task(
     return load_task_model(model, examples.labels), examples, held_out
 
 
-def _partial(target: Path, described: Sequence[Any], examples: Examples) -> Path:
+def _partial(target: Path, examples: Examples, decides: Sequence[Any], after: str | Path | None) -> Path:
     """Return the folder of the run's state, beside the target and named by all that decides the result."""
-    digest = hashlib.sha256(json.dumps(described, default=str).encode())
+    digest = hashlib.sha256(json.dumps((*decides, _digest(after)), default=str).encode())
     digest.update(examples.rows.numpy().tobytes())
     return target.absolute().with_name(f".{target.absolute().name}.eckart-{digest.hexdigest()[:8]}")
 
@@ -237,7 +234,7 @@ class _Run:
             load_adapter(self.model, folder, EARLIER)
         return adapters(adapt(self.model, self.method, after=None if folder is None else EARLIER, **how))
 
-    def probe(self, course: Course) -> None:
+    def _probe(self, course: Course) -> None:
         """Train the head alone, or put it where an earlier run left it, and make the adapter again: what it starts from
         may depend on the head.
         """
@@ -249,7 +246,6 @@ class _Run:
         model.requires_grad_(False)
         for head in heads:
             model.get_submodule(head).requires_grad_(True)
-        make_folder(self.partial)
         train(
             model, self._rows(), course, self._task,
             state=self.partial / "probe.safetensors", seed=self.seed, stage="probe", progress=self.progress,
@@ -259,9 +255,11 @@ class _Run:
             parameter.requires_grad_(before[name])
         self.handle = self._adapted()
 
-    def train(self, course: Course, rate: float | str | None) -> Course:
+    def train(self, course: Course, rate: float | str | None, probe: Course | None) -> Course:
         """Train what the adapter's method trains, or go on from where an earlier run stopped; return how it went."""
         make_folder(self.partial)
+        if probe is not None:
+            self._probe(probe)
         course = self._found(course, rate) if isinstance(rate, str) else course
         state = self.partial / "state.safetensors"
         train(
