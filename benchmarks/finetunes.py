@@ -62,6 +62,14 @@ SIZES: dict[str, tuple[str, tuple[float, ...], dict[str, Any]]] = {
     "spectralft": ("rank", tuple(range(1, 17)), {"top": 128}),
     "mps": ("rank", tuple(range(2, 65)), {}),
     "tlora": ("rank", tuple(range(2, 65)), {}),
+    "switchlora": ("rank", (RANK,), {}),
+    "sparselora": ("rank", (RANK,), {"outputs": "sparse", "units": 0.5, "heads": 0.0, "dense": 5}),
+    "vera": ("rank", (64, 256, 1024), {}),
+    "ia3": ("side", ("wider",), {}),
+    "loha": ("rank", tuple(range(1, 17)), {}),
+    "lokr": ("rank", tuple(range(2, 129, 2)), {}),
+    "ffa-lora": ("rank", tuple(range(2, 49, 2)), {}),
+    "fedsvd": ("rank", tuple(range(2, 49, 2)), {}),
 }
 BASELINES = ("nothing", "full")
 
@@ -205,9 +213,19 @@ def fitted(
             train(
                 model, training.rows, course, loss, state=Path(folder) / "state.safetensors", seed=seed,
                 share=shares_of(model, method), progress=silent,
+                follow=lambda optimizer: followed(model, method, optimizer, task.steps),
             )  # fmt: skip
     cost = {"seconds": (time.process_time() - began) / task.steps, "bytes": resident("VmHWM") - rest}
     return model, cost
+
+
+def followed(model: nn.Module, method: str, optimizer: Any, steps: int) -> list[str]:
+    """Have methods that move between steps do so."""
+    if method in BASELINES:
+        return []
+    handle = eckart.adapters(model)
+    handle.follow(optimizer, steps)
+    return handle.moving()
 
 
 def run(task: Task, parts: Any, base: nn.Module, method: str, settings: dict[str, Any], rate: float, seed: int) -> Any:
@@ -293,7 +311,10 @@ def main() -> None:
     given = parser.parse_args()
     if given.task:
         function, *arguments = json.loads(given.task)
-        print(json.dumps({"tuned": tuned, "memory": memory}[function](*arguments)))
+        try:
+            print(json.dumps({"tuned": tuned, "memory": memory}[function](*arguments)))
+        except eckart.EckartError as error:  # a method that does not fit the model
+            print(json.dumps({"task": arguments[0], "method": arguments[1], "error": str(error)}))
         return
     for name in given.tasks:
         for method in given.methods:
@@ -301,11 +322,12 @@ def main() -> None:
             if (name, method) in present and not given.again:
                 continue
             row = apart("tuned", name, method)
-            row["bytes"] = apart("memory", name, method, row["settings"])
+            if "error" not in row:
+                row["bytes"] = apart("memory", name, method, row["settings"])
             # Read anew: another process may be measuring other rows.
             others = [r for r in load("finetunes")["rows"] if (r["task"], r["method"]) != (name, method)]
             save("finetunes", [*others, row])
-            print(name, method, row["rate"], row["trained"], row["seeds"], flush=True)
+            print(row, flush=True)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def finetunes(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return a table per task: a line per method, the best first, baselines on top."""
     out = []
     for task, (title, measure) in TASKS.items():
-        mine = [row for row in rows if row["task"] == task]
+        mine = [row for row in rows if row["task"] == task and "error" not in row]
         if not mine:
             continue
         full = next((statistics.median(s["seconds"] for s in r["seeds"]) for r in mine if r["method"] == "full"), None)
@@ -55,7 +55,7 @@ def finetunes(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def claims(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return what papers claim with the difference found on every task, and whether it is beyond the seeds' spread."""
-    at = {(row["task"], row["method"]): row for row in rows}
+    at = {(row["task"], row["method"]): row for row in rows if "error" not in row}
     out = []
     for method, rival, text in CLAIMS:
         found = [_difference(at.get((task, method)), at.get((task, rival)), TASKS[task][1]) for task in TASKS]
