@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+from compression_claims import compression_claims
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from eckart.methods.adapt.combining import COMBINATIONS
@@ -194,6 +195,7 @@ def pages() -> dict[Path, str]:
         "compression": compression,
         "tables": tables(compression["rows"]),
         "headline": headline(compression["rows"]),
+        "compression_claims": compression_claims([r for r in compression["rows"] if r["model"] == "stories3m"]),
         "costs": costs(compression["rows"]),
         "solver": results("solver"),
         "speed": results("speed"),
