@@ -265,13 +265,13 @@ def tuned(name: str, method: str) -> dict[str, Any]:
         settings = settings_of(base, method, parts[0])
         at = min(range(len(GRID)), key=lambda i: abs(math.log(GRID[i] / starting_rate(method, settings))))
         found: dict[int, Any] = {}
-        while at not in found:
+        best = -1
+        while best != at:  # then both neighbours of the best are tried
+            at = at if best < 0 else best
             for i in (at, at - 1, at + 1):
                 if 0 <= i < len(GRID) and i not in found:
                     found[i] = run(task, parts, base, method, settings, GRID[i], SEEDS[0])
-            at = min(found, key=lambda i: found[i]["validation"])
-            if {max(0, at - 1), min(len(GRID) - 1, at + 1)} <= set(found):
-                break
+            best = min(found, key=lambda i: found[i]["validation"])
         seeds = [found[at], *(run(task, parts, base, method, settings, GRID[at], seed) for seed in SEEDS[1:])]
         model = adapted(base, method, parts[0], settings, 0)
         return {

@@ -12,7 +12,7 @@ CLAIMS = (
     ("svd-llm", "asvd", "whitened truncation beats scaled SVD", ""),
     (
         "svd-llm-v2", "svd-llm", "ranks by each layer's truncation loss beat uniform ones",
-        "shares by 1 / log of the loss are nearly uniform: 1 % better than uniform ones on the same truncation, which is "
+        "shares by 1 / log of the loss are nearly uniform: 1 % better than uniform ones on the same truncation, "
         "less than the update of the first version gives",
     ),
     ("kfac", "svd-llm", "a metric of outputs beside that of inputs", ""),
@@ -41,7 +41,7 @@ CLAIMS = (
         "masks choose among plain singular values, and all close at nearly one speed",
     ),
     (
-        "acip trained, factors of the outputs", "svd-llm trained", "the same with singular values under the inputs (ours)",
+        "acip trained, factors of the outputs", "svd-llm trained", "the same, singular values under the inputs (ours)",
         "",
     ),
     (
