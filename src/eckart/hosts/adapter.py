@@ -198,8 +198,9 @@ class Adapter(nn.Module):
         """Let a change never train: one of the chain, or a new one, which is put at its end."""
         if all(change is not other for other in self.changes):
             self.changes.append(change)
-        for parameter in change.requires_grad_(False).parameters():
-            self._fixed |= {name for name, other in self.named_parameters() if other is parameter}
+        own = {id(parameter) for parameter in change.requires_grad_(False).parameters()}
+        # by the names there are now: the change may have got another map
+        self._fixed = {name for name, p in self.named_parameters() if name in self._fixed or id(p) in own}
 
     def rule(self, rule: GradientRule | None) -> None:
         """Let the gradients of every trained pair of factors follow a rule, or none."""

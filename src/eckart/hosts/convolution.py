@@ -120,7 +120,8 @@ def _channelwise(left: Tensor, right: Tensor, x: Tensor, conv: nn.Module) -> Ten
 def _everywhere(map_: LinearMap, y: Tensor, conv: nn.Module) -> Tensor:
     """Apply a map to the channels at every position: y (b, k, ...)."""
     axis = -len(kernel_axes(conv))
-    return map_(y.movedim(axis, -1)).movedim(-1, axis)
+    # contiguous: of other tensors torch multiplies and rounds otherwise once the weight does not train
+    return map_(y.movedim(axis, -1).contiguous()).movedim(-1, axis)
 
 
 def _convolve(x: Tensor, kernel: Tensor, conv: nn.Module, groups: int = 1) -> Tensor:
