@@ -224,8 +224,7 @@ class _Run:
         self.examples, self.held_out, self.partial, self.form = examples, held_out, partial, form
         self.seed, self.progress = int(how["seed"]), cast(Progress, how["progress"])
         self.handle = self._adapted()
-        with tempfile.TemporaryDirectory(prefix="eckart-") as scratch:  # a format is refused before hours of work
-            self.handle.save(Path(scratch) / "adapter", format=form)
+        self._check_format()
 
     def _adapted(self) -> Adapters:
         how = dict(self.how)
@@ -233,6 +232,11 @@ class _Run:
         if folder is not None:
             load_adapter(self.model, folder, EARLIER)
         return adapters(adapt(self.model, self.method, after=None if folder is None else EARLIER, **how))
+
+    def _check_format(self) -> None:
+        """Refuse a format that cannot express the adapter before hours of work."""
+        with tempfile.TemporaryDirectory(prefix="eckart-") as scratch:
+            self.handle.save(Path(scratch) / "adapter", format=self.form)
 
     def _probe(self, course: Course) -> None:
         """Train the head alone, or put it where an earlier run left it, and make the adapter again: what it starts from
@@ -293,6 +297,7 @@ class _Run:
 
     def _follow(self, optimizer: Any, steps: int) -> Iterable[str]:
         self.handle.follow(optimizer, steps)
+        self._check_format()  # what moves has got all of its changes now
         return self.handle.moving()
 
     def _task(self, step: Step) -> tuple[Tensor, Tensor]:
