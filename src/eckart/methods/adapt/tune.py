@@ -123,7 +123,7 @@ def tune(
         EckartError: for bad input, in one sentence, or a run that diverges; nothing is written then.
     """
     began, target, given = time.perf_counter(), Path(out), dict(settings or {})
-    _check(target, probe, label_field)
+    _check(target, probe, label_field, after)
     course = Course(steps, _starting_rate(rate, Described(method, given, seed).recipe().rate), batch)
     fields = {"length": length, "text_field": text_field, "label_field": label_field}
     base, examples, held_out = _task(Path(model), Path(data), validation, fields, seed)
@@ -142,14 +142,19 @@ def _starting_rate(rate: float | str | None, own: float) -> float:
     return rate if isinstance(rate, float | int) else own
 
 
-def _check(target: Path, steps: int, label_field: str | None) -> None:
-    """Refuse a folder that holds something, and steps for a head that a task does not have."""
+def _check(target: Path, steps: int, label_field: str | None, after: str | Path | None) -> None:
+    """Refuse a folder that holds something, and a head that is to train and is not there, or is and must not."""
     check_output(target)
     if steps < 0:
         raise EckartError(f"probe must not be negative, got {steps}")
     if steps and label_field is None:
         raise EckartError(
             "probe trains the head of a classification, and texts have none; give a label field or no probe"
+        )
+    if after is not None and label_field is not None:
+        raise EckartError(
+            "a task after another one cannot be a classification, whose head would train whole and change what the "
+            "earlier one computes; leave after or the label field out"
         )
 
 
