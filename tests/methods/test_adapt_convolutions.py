@@ -429,3 +429,15 @@ def test_what_moves_between_steps_saves_loads_and_moves_on(method: str, steps: i
     moved = outputs(loaded)
     eckart.adapters(loaded).save(tmp_path / "later")
     assert torch.equal(outputs(eckart.load_adapter(Net(stride=2, padding=1), tmp_path / "later")), moved)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "flora", "soka", "hira"])
+def test_half_precision_and_autocast_train(method: str):
+    labels = torch.arange(4)
+    net = adapted(method, Net(stride=2, padding=1).bfloat16())
+    F.cross_entropy(net(IMAGES.bfloat16()).float(), labels).backward()
+    other = adapted(method)
+    with torch.autocast("cpu", torch.bfloat16):
+        F.cross_entropy(other(IMAGES), labels).backward()
+    for one in (net, other):
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in one.parameters() if p.requires_grad)

@@ -98,7 +98,7 @@ def convolved(map_: LinearMap, x: Tensor, conv: nn.Module) -> Tensor:
         case Tucker(heights=(_,), widths=(_, *sizes)) if sizes == kernel:
             core, (up,), (down, *others) = map_.parts()
             for one in others:  # each takes its axis from the front of the kernel and puts it behind all others
-                core = torch.tensordot(core, one, dims=([2], [1]))
+                core = torch.tensordot(core, one.to(core.dtype), dims=([2], [1]))  # autocast narrows one of them
             return _everywhere(Dense(up), _convolve(_everywhere(Dense(down.mT), x, conv), core, conv), conv)
         case Kronecker(left, right) if left.shape[2] == channels:
             return _channelwise(left, right, x, conv)
