@@ -18,6 +18,7 @@ from eckart.errors import EckartError
 from eckart.hosts import AdaptedHost, map_of
 from eckart.hosts.convolution import convolved, patches
 from eckart.maps import Dense, Kronecker, LinearMap, LowRank, Product, Scaled, Sum, Tucker, sparse, tucker_numbers
+from eckart.optim import clipped_gradients
 
 SHARED = Path(os.environ.get("ECKART_SHARED", "/work/shared"))
 SETTINGS = {
@@ -358,3 +359,85 @@ def test_a_network_of_cifar_10_learns_images_upside_down(resnet: nn.Module, meth
 
 def accuracy(net: nn.Module, images: Tensor, labels: Tensor) -> float:
     return float((outputs(net, images).argmax(1) == labels).float().mean())
+
+
+def test_merged_and_folded_under_data_convolutions_hold_all_of_the_change():
+    net = adapted("lora", targets=["first", "head"])
+    disturb(net)
+    moved, handle = outputs(net), eckart.adapters(net)
+    lost = handle.merge(data=[{"x": IMAGES}])
+    assert lost.keys() == {"first", "head"}
+    assert max(lost.values()) < 1e-5
+    handle.unmerge()
+    torch.testing.assert_close(outputs(handle.fold(data=[{"x": IMAGES}])), moved, atol=1e-5, rtol=1e-5)
+
+
+def test_statistics_of_convolutions_are_refused():
+    with pytest.raises(EckartError, match="first is a convolution, whose inputs and gradients are not gathered"):
+        eckart.start_statistics(Net(), [{"x": IMAGES}])
+
+
+def test_a_later_task_leaves_an_earlier_one_alone_to_the_bit():
+    net = adapted("incremental", name="one")
+    disturb(net, "one")
+    before = outputs(net)
+    adapted("incremental", net, name="two", after="one")
+    disturb(net, "two")
+    eckart.adapters(net).use("one")
+    assert torch.equal(outputs(net), before)
+
+
+@pytest.mark.parametrize("method", ["lora", "fedsvd"])
+def test_gradients_by_image_are_those_of_the_images_one_by_one(method: str):
+    net, labels, clip = adapted(method, targets=["first", "second"]), torch.arange(4), 0.5
+    disturb(net)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    expected = [torch.zeros_like(p) for p in trained]
+    for i in range(4):
+        own = torch.autograd.grad(F.cross_entropy(net(IMAGES[i : i + 1]), labels[i : i + 1]), trained)
+        norm = sum(g.square().sum() for g in own).sqrt()
+        expected = [e + g * min(1.0, clip / float(norm)) for e, g in zip(expected, own, strict=True)]
+    sums, _ = clipped_gradients(net, lambda: F.cross_entropy(net(IMAGES), labels, reduction="none"), clip)
+    for parameter, gradient in zip(trained, expected, strict=True):
+        torch.testing.assert_close(sums[parameter], gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [6, 900])
+@pytest.mark.parametrize("method", ["switchlora", "lift", "sara"])
+def test_what_moves_between_steps_saves_loads_and_moves_on(method: str, steps: int, tmp_path: Path):
+    """More steps than a low-rank change of the switched terms could hold make it dense."""
+    settings = {"switchlora": {"interval": 10.0, "wait": 1}, "lift": {"refresh": 2}}
+    net = eckart.adapt(
+        Net(stride=2, padding=1), method, **{**SETTINGS.get(method, {"rank": 4}), **settings.get(method, {})}
+    )
+
+    def train(net: nn.Module) -> None:
+        handle = eckart.adapters(net)
+        optimizer = torch.optim.AdamW(handle.parameter_groups(1e-2))
+        handle.follow(optimizer, steps)
+        assert set(handle.moving()) <= dict(net.named_parameters()).keys()
+        for _ in range(4):
+            F.cross_entropy(net(IMAGES), torch.arange(4)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    train(net)
+    eckart.adapters(net).save(tmp_path / "adapter")
+    loaded = eckart.load_adapter(Net(stride=2, padding=1), tmp_path / "adapter")
+    assert torch.equal(outputs(loaded), outputs(net))
+    train(loaded)
+    moved = outputs(loaded)
+    eckart.adapters(loaded).save(tmp_path / "later")
+    assert torch.equal(outputs(eckart.load_adapter(Net(stride=2, padding=1), tmp_path / "later")), moved)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "flora", "soka", "hira"])
+def test_half_precision_and_autocast_train(method: str):
+    labels = torch.arange(4)
+    net = adapted(method, Net(stride=2, padding=1).bfloat16())
+    F.cross_entropy(net(IMAGES.bfloat16()).float(), labels).backward()
+    other = adapted(method)
+    with torch.autocast("cpu", torch.bfloat16):
+        F.cross_entropy(other(IMAGES), labels).backward()
+    for one in (net, other):
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in one.parameters() if p.requires_grad)

@@ -9,7 +9,7 @@ from eckart.errors import EckartError
 from eckart.fit.quantize import Coding, quantize
 from eckart.hosts import host, map_of
 from eckart.maps import Dense as DenseMap
-from eckart.maps import LinearMap, LowRank, Masked, bitmap, n_of_m, sparse
+from eckart.maps import LinearMap, LowRank, Masked, bitmap, n_of_m, packed, sparse
 
 M, N = 16, 20
 
@@ -27,6 +27,7 @@ BASES: dict[str, LinearMap] = {
     "bitmap": bitmap(W, 6),
     "sparse": sparse(W * KEEP),
     "masked": Masked(DenseMap(W), KEEP),
+    "masked by bits": Masked(DenseMap(W), packed(KEEP)),
     "codes": quantize(W, Coding(3, 20)),
 }
 # Inputs of which some directions are ten times as large, and fewer of them than there are directions.
@@ -68,7 +69,7 @@ def test_outputs_are_never_farther_than_those_of_the_nearest_weights(kind: str, 
         off[data is None] = float((model(x) - wanted).norm() / (start - wanted).norm())
         assert type(merged) is type(BASES[kind])
         assert merged.nbytes == BASES[kind].nbytes
-        if kind in ("2:4", "bitmap", "sparse", "masked"):
+        if kind in ("2:4", "bitmap", "sparse", "masked", "masked by bits"):
             assert not (merged.dense()[BASES[kind].dense() == 0]).any()
         handle.unmerge()
         assert torch.equal(model(x), wanted)
@@ -78,7 +79,7 @@ def test_outputs_are_never_farther_than_those_of_the_nearest_weights(kind: str, 
     assert lost[False] == pytest.approx(off[False], rel=0.05)
 
 
-@pytest.mark.parametrize("kind", ["low rank", "2:4", "sparse", "masked"])
+@pytest.mark.parametrize("kind", ["low rank", "2:4", "sparse", "masked", "masked by bits"])
 @torch.no_grad()
 def test_no_map_of_the_structure_is_nearer_on_the_data(kind: str):
     """Brute force: rank k by whitening with a Cholesky factor and plain SVD, a support by a dense solve of each row."""

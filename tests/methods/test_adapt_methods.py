@@ -514,3 +514,33 @@ def test_bad_settings_are_refused(method: str, settings: dict[str, Any], words: 
     with pytest.raises(EckartError, match=words):
         eckart.adapt(model, method, **settings)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore::eckart.errors.CostWarning")
+@pytest.mark.parametrize("second", ["hira", "spp", "dora"])
+@pytest.mark.parametrize("first", ["lora", "ia3", "oft", "loha"])
+def test_what_reads_an_adapted_weight_reads_one_in_half_precision(first: str, second: str):
+    net = nn.Sequential(nn.Linear(24, 32), nn.Linear(32, 24)).bfloat16()
+    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(4)).bfloat16()
+    sizes = {"ia3": {}, "oft": {"block": 8}}
+    for name, method in (("a", first), ("b", second)):
+        eckart.adapt(net, method, name=name, targets=["0", "1"], **sizes.get(method, {"rank": 4}))
+    handle = eckart.adapters(net)
+    with torch.no_grad():
+        for parameter in (p for layer in handle.layers.values() for a in layer.adapters.values() for p in a.trained()):
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5))
+    for names in (("a", "b"), ("b", "a")):
+        handle.use(*names)
+        y = net(x)
+        y.float().square().mean().backward()
+        handle.merge()
+        assert (net(x) - y).float().norm() < 0.05 * y.float().norm()
+        handle.unmerge()
+
+
+def test_rescaled_rows_of_half_precision_train_with_dropout_and_weights():
+    net = eckart.adapt(nn.Sequential(nn.Linear(24, 32)).bfloat16(), "dora", rank=4, dropout=0.1, targets=["0"]).train()
+    x = torch.randn(5, 24).bfloat16()
+    net(x).float().square().mean().backward()
+    eckart.adapters(net.eval()).use(default=0.5)
+    assert net(x).dtype == torch.bfloat16

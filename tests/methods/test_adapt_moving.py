@@ -147,6 +147,20 @@ def test_a_stopped_fine_tune_ends_in_the_same_bytes(method: str, tmp_path: Path,
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.parametrize(("method", "steps"), [("switchlora", 400), ("lift", 12)])
+def test_peft_s_format_is_refused_before_the_first_step(method: str, steps: int, tmp_path: Path):
+    """These would end as what PEFT has no type for."""
+    settings = {"switchlora": {"rank": 3, "interval": 10.0, "ratio": 9.0}}
+    seen: list[int] = []
+    with pytest.raises(EckartError, match="PEFT has no type for Plus"):
+        eckart.tune(
+            DEMO / "stories260k", DEMO / "train.txt", tmp_path / "out", method=method, format="peft", steps=steps,
+            batch=1, length=16, settings=settings.get(method, MOVING[method]),
+            progress=lambda stage, done, total: seen.append(done if stage == "train" else 0),
+        )  # fmt: skip
+    assert not any(seen)
+
+
 @every
 def test_the_trainer_of_transformers_is_followed(method: str, tmp_path: Path):
     model, plain = adapted(method), adapted(method)

@@ -261,10 +261,11 @@ def test_saved_and_loaded_it_skips_the_same(tmp_path: Path):
     assert torch.equal(*(each(IDS).logits for each in (loaded, model)))
 
 
-def test_half_precision_and_autocast_train():
-    model = adapted(llama().bfloat16()).train()
-    loss(model).backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+def test_half_and_double_precision_and_autocast_train():
+    for dtype in (torch.bfloat16, torch.float64):
+        model = adapted(llama().to(dtype)).train()
+        loss(model).backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     model = adapted().train()
     with torch.autocast("cpu", torch.bfloat16):
         loss(model).backward()

@@ -280,6 +280,7 @@ def test_what_peft_made_computes_the_same_here(kind, tmp_path):
     loaded = eckart.load_adapter(llama(), folder)
     assert torch.allclose(outputs(loaded), outputs(model), atol=1e-5)
     assert not torch.allclose(outputs(loaded), outputs(llama()), atol=1e-3)
+    assert eckart.adapters(loaded).state.described["default"].recipe().between is None  # PEFT's stay where they are
     eckart.adapters(loaded).save(tmp_path / "own")
     before = outputs(loaded)
     assert torch.equal(outputs(eckart.load_adapter(llama(), tmp_path / "own")), before)

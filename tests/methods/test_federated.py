@@ -214,3 +214,12 @@ def test_labels_choose_the_loss_of_models_of_transformers():
     labels = torch.tensor([[0, 1, 2, 3], [4, 0, -100, -100]])
     expected = [F.cross_entropy(logits[0, :3], labels[0, 1:]), F.cross_entropy(logits[1, :1], labels[1, 1:2])]
     assert torch.allclose(example_losses(model, {"labels": labels}), torch.stack(expected))
+
+
+def test_what_does_not_train_is_refused():
+    model = network()
+    eckart.adapt(model, "lora", name="other", rank=3, targets=["first"], trained=())
+    handle = eckart.adapters(model)
+    handle.use(*handle.combine("default", "other", how="sum"))
+    with pytest.raises(EckartError, match="nothing of the adapter 'combined' trains"):
+        eckart.federate(model, CLIENTS, rounds=1, losses=losses)

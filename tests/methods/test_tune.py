@@ -232,6 +232,7 @@ def test_peft_s_format_comes_out_if_asked_for(tmp_path: Path):
         ({"length": 10**6}, "too few for one window of 1000000"),
         ({"label_field": "kind"}, "is not JSON"),
         ({"probe": 5}, "probe trains the head of a classification, and texts have none"),
+        ({"after": "earlier", "label_field": "kind"}, "a task after another one cannot be a classification"),
         ({"probe": -5}, "probe must not be negative, got -5"),
         ({"rate": 1e30, "steps": 40}, "use a smaller learning rate"),
         ({"method": "soka", "format": "peft", "steps": 10**9}, "PEFT has no type for Plus of a Kronecker"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import eckart
 from eckart.errors import EckartError
@@ -137,3 +137,18 @@ def test_a_mean_over_examples_is_refused():
     model = bert("lora")
     with pytest.raises(EckartError, match="one number per example"):
         clipped_gradients(model, lambda: losses(model).mean(), 1.0)
+
+
+def test_what_lets_examples_see_each_other_is_refused():
+    net = nn.Sequential(nn.Linear(16, 24), nn.BatchNorm1d(24), nn.Linear(24, 16))
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(2))
+    eckart.adapt(net, "lora", rank=2, targets=["0", "2"])
+    assert set(clipped_gradients(net.eval(), lambda: net(x).sum(1), 1.0)[0])  # its own statistics let none
+    with pytest.raises(EckartError, match=r"1 \(BatchNorm1d\) lets examples of a batch see each other"):
+        clipped_gradients(net.train(), lambda: net(x).sum(1), 1.0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=61
+    )
+    model = eckart.adapt(LlamaForCausalLM(config), "sparselora", rank=2, outputs="sparse", dense=0)
+    with pytest.raises(EckartError, match=r"q_proj \(AdaptedHost\) lets examples of a batch see each other"):
+        eckart.federate(model, [{"input_ids": IDS, "labels": IDS}], rounds=1, steps=1, noise=1.0)

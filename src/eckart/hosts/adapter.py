@@ -11,6 +11,7 @@ inner map than these two.
 Legend: W the map so far (m, n); x (..., n) inputs; D, L, R the change's own maps, whose parameters train unless frozen.
 """
 
+import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from eckart.errors import EckartError
 from eckart.hosts.decoding import is_plain
@@ -152,7 +154,7 @@ class Rescaled(Change):
 
     def call(self, x: Tensor, inner: Inner) -> Tensor:
         with torch.no_grad():
-            norms = row_norms(inner.map())
+            norms = row_norms(in_one_dtype(inner.map()))
         return inner.call(x) * (self.magnitude / norms.where(norms > 0, 1.0)).to(x.dtype)
 
 
@@ -198,8 +200,9 @@ class Adapter(nn.Module):
         """Let a change never train: one of the chain, or a new one, which is put at its end."""
         if all(change is not other for other in self.changes):
             self.changes.append(change)
-        for parameter in change.requires_grad_(False).parameters():
-            self._fixed |= {name for name, other in self.named_parameters() if other is parameter}
+        own = {id(parameter) for parameter in change.requires_grad_(False).parameters()}
+        # by the names there are now: the change may have got another map
+        self._fixed = {name for name, p in self.named_parameters() if name in self._fixed or id(p) in own}
 
     def rule(self, rule: GradientRule | None) -> None:
         """Let the gradients of every trained pair of factors follow a rule, or none."""
@@ -280,6 +283,12 @@ def applied(module: nn.Module, x: Tensor) -> Tensor:
     parameter = next(module.parameters(), x)
     y: Tensor = module(x.to(parameter.dtype))
     return y.to(x.dtype)
+
+
+def in_one_dtype(map_: LinearMap) -> LinearMap:
+    """Return a map in the widest dtype among its tensors: those of a narrow base and of its adapters must agree."""
+    found = {tensor.dtype for tensor in pytree.tree_leaves(map_) if tensor.is_floating_point()}
+    return map_ if len(found) < 2 else map_.to(functools.reduce(torch.promote_types, found))
 
 
 def scaled(map_: LinearMap, scale: float) -> LinearMap:

@@ -159,7 +159,8 @@ class UnitChoice(Choice):
 
     def choose(self, x: Tensor) -> Mapping[str, Tensor]:
         units = self.predict(x).flatten(0, -2)
-        chosen = _largest(torch.linalg.vector_norm(units, dim=0, dtype=torch.float32), self.kept)
+        wide = torch.promote_types(units.dtype, torch.float32)
+        chosen = _largest(torch.linalg.vector_norm(units, dim=0, dtype=wide), self.kept)
         return dict.fromkeys((*self.writers, self.reader), chosen)
 
 

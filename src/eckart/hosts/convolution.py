@@ -98,7 +98,7 @@ def convolved(map_: LinearMap, x: Tensor, conv: nn.Module) -> Tensor:
         case Tucker(heights=(_,), widths=(_, *sizes)) if sizes == kernel:
             core, (up,), (down, *others) = map_.parts()
             for one in others:  # each takes its axis from the front of the kernel and puts it behind all others
-                core = torch.tensordot(core, one, dims=([2], [1]))
+                core = torch.tensordot(core, one.to(core.dtype), dims=([2], [1]))  # autocast narrows one of them
             return _everywhere(Dense(up), _convolve(_everywhere(Dense(down.mT), x, conv), core, conv), conv)
         case Kronecker(left, right) if left.shape[2] == channels:
             return _channelwise(left, right, x, conv)
@@ -120,7 +120,8 @@ def _channelwise(left: Tensor, right: Tensor, x: Tensor, conv: nn.Module) -> Ten
 def _everywhere(map_: LinearMap, y: Tensor, conv: nn.Module) -> Tensor:
     """Apply a map to the channels at every position: y (b, k, ...)."""
     axis = -len(kernel_axes(conv))
-    return map_(y.movedim(axis, -1)).movedim(-1, axis)
+    # contiguous: of other tensors torch multiplies and rounds otherwise once the weight does not train
+    return map_(y.movedim(axis, -1).contiguous()).movedim(-1, axis)
 
 
 def _convolve(x: Tensor, kernel: Tensor, conv: nn.Module, groups: int = 1) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from eckart.hosts.adapter import Change, Inner, scaled
+from eckart.hosts.adapter import Change, Inner, in_one_dtype, scaled
 from eckart.hosts.host import host, map_of
 from eckart.maps import Dense, LinearMap, Sum, multiply_by_rows, rows_of, unpacked
 
@@ -47,12 +47,12 @@ class Entrywise(Change):
         """Return rows of D, (stop - start, n), from the change's own tensors and the same rows of W if it reads it."""
 
     def of(self, inner: LinearMap) -> LinearMap:
-        weight = inner.dense() if self.reads_weight else None
+        weight = in_one_dtype(inner).dense() if self.reads_weight else None
         return Sum((inner, scaled(Dense(self.rows(0, self.shape[0], self.made_of(), weight)), self.scale)))
 
     def call(self, x: Tensor, inner: Inner) -> Tensor:
         y, own = inner.call(x), self.drawn() if self.training else self.made_of()
-        leaves, tree = pytree.tree_flatten(inner.map()) if self.reads_weight else ([], None)
+        leaves, tree = pytree.tree_flatten(in_one_dtype(inner.map())) if self.reads_weight else ([], None)
 
         def rows(start: int, stop: int, tensors: Sequence[Tensor]) -> Tensor:
             weight = None

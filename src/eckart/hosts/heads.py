@@ -107,17 +107,18 @@ def _is_attention(
 ) -> bool:
     """Tell whether layers write queries, keys and values of some heads whose outputs another reads."""
     generator = torch.Generator().manual_seed(0)
-    leading, device = outputs[heads.out_of].shape[:-1], outputs[heads.out_of].device
+    like = outputs[heads.out_of]
+    leading = like.shape[:-1]
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
+        return torch.randn(shape, generator=generator).to(like)
 
     q, k, v = (normal(*leading, count, heads.size) for count in (heads.queries, heads.keys, heads.keys))
     shared = heads.queries // heads.keys
     kept = torch.zeros(heads.keys, heads.size)
     for head in kept:  # different units in every head, half of them
         head[heads.units[torch.randperm(len(heads.units), generator=generator)[::2]].flatten()] = 1
-    kept = kept.to(device)
+    kept = kept.to(like)
     change = normal(heads.keys, heads.size, heads.size)
 
     def attended(q: Tensor, k: Tensor, v: Tensor, **pinned: Tensor) -> tuple[Tensor, Tensor]:

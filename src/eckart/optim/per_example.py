@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eckart.errors import EckartError
-from eckart.hosts import AdaptedHost
+from eckart.hosts import AdaptedHost, is_convolution
 from eckart.hosts.adapter import Plus
+from eckart.hosts.convolution import patches
 
 # A trained parameter, and a way to (left, right) of its gradient left^T right from x and g.
 _Parts = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -87,6 +88,11 @@ def _watched(model: nn.Module) -> Iterator[tuple[nn.Module, list[tuple[Tensor, _
     """Yield the modules that hold what trains, and the gradients of its parameters."""
     known: set[int] = set()
     for name, module in model.named_modules():
+        if module.training and _mixes(module):
+            raise EckartError(
+                f"{name} ({type(module).__name__}) lets examples of a batch see each other; gradients by example need "
+                "layers that do not"
+            )
         wanted: list[tuple[Tensor, _Parts]] = []
         if isinstance(module, AdaptedHost):
             wanted = _of_adapted(name, module)
@@ -102,6 +108,13 @@ def _watched(model: nn.Module) -> Iterator[tuple[nn.Module, list[tuple[Tensor, _
                 f"{name} trains, whose gradient by example is not known; low-rank changes and linear layers may train, "
                 "where nothing else has the same weights"
             )
+
+
+def _mixes(module: nn.Module) -> bool:
+    """Tell whether what a module computes for an example in training depends on the others of the batch."""
+    if isinstance(module, AdaptedHost):  # shortcuts choose what is computed from the whole batch
+        return any(module.adapter(name).shortcut is not None for name in module.active)
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 def _of_linear(module: nn.Linear) -> list[tuple[Tensor, _Parts]]:
@@ -125,11 +138,18 @@ def _of_adapted(name: str, module: AdaptedHost) -> list[tuple[Tensor, _Parts]]:
         raise EckartError(f"{name} has more than one plain low-rank change; gradients by example know only that")
     up, down = pair
     scale = change.scale * weight
+
+    def into(x: Tensor) -> Tensor:
+        return patches(x, module.base) if is_convolution(module.base) else x
+
+    def out_of(g: Tensor) -> Tensor:
+        return g.movedim(1, -1) if is_convolution(module.base) else g
+
     out: list[tuple[Tensor, _Parts]] = []
     if up.requires_grad:
-        out.append((up, lambda x, g: (scale * g, F.linear(x, down.to(x.dtype)))))
+        out.append((up, lambda x, g: (scale * out_of(g), F.linear(into(x), down.to(x.dtype)))))
     if down.requires_grad:
-        out.append((down, lambda x, g: (scale * F.linear(g, up.mT.to(g.dtype)), x)))
+        out.append((down, lambda x, g: (scale * F.linear(out_of(g), up.mT.to(g.dtype)), into(x))))
     return out
 
 

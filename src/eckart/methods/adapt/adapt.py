@@ -210,9 +210,8 @@ def _layers(
     progress: Progress,
 ) -> list[Layer]:
     """Return what the page sees of every layer, with the statistics that the recipe asks for."""
-    grid = next((name for name, base in _bases(chosen).items() if is_convolution(base)), None)
-    if grid is not None and (recipe.uses_inputs or recipe.uses_gradients):
-        raise EckartError(f"{grid} is a convolution, whose inputs and gradients are not gathered; use another method")
+    if recipe.uses_inputs or recipe.uses_gradients:
+        _check_gathered(chosen, "use another method")
     found = data if isinstance(data, Statistics) else _gathered(model, chosen, recipe, data, progress)
     shared: dict[int, dict[str, Any]] = {}
     layers = []
@@ -225,6 +224,13 @@ def _layers(
         for layer in layers:
             layer.rank = ranks[layer.name]
     return layers
+
+
+def _check_gathered(chosen: Mapping[str, nn.Module], instead: str) -> None:
+    """Refuse layers whose inputs and gradients are not gathered."""
+    grid = next((name for name, base in _bases(chosen).items() if is_convolution(base)), None)
+    if grid is not None:
+        raise EckartError(f"{grid} is a convolution, whose inputs and gradients are not gathered; {instead}")
 
 
 def _gathered(
@@ -260,7 +266,9 @@ def start_statistics(
     Raises:
         EckartError: for bad input of any kind, in one sentence.
     """
-    return live_statistics(model, target_layers(model, targets), data, progress)
+    chosen = target_layers(model, targets)
+    _check_gathered(chosen, "give targets= without it")
+    return live_statistics(model, chosen, data, progress)
 
 
 def adapters(model: nn.Module) -> Adapters:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from eckart.errors import EckartError
-from eckart.hosts import AdaptedHost, replace
+from eckart.hosts import AdaptedHost, is_convolution, replace
 from eckart.hosts.adapter import Plus
 from eckart.hosts.decoding import is_plain
 from eckart.hosts.host import LowRankHost
@@ -24,7 +24,7 @@ from eckart.methods.adapt.merging import merged
 from eckart.methods.adapt.recipe import Recipe
 from eckart.methods.adapt.saving import Format, save_adapter
 from eckart.methods.pages import nearest
-from eckart.stats import Batch, live_moments
+from eckart.stats import Batch, Moments, live_moments
 
 # Where a model keeps the description of its adapters, and which of its parameters trained before the first one.
 ATTRIBUTE = "eckart_adapters"
@@ -124,7 +124,7 @@ class Adapters:
             EckartError: if no matrix stands for an adapter, or the batches never reach a layer; nothing is merged then.
         """
         wanted = {name: layer for name, layer in self.layers.items() if layer.active and not layer.is_merged}
-        seen = {} if data is None else live_moments(self.model, wanted, data)
+        seen = self._seen(wanted, data)
         made = {name: merged(layer, seen.get(name)) for name, layer in wanted.items()}
         for name, (module, _) in made.items():  # only once all are there: one that refuses leaves the model alone
             self.layers[name].merge(module)
@@ -138,12 +138,17 @@ class Adapters:
     def fold(self, data: Iterable[Batch] | None = None) -> nn.Module:
         """Merge for good, as `merge` does, and return the model without a trace of adapters."""
         wanted = {name: layer for name, layer in self.layers.items() if layer.active}
-        seen = {} if data is None else live_moments(self.model, wanted, data)
+        seen = self._seen(wanted, data)
         made = {n: merged(layer, seen.get(n))[0] if n in wanted else layer.base for n, layer in self.layers.items()}
         for name, module in made.items():
             replace(self.model, name, module)
         self._forget()
         return self.model
+
+    def _seen(self, layers: Mapping[str, AdaptedHost], data: Iterable[Batch] | None) -> dict[str, Moments]:
+        """Return the moments of what layers see in data, but for convolutions, which hold all of any change."""
+        asked = {name: layer for name, layer in layers.items() if not is_convolution(layer.base)}
+        return {} if data is None or not asked else live_moments(self.model, asked, data)
 
     def remove(self) -> nn.Module:
         """Take all adapters out and return the model as it was, modules that trained whole included."""

@@ -263,7 +263,10 @@ def _active(model: nn.Module) -> str:
     handle.require_unmerged()
     if len(handle.active) != 1:
         raise EckartError(f"one adapter has to be active to be trained by clients, not {len(handle.active)}; use(NAME)")
-    return next(iter(handle.active))
+    name = next(iter(handle.active))
+    if not handle.count():
+        raise EckartError(f"nothing of the adapter {name!r} trains, as it is of combined or earlier ones; use another")
+    return name
 
 
 def _check(

@@ -88,7 +88,7 @@ def _like_on(base: LinearMap, target: LinearMap, near: Metric) -> LinearMap:
             return regress(target.dense(), near, rank=base.rank).factors(base.rank)
         case Sparse() | NM() | Bitmap() | Masked():
             full = target.dense().double()
-            ones = base.mask.double() if isinstance(base, Masked) else _on_support(base, None).dense()
+            ones = base.present().double() if isinstance(base, Masked) else _on_support(base, None).dense()
             values = improve_values(plain.dense().double(), ones, full, near)
             return Masked(Dense(values), base.mask) if isinstance(base, Masked) else _on_support(base, values)
         case Quantized():

@@ -252,7 +252,7 @@ def described_peft(peft: PeftAdapter, trained: tuple[str, ...]) -> Described:
         HIRA: ("hira", {"rank": peft.rank}),
         VERA: ("vera", {"rank": peft.rank, "dropout": peft.dropout}),
         IA3: ("ia3", {}),
-        SHIRA: ("lift", {"budget": peft.rank, "select": "random"}),
+        SHIRA: ("lift", {"budget": peft.rank, "select": "random", "refresh": 0}),
     }
     if peft.kind in made:
         method, settings = made[peft.kind]

@@ -123,7 +123,7 @@ def tune(
         EckartError: for bad input, in one sentence, or a run that diverges; nothing is written then.
     """
     began, target, given = time.perf_counter(), Path(out), dict(settings or {})
-    _check(target, probe, label_field)
+    _check(target, probe, label_field, after)
     course = Course(steps, _starting_rate(rate, Described(method, given, seed).recipe().rate), batch)
     fields = {"length": length, "text_field": text_field, "label_field": label_field}
     base, examples, held_out = _task(Path(model), Path(data), validation, fields, seed)
@@ -142,14 +142,19 @@ def _starting_rate(rate: float | str | None, own: float) -> float:
     return rate if isinstance(rate, float | int) else own
 
 
-def _check(target: Path, steps: int, label_field: str | None) -> None:
-    """Refuse a folder that holds something, and steps for a head that a task does not have."""
+def _check(target: Path, steps: int, label_field: str | None, after: str | Path | None) -> None:
+    """Refuse a folder that holds something, and a head that is to train and is not there, or is and must not."""
     check_output(target)
     if steps < 0:
         raise EckartError(f"probe must not be negative, got {steps}")
     if steps and label_field is None:
         raise EckartError(
             "probe trains the head of a classification, and texts have none; give a label field or no probe"
+        )
+    if after is not None and label_field is not None:
+        raise EckartError(
+            "a task after another one cannot be a classification, whose head would train whole and change what the "
+            "earlier one computes; leave after or the label field out"
         )
 
 
@@ -224,8 +229,7 @@ class _Run:
         self.examples, self.held_out, self.partial, self.form = examples, held_out, partial, form
         self.seed, self.progress = int(how["seed"]), cast(Progress, how["progress"])
         self.handle = self._adapted()
-        with tempfile.TemporaryDirectory(prefix="eckart-") as scratch:  # a format is refused before hours of work
-            self.handle.save(Path(scratch) / "adapter", format=form)
+        self._check_format()
 
     def _adapted(self) -> Adapters:
         how = dict(self.how)
@@ -233,6 +237,11 @@ class _Run:
         if folder is not None:
             load_adapter(self.model, folder, EARLIER)
         return adapters(adapt(self.model, self.method, after=None if folder is None else EARLIER, **how))
+
+    def _check_format(self) -> None:
+        """Refuse a format that cannot express the adapter before hours of work."""
+        with tempfile.TemporaryDirectory(prefix="eckart-") as scratch:
+            self.handle.save(Path(scratch) / "adapter", format=self.form)
 
     def _probe(self, course: Course) -> None:
         """Train the head alone, or put it where an earlier run left it, and make the adapter again: what it starts from
@@ -293,6 +302,7 @@ class _Run:
 
     def _follow(self, optimizer: Any, steps: int) -> Iterable[str]:
         self.handle.follow(optimizer, steps)
+        self._check_format()  # what moves has got all of its changes now
         return self.handle.moving()
 
     def _task(self, step: Step) -> tuple[Tensor, Tensor]:
