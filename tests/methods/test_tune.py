@@ -228,10 +228,13 @@ def test_peft_s_format_comes_out_if_asked_for(tmp_path: Path):
     [
         ({"method": "lorra"}, "unknown method 'lorra'"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"rate": -1.0}, "rate must be positive, got -1.0"),
+        ({"rate": -1.0}, "rate must be positive and finite, got -1.0"),
         ({"length": 10**6}, "too few for one window of 1000000"),
         ({"label_field": "kind"}, "is not JSON"),
         ({"probe": 5}, "probe trains the head of a classification, and texts have none"),
+        ({"label_field": "kind", "probe": 3, "probe_rate": 0.0}, "probe_rate must be positive and finite, got 0.0"),
+        ({"after": "somewhere"}, "lora builds on no earlier adapter; leave after out, or take incremental"),
+        ({"after": "nowhere", "method": "incremental", "label_field": "kind"}, "leave the label field or after out"),
         ({"probe": -5}, "probe must not be negative, got -5"),
         ({"rate": 1e30, "steps": 40}, "use a smaller learning rate"),
         ({"method": "soka", "format": "peft", "steps": 10**9}, "PEFT has no type for Plus of a Kronecker"),
@@ -260,7 +263,7 @@ def test_a_later_task_builds_on_an_earlier_one_and_resumes(tmp_path: Path, monke
     first = eckart.tune(MODEL, TEXT, tmp_path / "first", **options)
     capitals = tmp_path / "capitals.txt"
     capitals.write_text(TEXT.read_text().upper()[:40_000])
-    with pytest.raises(EckartError, match="does not build on"):
+    with pytest.raises(EckartError, match="lora builds on no earlier adapter"):
         eckart.tune(MODEL, capitals, tmp_path / "lora", after=tmp_path / "first", **QUICK)
     second = eckart.tune(MODEL, capitals, tmp_path / "second", after=tmp_path / "first", **options)
     assert second.after["loss"] < second.before["loss"]

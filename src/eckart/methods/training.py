@@ -57,8 +57,8 @@ class Course:
         for name in ("steps", "batch", "save_every"):
             if getattr(self, name) < 1:
                 raise EckartError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.rate > 0:
-            raise EckartError(f"rate must be positive, got {self.rate}")
+        if not 0 < self.rate < math.inf:
+            raise EckartError(f"rate must be positive and finite, got {self.rate}")
 
     def rate_at(self, step: int) -> float:
         """Return the learning rate of a step: linear warm-up, then a cosine down to `final`."""
