@@ -447,6 +447,15 @@ def test_what_is_adapted_is_a_loaded_model():
         eckart.adapt("folder", "lora")
 
 
+def test_layers_outside_of_blocks_have_to_be_named():
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    with pytest.raises(EckartError, match=r"has no list of equal blocks .*; name the layers to adapt in targets"):
+        eckart.adapt(model, "lora", rank=2)
+    assert eckart.adapters(eckart.adapt(model, "lora", rank=2, targets=["2"])).count() == 2 * (32 + 32)
+    with pytest.raises(EckartError, match="ReLU has no linear layer or convolution wide enough to be adapted"):
+        eckart.adapt(nn.ReLU(), "lora", targets=["0"])
+
+
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), "half", None])
 def test_a_weight_that_is_no_number_is_refused_and_changes_nothing(weight: Any):
     model = adapted("lora")

@@ -227,6 +227,7 @@ def test_peft_s_format_comes_out_if_asked_for(tmp_path: Path):
     ("options", "sentence"),
     [
         ({"method": "lorra"}, "unknown method 'lorra'"),
+        ({"steps": 1.5}, "steps must be a whole number, got 1.5"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"rate": -1.0}, "rate must be positive and finite, got -1.0"),
         ({"length": 10**6}, "too few for one window of 1000000"),
@@ -256,6 +257,12 @@ def test_fields_and_labels_that_are_not_there_are_named(tmp_path: Path, rows: Pa
     other.write_text("sentence\tkind\nthe cow ran\tcow\n")
     with pytest.raises(EckartError, match="has the label 'cow', which the training data does not have"):
         eckart.tune(MODEL, rows, tmp_path / "out", validation=other, text_field="sentence", label_field="kind", **QUICK)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path):
+    with pytest.raises(EckartError, match=r"there is no model folder .*nowhere; give the path of a folder"):
+        eckart.tune(tmp_path / "nowhere", TEXT, tmp_path / "out", **QUICK)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_later_task_builds_on_an_earlier_one_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

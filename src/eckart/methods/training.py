@@ -55,8 +55,11 @@ class Course:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "save_every"):
-            if getattr(self, name) < 1:
-                raise EckartError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                raise EckartError(f"{name} must be a whole number, got {value!r}")
+            if value < 1:
+                raise EckartError(f"{name} must be at least 1, got {value}")
         if not 0 < self.rate < math.inf:
             raise EckartError(f"rate must be positive and finite, got {self.rate}")
 

@@ -175,12 +175,17 @@ def target_layers(model: nn.Module, targets: str | Sequence[str] | None) -> dict
         EckartError: if a name fits no layer or a convolution in groups, or nothing is given and nothing is found.
     """
     layers = adaptable_layers(model)
+    if not layers:
+        raise EckartError(f"{type(model).__name__} has no linear layer or convolution wide enough to be adapted")
     if targets is None:
         grids = {name: base for name, base in _bases(layers).items() if is_convolution(base)}
         whole = {name: layers[name] for name, base in grids.items() if base.groups == 1}
         if whole and len(grids) > len(layers) / 2:  # a network of convolutions with a few linear layers
             return whole
-        blocks = tuple(f"{block}." for block in anatomy(model).blocks)
+        try:
+            blocks = tuple(f"{block}." for block in anatomy(model).blocks)
+        except EckartError as error:
+            raise EckartError(f"{error}; name the layers to adapt in targets") from error
         return {name: layer for name, layer in layers.items() if name.startswith(blocks) and name not in grids}
     if not isinstance(targets, Sequence):
         raise EckartError(f"targets must be a list of names or a regular expression, got {targets!r}")

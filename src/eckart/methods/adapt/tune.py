@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from eckart.atomic import appearing, check_output, make_folder, write_json
 from eckart.errors import EckartError
 from eckart.files.adapters import TENSORS
+from eckart.files.folder import check_model_folder
 from eckart.files.text import load_tokenizer
 from eckart.methods.adapt.adapt import adapt, adapters, check_seed, require_follower
 from eckart.methods.adapt.adapters import Adapters
@@ -211,6 +212,7 @@ def _task(
     model: Path, data: Path, validation: str | Path | None, fields: Mapping[str, Any], seed: int
 ) -> tuple[nn.Module, Examples, Examples]:
     """Return the model for the task, what to train on and what to measure on."""
+    check_model_folder(model)
     tokenizer = load_tokenizer(model)
     examples = read_examples(tokenizer, data, **fields)
     if validation is None:
