@@ -67,7 +67,7 @@ def test_method(method, message, refused):
         ("svd", {"round_to": 2.5}, "round_to of svd must be a whole number, got 2.5"),
         ("svd", {"round_to": True}, "round_to of svd must be a whole number, got True"),
         ("svd", {"heal": -1}, "heal is a number of epochs and must not be negative, got -1"),
-        ("svd", {"heal_rate": 0}, "heal_rate must be positive and finite, got 0"),
+        ("svd", {"heal_rate": 0}, "heal_rate must be positive, got 0"),
         ("svd", {"storage": "pivot"}, "storage of svd must be one of lowrank, pivoted, got 'pivot'"),
         ("svd", {"allocation": "fair"}, "allocation of svd must be one of uniform, .*, got 'fair'"),
         ("svd", {"allocation": "threshold"}, "allocation=threshold needs a method that scores spectra, such as welore"),

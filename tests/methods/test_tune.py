@@ -229,7 +229,7 @@ def test_peft_s_format_comes_out_if_asked_for(tmp_path: Path):
         ({"method": "lorra"}, "unknown method 'lorra'"),
         ({"steps": 1.5}, "steps must be a whole number, got 1.5"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"rate": -1.0}, "rate must be positive and finite, got -1.0"),
+        ({"rate": -1.0}, "rate must be positive, got -1.0"),
         ({"length": 10**6}, "too few for one window of 1000000"),
         ({"label_field": "kind"}, "is not JSON"),
         ({"probe": 5}, "probe trains the head of a classification, and texts have none"),

@@ -60,8 +60,10 @@ class Course:
                 raise EckartError(f"{name} must be a whole number, got {value!r}")
             if value < 1:
                 raise EckartError(f"{name} must be at least 1, got {value}")
-        if not 0 < self.rate < math.inf:
-            raise EckartError(f"rate must be positive and finite, got {self.rate}")
+        if not self.rate > 0:
+            raise EckartError(f"rate must be positive, got {self.rate}")
+        if math.isinf(self.rate):
+            raise EckartError("rate must be finite, got inf")
 
     def rate_at(self, step: int) -> float:
         """Return the learning rate of a step: linear warm-up, then a cosine down to `final`."""
