@@ -1,9 +1,12 @@
 """`eckart adapt` and `eckart adapters` as a person types them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM, BertModel
 from typer.testing import CliRunner
 
 import eckart
@@ -56,6 +59,15 @@ def test_a_probed_classification_reports_its_calibration(tmp_path: Path):
         (("--target", "q_prj"), "targets name 'q_prj', which no linear layer is called"),
         (("--format", "bin"), "--format must be eckart or peft, got 'bin'"),
         (("--probe", 3), "probe trains the head of a classification, and texts have none"),
+        (("--rate", "foo"), "--rate must be a number, auto or curvature, got 'foo'"),
+        (("--rate", "inf"), "rate must be finite, got inf"),
+        (("--length", 0), "length must be at least 2, got 0"),
+        (("--length", 1), "length must be at least 2, got 1"),
+        (("--seed", -1), "seed must be a whole number from 0 to 4294967295, got -1"),
+        (("--seed", 10**30), "seed must be a whole number from 0 to 4294967295"),
+        (("--set", "dropout=2"), "dropout must be at least 0 and less than 1, got 2.0"),
+        (("--method", "ties"), "ties combines adapters that are there"),
+        (("--method", "DoRA"), "unknown method 'DoRA'; did you mean 'dora'"),
         (("--validation", "nowhere.txt"), "there is no file nowhere.txt"),
         (("--method", "incremental", "--after", "nowhere"), "nowhere holds no adapter"),
         (("--method", "soka", "--format", "peft"), "PEFT has no type"),
@@ -67,6 +79,39 @@ def test_bad_input_is_one_sentence(tmp_path: Path, more: tuple[object, ...], sen
     assert sentence in " ".join(error.split())
     assert out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_encoder_is_not_taught_next_tokens(tmp_path: Path):
+    config = BertConfig(
+        vocab_size=512, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    for made, name in ((BertModel(config), "plain"), (BertForMaskedLM(config), "masked")):
+        made.save_pretrained(tmp_path / name)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(DEMO / "stories260k" / file, tmp_path / name)
+        code, _, error = run("adapt", tmp_path / name, "--data", DEMO / "train.txt", "--out", tmp_path / "out")
+        assert code == 1
+        assert "was not trained to predict next tokens; give a label field" in " ".join(error.split())
+    assert {path.name for path in tmp_path.iterdir()} == {"plain", "masked"}
+
+
+def test_a_classifier_is_not_made_of_lost_weights(tmp_path: Path):
+    folder, rows = tmp_path / "lossy", tmp_path / "rows.tsv"
+    shutil.copytree(DEMO / "stories260k", folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    rows.write_text("text\tkind\na dog\tdog\na cat\tcat\n")
+    code, _, error = run("adapt", folder, "--data", rows, "--label-field", "kind", "--out", tmp_path / "out")
+    assert code == 1
+    assert "lacks the weights model.layers.1.mlp.up_proj.weight (1 in all)" in " ".join(error.split())
+
+
+def test_an_adapter_is_not_taken_for_a_model(tmp_path: Path):
+    assert adapt(tmp_path / "made", "--rank", 2)[0] == 0
+    code, _, error = run("eval", tmp_path / "made", "--text", DEMO / "valid.txt")
+    assert code == 1
+    assert "is an adapter, not a model; in Python `eckart.load_adapter(model, " in " ".join(error.split())
 
 
 def test_ways_to_combine_are_printed():

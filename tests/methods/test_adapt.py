@@ -3,6 +3,7 @@
 import copy
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -407,6 +408,15 @@ def test_half_precision_bases_keep_their_dtype_and_adapters_float32():
         ({"rank": 2.5}, "the setting rank of lora must be a whole number, got 2.5"),
         ({"targets": ["qq_proj"]}, "targets name 'qq_proj', which no linear layer is called"),
         ({"trained": ["heads"]}, "no module is called 'heads'"),
+        ({"targets": "("}, r"targets '\(' is no regular expression"),
+        ({"targets": 3}, "targets must be a list of names or a regular expression, got 3"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and less than 1, got 1.0"),
+        ({"method": "miss", "rank": 4, "dropout": -0.5}, "dropout must be at least 0 and less than 1, got -0.5"),
+        ({"seed": 1 << 32}, "seed must be a whole number from 0 to 4294967295, got 4294967296"),
+        ({"seed": "a"}, "seed must be a whole number from 0 to 4294967295, got 'a'"),
+        ({"method": "corda", "data": {"input_ids": torch.ones(1, 4)}}, "data= takes a list of batches"),
+        ({"method": "ties"}, "ties combines adapters that are there"),
+        ({"name": 3}, "must have at least one letter and no dot, got 3"),
         ({"name": "a.b"}, "must have at least one letter and no dot"),
         ({"method": "corda"}, "give data="),
         ({"method": "hra", "rank": 3}, "rank must be even for hra"),
@@ -430,6 +440,35 @@ def test_a_second_adapter_of_the_same_name_is_refused():
         adapted("dora", model)
     with pytest.raises(EckartError, match="no adapter is called 'defualt'; did you mean 'default'"):
         eckart.adapters(model).use("defualt")
+
+
+def test_what_is_adapted_is_a_loaded_model():
+    with pytest.raises(EckartError, match=r"adapt takes a loaded model, got 'folder'; eckart\.tune takes a folder"):
+        eckart.adapt("folder", "lora")
+
+
+def test_layers_outside_of_blocks_have_to_be_named():
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    with pytest.raises(EckartError, match=r"has no list of equal blocks .*; name the layers to adapt in targets"):
+        eckart.adapt(model, "lora", rank=2)
+    assert eckart.adapters(eckart.adapt(model, "lora", rank=2, targets=["2"])).count() == 2 * (32 + 32)
+    with pytest.raises(EckartError, match="ReLU has no linear layer or convolution wide enough to be adapted"):
+        eckart.adapt(nn.ReLU(), "lora", targets=["0"])
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "half", None])
+def test_a_weight_that_is_no_number_is_refused_and_changes_nothing(weight: Any):
+    model = adapted("lora")
+    disturb(model)
+    before = logits(model)
+    with pytest.raises(EckartError, match="the weight of default must be a finite number"):
+        eckart.adapters(model).use(default=weight)
+    assert torch.equal(logits(model), before)
+
+
+def test_one_name_of_a_module_that_trains_will_do():
+    model = eckart.adapt(llama(), "lora", rank=2, trained="lm_head")
+    assert model.lm_head.weight.requires_grad
 
 
 def test_folding_leaves_a_plain_model():

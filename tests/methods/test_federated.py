@@ -191,6 +191,7 @@ REFUSED = [
     ({"noise": -1.0}, "must be positive"),
     ({"clients": []}, "one client or more"),
     ({"clients": [{"inputs": torch.zeros(3, 20)}]}, "needs labels"),
+    ({"clients": [torch.zeros(3, 20)]}, "needs labels"),
     ({"rate": 1e30, "steps": 5}, "no longer finite"),
 ]
 

@@ -122,8 +122,8 @@ def test_a_sequence_comes_back_from_files_and_goes_on(tmp_path: Path):
     ("method", "options", "words"),
     [
         ("incremental", {"after": "none"}, "no adapter is called 'none'"),
-        ("lora", {"after": "0"}, "lora does not build on '0', whose method is incremental"),
-        ("incremental", {"after": "plain"}, "does not build on 'plain', whose method is lora"),
+        ("lora", {"after": "0"}, "lora builds on no earlier adapter; leave after out, or take incremental"),
+        ("incremental", {"after": "plain"}, "incremental builds on adapters of its own kind, and 'plain' is of lora"),
         ("incremental", {"after": "0", "targets": ["q_proj"]}, "must be on the same layers"),
         ("incremental", {"after": "0", "trained": ["lm_head"]}, "would train whole and change what '0' computes"),
         ("incremental", {"later": 0}, "later must be at least 1"),

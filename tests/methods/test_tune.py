@@ -227,12 +227,15 @@ def test_peft_s_format_comes_out_if_asked_for(tmp_path: Path):
     ("options", "sentence"),
     [
         ({"method": "lorra"}, "unknown method 'lorra'"),
+        ({"steps": 1.5}, "steps must be a whole number, got 1.5"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"rate": -1.0}, "rate must be positive, got -1.0"),
         ({"length": 10**6}, "too few for one window of 1000000"),
         ({"label_field": "kind"}, "is not JSON"),
         ({"probe": 5}, "probe trains the head of a classification, and texts have none"),
-        ({"after": "earlier", "label_field": "kind"}, "a task after another one cannot be a classification"),
+        ({"label_field": "kind", "probe": 3, "probe_rate": 0.0}, "probe_rate must be positive and finite, got 0.0"),
+        ({"after": "somewhere"}, "lora builds on no earlier adapter; leave after out, or take incremental"),
+        ({"after": "nowhere", "method": "incremental", "label_field": "kind"}, "leave the label field or after out"),
         ({"probe": -5}, "probe must not be negative, got -5"),
         ({"rate": 1e30, "steps": 40}, "use a smaller learning rate"),
         ({"method": "soka", "format": "peft", "steps": 10**9}, "PEFT has no type for Plus of a Kronecker"),
@@ -256,12 +259,18 @@ def test_fields_and_labels_that_are_not_there_are_named(tmp_path: Path, rows: Pa
         eckart.tune(MODEL, rows, tmp_path / "out", validation=other, text_field="sentence", label_field="kind", **QUICK)
 
 
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path):
+    with pytest.raises(EckartError, match=r"there is no model folder .*nowhere; give the path of a folder"):
+        eckart.tune(tmp_path / "nowhere", TEXT, tmp_path / "out", **QUICK)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_later_task_builds_on_an_earlier_one_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     options = {"method": "incremental", "settings": {"rank": 4, "later": 2}, **QUICK}
     first = eckart.tune(MODEL, TEXT, tmp_path / "first", **options)
     capitals = tmp_path / "capitals.txt"
     capitals.write_text(TEXT.read_text().upper()[:40_000])
-    with pytest.raises(EckartError, match="does not build on"):
+    with pytest.raises(EckartError, match="lora builds on no earlier adapter"):
         eckart.tune(MODEL, capitals, tmp_path / "lora", after=tmp_path / "first", **QUICK)
     second = eckart.tune(MODEL, capitals, tmp_path / "second", after=tmp_path / "first", **options)
     assert second.after["loss"] < second.before["loss"]

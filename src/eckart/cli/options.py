@@ -8,6 +8,9 @@ import typer
 
 from eckart.errors import EckartError
 
+# What folders of adapters hold: eckart's and PEFT's.
+ADAPTER_FILES = "eckart_adapter.json", "adapter_config.json"
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
@@ -22,6 +25,11 @@ def require_model(folder: Path) -> None:
     if (folder / "delta.json").is_file():
         raise EckartError(
             f"{folder} is a difference, not a model; `eckart restore BASE {folder}` makes the model of it"
+        )
+    if any((folder / name).is_file() for name in ADAPTER_FILES):
+        raise EckartError(
+            f"{folder} is an adapter, not a model; in Python `eckart.load_adapter(model, {str(folder)!r})` puts it on "
+            "the model it was made for"
         )
     if not (folder / "config.json").is_file():
         raise EckartError(f"{folder} has no config.json; give the path of a Hugging Face model folder")

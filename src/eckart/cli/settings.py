@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from eckart.errors import EckartError
-from eckart.methods.adapt.table import adapter_recipe, adapter_settings
+from eckart.methods.adapt.table import adapter_recipe, adapter_settings, require_adapter
 from eckart.methods.compress.table import recipe_of, settings_of
 from eckart.methods.pages import Setting
 
@@ -24,6 +24,7 @@ def parse_settings(method: str, assignments: Sequence[str]) -> dict[str, Any]:
 
 def parse_adapter_settings(method: str, assignments: Sequence[str]) -> dict[str, Any]:
     """Return typed settings of a method of adaptation from "name=value" texts; errors are those of `parse_settings`."""
+    require_adapter(method)
     return _parsed(method, assignments, adapter_settings(method), adapter_recipe)
 
 

@@ -73,6 +73,8 @@ class Plus(Change):
 
     def __init__(self, delta: LinearMap, scale: float = 1.0, *, dropout: float = 0.0) -> None:
         super().__init__()
+        if not 0 <= dropout < 1:
+            raise EckartError(f"dropout must be at least 0 and less than 1, got {dropout}")
         self.delta, self.scale, self.rule = host(delta), scale, None
         self.dropout = nn.Dropout(dropout) if dropout else None
 

@@ -72,7 +72,7 @@ def _check_type(method: str, setting: Setting, value: Any) -> None:
 
 def nearest(name: str, options: Sequence[str]) -> str:
     """Return the end of a sentence about an unknown name: the nearest one, and which there are."""
-    near = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name).lower(), options, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}? There are {', '.join(options)}" if near else f"there are {', '.join(options)}"
 
 

@@ -55,10 +55,15 @@ class Course:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "save_every"):
-            if getattr(self, name) < 1:
-                raise EckartError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                raise EckartError(f"{name} must be a whole number, got {value!r}")
+            if value < 1:
+                raise EckartError(f"{name} must be at least 1, got {value}")
         if not self.rate > 0:
             raise EckartError(f"rate must be positive, got {self.rate}")
+        if math.isinf(self.rate):
+            raise EckartError("rate must be finite, got inf")
 
     def rate_at(self, step: int) -> float:
         """Return the learning rate of a step: linear warm-up, then a cosine down to `final`."""

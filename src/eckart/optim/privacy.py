@@ -86,7 +86,9 @@ def noise_for(target: float, share: float, steps: int, delta: float) -> float:
     while epsilon(share, high, steps, delta) > target:
         low, high = high, 2 * high
         if high > MOST_NOISE:
-            raise EckartError(f"no noise keeps {steps} steps within epsilon {target} at delta {delta}; ask for less")
+            raise EckartError(
+                f"no noise keeps {steps} steps within epsilon {target} at delta {delta}; give a larger epsilon"
+            )
     while high - low > ACCURACY * high:
         middle = (low + high) / 2
         low, high = (middle, high) if epsilon(share, middle, steps, delta) > target else (low, middle)

@@ -19,15 +19,19 @@ def tuned_table(done: Tuned) -> RenderableType:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, value in done.before.items():
         table.add_row(name, f"{value:.4f}", f"{done.after[name]:.4f}")
-    probed = f"{done.probe} steps of the head alone, then " if done.probe else ""
+    probed = f"{_steps(done.probe)} of the head alone, then " if done.probe else ""
     part = share(done.trained / done.parameters)
     notes = [
         *_calibration(done.calibration),
         f"{done.method}: {done.trained:,} of {done.parameters:,} parameters trained ({part})",
-        f"{probed}{done.steps} steps at rate {done.rate:g}, {duration(done.seconds)}",
+        f"{probed}{_steps(done.steps)} at rate {done.rate:g}, {duration(done.seconds)}",
         f"written to {done.out}",
     ]
     return Group(table, Text(), Text("\n".join(notes)))
+
+
+def _steps(count: int) -> str:
+    return f"{count} step" if count == 1 else f"{count} steps"
 
 
 def _calibration(found: Mapping[str, float]) -> list[str]:

@@ -181,6 +181,8 @@ def _first_embedding(model: nn.Module) -> nn.Module:
 
 def _keywords(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """Return the keyword arguments of a call, tensors on the model's device."""
+    if not isinstance(batch, Tensor | Mapping):
+        raise EckartError(f"data= takes a list of batches, each a dict or a tensor of ids, got {batch!r:.40} in it")
     given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
     device = next(model.parameters()).device
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}

@@ -22,6 +22,7 @@ from eckart.methods.adapt.described import Described
 from eckart.methods.adapt.layer import Layer
 from eckart.methods.adapt.recipe import Recipe
 from eckart.methods.adapt.skipping import shortcuts
+from eckart.methods.adapt.table import ADAPTERS, adapter_recipe
 from eckart.progress import Progress, silent
 from eckart.stats import Batch, Statistics, live_gradients, live_moments, live_statistics
 
@@ -64,6 +65,9 @@ def adapt(
     Raises:
         EckartError: for bad input of any kind, in one sentence; the model is as it was then.
     """
+    if not isinstance(model, nn.Module):
+        raise EckartError(f"adapt takes a loaded model, got {model!r}; eckart.tune takes a folder")
+    check_seed(seed)
     described = Described(method, dict(settings), seed)
     recipe = described.recipe()
     check_name(model, name)
@@ -101,8 +105,9 @@ def _earlier(
     handle = adapters(model)
     handle.require(after)
     method = handle.state.described[after].method
-    if not described.recipe().follows or method != described.method:
-        raise EckartError(f"{described.method} does not build on {after!r}, whose method is {method}; leave after= out")
+    require_follower(described)
+    if method != described.method:
+        raise EckartError(f"{described.method} builds on adapters of its own kind, and {after!r} is of {method}")
     if heads:
         raise EckartError(f"{heads[0]} would train whole and change what {after!r} computes; give trained=()")
     found = {name: layer.adapter(after) for name, layer in handle.layers.items() if after in layer.adapters}
@@ -112,13 +117,26 @@ def _earlier(
     return found
 
 
+def require_follower(described: Described) -> None:
+    """Raise an `EckartError` for a method whose adapters do not build on earlier ones."""
+    if not described.recipe().follows:
+        able = " or ".join(name for name in ADAPTERS if adapter_recipe(name, {}).follows)
+        raise EckartError(f"{described.method} builds on no earlier adapter; leave after out, or take {able}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise an `EckartError` for a seed that leaves no room for what is drawn with it."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 32:
+        raise EckartError(f"seed must be a whole number from 0 to {(1 << 32) - 1}, got {seed!r}")
+
+
 def check_name(model: nn.Module, name: str) -> None:
     """Check that an adapter of that name can be put on a model.
 
     Raises:
         EckartError: if the name is none or taken, or the model's adapters are merged.
     """
-    if "." in name or not name:
+    if not isinstance(name, str) or "." in name or not name:
         raise EckartError(f"an adapter's name must have at least one letter and no dot, got {name!r}")
     if hasattr(model, ATTRIBUTE):
         Adapters(model).require_new(name)
@@ -157,15 +175,23 @@ def target_layers(model: nn.Module, targets: str | Sequence[str] | None) -> dict
         EckartError: if a name fits no layer or a convolution in groups, or nothing is given and nothing is found.
     """
     layers = adaptable_layers(model)
+    if not layers:
+        raise EckartError(f"{type(model).__name__} has no linear layer or convolution wide enough to be adapted")
     if targets is None:
         grids = {name: base for name, base in _bases(layers).items() if is_convolution(base)}
         whole = {name: layers[name] for name, base in grids.items() if base.groups == 1}
         if whole and len(grids) > len(layers) / 2:  # a network of convolutions with a few linear layers
             return whole
-        blocks = tuple(f"{block}." for block in anatomy(model).blocks)
+        try:
+            blocks = tuple(f"{block}." for block in anatomy(model).blocks)
+        except EckartError as error:
+            raise EckartError(f"{error}; name the layers to adapt in targets") from error
         return {name: layer for name, layer in layers.items() if name.startswith(blocks) and name not in grids}
+    if not isinstance(targets, Sequence):
+        raise EckartError(f"targets must be a list of names or a regular expression, got {targets!r}")
     if isinstance(targets, str):
-        found = {name: layer for name, layer in layers.items() if re.fullmatch(targets, name)}
+        pattern = _pattern(targets)
+        found = {name: layer for name, layer in layers.items() if pattern.fullmatch(name)}
         wanted = [targets] if not found else []
     else:
         found = {n: layer for n, layer in layers.items() if any(_ends(n, target) for target in targets)}
@@ -180,6 +206,13 @@ def target_layers(model: nn.Module, targets: str | Sequence[str] | None) -> dict
     return found
 
 
+def _pattern(targets: str) -> re.Pattern[str]:
+    try:
+        return re.compile(targets)
+    except re.error as error:
+        raise EckartError(f"targets {targets!r} is no regular expression ({error}); give one, or a list") from None
+
+
 def _bases(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Return layers without their adapters."""
     return {name: layer.base if isinstance(layer, AdaptedHost) else layer for name, layer in layers.items()}
@@ -192,6 +225,7 @@ def _ends(name: str, target: str) -> bool:
 def _heads(model: nn.Module, trained: Sequence[str] | None) -> tuple[str, ...]:
     """Return the full names of the modules that train whole."""
     names = [name for name, _ in model.named_modules() if name]
+    trained = (trained,) if isinstance(trained, str) else trained
     wanted = HEADS if trained is None else tuple(trained)
     found = [name for name in names if any(_ends(name, one) for one in wanted)]
     outermost = tuple(n for n in found if not any(n.startswith(f"{other}.") for other in found))

@@ -1,5 +1,6 @@
 """The adapters of a model: which there are, which are active, and taking them in and out."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -77,8 +78,10 @@ class Adapters:
         Several compose in the order given. Weight w stands for W + w (f(W) - W).
         """
         wanted = {**dict.fromkeys(names, 1.0), **weights}
-        for name in wanted:
+        for name, weight in wanted.items():
             self.require(name)
+            if not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise EckartError(f"the weight of {name} must be a finite number, got {weight!r}")
         self.require_unmerged()
         for layer in self.layers.values():
             layer.active = {name: weight for name, weight in wanted.items() if name in layer.adapters}

@@ -281,7 +281,8 @@ def _check(
             f"rounds, steps, batch, rate, clip must be positive, chosen a share, noise not negative; {came}"
         )
     for i, data in enumerate(clients):
-        if "labels" not in data or len({len(value) for value in data.values()}) != 1 or not _count(data):
+        labelled = isinstance(data, Mapping) and "labels" in data
+        if not labelled or len({len(value) for value in data.values()}) != 1 or not _count(data):
             raise EckartError(f"client {i} needs labels and as many examples in every tensor, at least one")
     if not clients:
         raise EckartError("federate needs the examples of one client or more, got none")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from eckart.errors import EckartError
 from eckart.methods.adapt.allora import allora
 from eckart.methods.adapt.combining import COMBINATIONS
 from eckart.methods.adapt.corda import corda
@@ -113,8 +114,16 @@ def adapter_recipe(method: str, settings: Mapping[str, Any]) -> Recipe:
     Raises:
         EckartError: for an unknown method or setting (with the nearest names), or a value of the wrong type or range.
     """
+    require_adapter(method)
     check_settings(method, adapter_settings(method), settings)
-    return page_named(ADAPTERS, method)(**settings)
+    return ADAPTERS[method](**settings)
+
+
+def require_adapter(method: str) -> None:
+    """Raise an `EckartError` for a name that is no method's, with the nearest names."""
+    if method in COMBINATIONS:
+        raise EckartError(f"{method} combines adapters that are there; call eckart.adapters(model).combine(...)")
+    page_named(ADAPTERS, method)
 
 
 def adapter_summary(method: str) -> str:

@@ -1,6 +1,6 @@
 """What a fine-tune learns and how it is measured: the next tokens of texts, or the labels of sentences."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from eckart.errors import EckartError
 from eckart.files.folder import check_model_folder, quiet
@@ -98,26 +99,39 @@ def load_task_model(folder: Path, labels: Sequence[str]) -> PreTrainedModel:
     """Load a model folder for its task: with a head for the classes, or to predict next tokens.
 
     Raises:
-        EckartError: if the folder is none of a model, or its architecture has no such head.
+        EckartError: if the folder is none of a model, lacks weights, or its architecture has no such head.
     """
     check_model_folder(folder)
     try:
         with quiet():
             if labels:
                 names = dict(enumerate(labels))
-                made = AutoModelForSequenceClassification.from_pretrained(
+                made, info = AutoModelForSequenceClassification.from_pretrained(
                     folder, num_labels=len(labels), id2label=names, label2id={v: k for k, v in names.items()},
-                    local_files_only=True, dtype=torch.float32,
+                    local_files_only=True, dtype=torch.float32, output_loading_info=True,
                 )  # fmt: skip
             else:
-                made = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+                made, info = AutoModelForCausalLM.from_pretrained(
+                    folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+                )
     except (ValueError, KeyError) as error:
         task = "classification" if labels else "predicting next tokens"
         raise EckartError(f"{folder} is of an architecture without a head for {task} ({error})") from error
     model: PreTrainedModel = made.eval()
+    _require_weights(folder, model, info["missing_keys"], bool(labels))
     if labels and model.config.pad_token_id is None:
         model.config.pad_token_id = 0
     return model
+
+
+def _require_weights(folder: Path, model: PreTrainedModel, missing: Iterable[str], classifies: bool) -> None:
+    """Refuse a model that does not predict next tokens where it should, and weights that were drawn for lost ones."""
+    architecture = (getattr(model.config, "architectures", None) or [""])[0]
+    inside = sorted(n for n in missing if n.startswith(f"{model.base_model_prefix}.") and ".pooler." not in n)
+    if inside:
+        raise EckartError(f"{folder} lacks the weights {', '.join(inside[:3])} ({len(inside)} in all)")
+    if not classifies and (list(missing) or architecture in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()):
+        raise EckartError(f"{folder} was not trained to predict next tokens; give a label field to classify with it")
 
 
 def batch_of(rows: Tensor, labels: Sequence[str]) -> dict[str, Tensor]:

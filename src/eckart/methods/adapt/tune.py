@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 import time
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from eckart.atomic import appearing, check_output, make_folder, write_json
 from eckart.errors import EckartError
 from eckart.files.adapters import TENSORS
+from eckart.files.folder import check_model_folder
 from eckart.files.text import load_tokenizer
-from eckart.methods.adapt.adapt import adapt, adapters
+from eckart.methods.adapt.adapt import adapt, adapters, check_seed, require_follower
 from eckart.methods.adapt.adapters import Adapters
 from eckart.methods.adapt.calibration import calibration_error, fit_temperature
 from eckart.methods.adapt.described import Described
@@ -122,9 +124,9 @@ def tune(
     Raises:
         EckartError: for bad input, in one sentence, or a run that diverges; nothing is written then.
     """
-    began, target, given = time.perf_counter(), Path(out), dict(settings or {})
-    _check(target, probe, label_field, after)
-    course = Course(steps, _starting_rate(rate, Described(method, given, seed).recipe().rate), batch)
+    began, target, described = time.perf_counter(), Path(out), Described(method, dict(settings or {}), seed)
+    _check(target, described, length, probe, probe_rate, label_field, after)
+    given, course = described.settings, Course(steps, _starting_rate(rate, described.recipe().rate), batch)
     fields = {"length": length, "text_field": text_field, "label_field": label_field}
     base, examples, held_out = _task(Path(model), Path(data), validation, fields, seed)
     before, start = measured(base, held_out), _batches(examples, batch)
@@ -142,19 +144,34 @@ def _starting_rate(rate: float | str | None, own: float) -> float:
     return rate if isinstance(rate, float | int) else own
 
 
-def _check(target: Path, steps: int, label_field: str | None, after: str | Path | None) -> None:
-    """Refuse a folder that holds something, and a head that is to train and is not there, or is and must not."""
+def _check(
+    target: Path,
+    described: Described,
+    length: int,
+    probe: int,
+    probe_rate: float,
+    label_field: str | None,
+    after: str | Path | None,
+) -> None:
+    """Refuse a folder that holds something, numbers out of range, and a head that a task does not have or must not."""
     check_output(target)
-    if steps < 0:
-        raise EckartError(f"probe must not be negative, got {steps}")
-    if steps and label_field is None:
+    check_seed(described.seed)
+    if length < 2:  # a window of one token has no next one to predict
+        raise EckartError(f"length must be at least 2, got {length}")
+    if probe < 0:
+        raise EckartError(f"probe must not be negative, got {probe}")
+    if not 0 < probe_rate < math.inf:
+        raise EckartError(f"probe_rate must be positive and finite, got {probe_rate}")
+    if probe and label_field is None:
         raise EckartError(
             "probe trains the head of a classification, and texts have none; give a label field or no probe"
         )
+    if after is not None:
+        require_follower(described)
     if after is not None and label_field is not None:
         raise EckartError(
-            "a task after another one cannot be a classification, whose head would train whole and change what the "
-            "earlier one computes; leave after or the label field out"
+            "the head of a classification would train whole and change what the earlier task computes; leave the "
+            "label field or after out, or call eckart.adapt with trained=() and keep heads outside of the model"
         )
 
 
@@ -195,6 +212,7 @@ def _task(
     model: Path, data: Path, validation: str | Path | None, fields: Mapping[str, Any], seed: int
 ) -> tuple[nn.Module, Examples, Examples]:
     """Return the model for the task, what to train on and what to measure on."""
+    check_model_folder(model)
     tokenizer = load_tokenizer(model)
     examples = read_examples(tokenizer, data, **fields)
     if validation is None:
