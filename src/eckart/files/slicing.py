@@ -50,7 +50,7 @@ def slice_folder(folder: str | Path, out: str | Path, *, keep: float, progress: 
     parts = _Parts(elastic, plan, keep, tensors)
     entries, sources = _layers(elastic, plan, config, parts)
     gone = {*expected_tensors(config.layers), *expected_tensors(entries), config.sentinel}
-    gone |= {f"{name}.weight" for name in entries}
+    gone |= {f"{name}.{part}" for name in entries for part in ("weight", "bias")}  # of what was dense
     for name in tensors.files:
         if name not in gone:
             nbytes = tensors.dtype(name).itemsize * math.prod(tensors.shape(name))
