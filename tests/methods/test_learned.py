@@ -10,7 +10,7 @@ from eckart.errors import EckartError
 from eckart.fit import Metric, metric, regress
 from eckart.fit.subspace import SubspaceSum
 from eckart.hosts import map_of
-from eckart.methods.compress.acip import MaskedSVD, acip
+from eckart.methods.compress.acip import MaskedSVD, MaskLearner, acip
 from eckart.methods.compress.dobi_svd import CutOutputs
 from eckart.methods.compress.maestro import OrderedFactors
 from eckart.methods.compress.trp import Truncated
@@ -184,6 +184,11 @@ def test_components_of_the_output_are_the_best_maps_of_every_rank():
     layer, best = masked(w, seen), regress(w, seen, rank=9)
     for rank in (1, 4, 9):
         torch.testing.assert_close(layer.target(rank), best.factors(rank).dense().float(), atol=1e-4, rtol=1e-3)
+    for basis, wanted in (("inputs", best.factors(4).dense().float()), ("plain", truncated(w, 4))):
+        learner = MaskLearner(basis=basis, folds=False)
+        searched = learner.layer(w, None, 1.0, torch.Generator(), seen)
+        torch.testing.assert_close(searched.target(4), wanted, atol=1e-4, rtol=1e-3)
+        assert [name for name, _ in searched.named_parameters() if learner.apart(f"0.q_proj.{name}")] == ["gate"]
     lost = torch.zeros(9, 16)
     lost[:4] = matrix(4, 16)
     assert masked(lost, seen).left.shape == (9, 9)  # also of a weight without full rank
@@ -345,13 +350,15 @@ def test_one_search_serves_all_budgets(demo, text, quick, tmp_path):
 
 
 def test_a_search_of_other_defaults_is_not_taken_for_this_one(demo, quick, cache, monkeypatch):
-    search = {}
+    search, stages = {}, set()
     for penalty in (1e-3, 1e-2):
         defaults = acip.__kwdefaults__ | {"penalty": penalty}
         monkeypatch.setattr(acip, "__kwdefaults__", defaults)
-        eckart.plan(demo, keep=0.8, **quick("acip"))
+        eckart.plan(demo, keep=0.8, progress=lambda stage, i, n: stages.add(stage), **quick("acip"))
         search[penalty] = {path.name for path in cache.glob("statistics-*/search-*")}
     assert len(search[1e-2] - search[1e-3]) == 1
+    assert "train" in stages
+    assert "tune" not in stages  # a plan needs the ranks only
 
 
 def test_a_run_that_diverges_ends_in_a_sentence_and_keeps_its_state(demo, text, tmp_path, cache):
