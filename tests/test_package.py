@@ -89,6 +89,25 @@ def test_the_algebra_does_not_import_transformers():
     assert python(code) == "False"
 
 
+def test_everything_but_kernels_works_without_triton():
+    code = """
+import sys
+sys.modules["triton"] = None  # as if it were not installed
+import torch
+from eckart.kernels import _rescaled
+from eckart.linalg import factored_row_norms
+import eckart.hosts.factored
+weight, up, down = torch.eye(4), torch.ones(4, 1), torch.zeros(1, 4)
+print(factored_row_norms(weight, up, down, 1.0).tolist(), _rescaled(), "eckart.kernels.rescaled" in sys.modules)
+"""
+    assert python(code) == "[1.0, 1.0, 1.0, 1.0] None False"
+
+
+def test_kernels_are_loaded_when_a_tensor_needs_them():
+    code = "import sys, eckart.linalg, eckart.hosts.factored; print('eckart.kernels.rescaled' in sys.modules)"
+    assert python(code) == "False"
+
+
 # Registration with transformers.
 
 KNOWN = "import transformers.quantizers.auto as auto; print('eckart' in auto.AUTO_QUANTIZER_MAPPING)"

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoTokenizer,
     BertConfig,
     BertModel,
     GPT2Config,
@@ -185,6 +186,27 @@ def test_a_plan_says_every_size_beforehand(elastic, demo, quick, tmp_path):
     assert "sizes" not in eckart.plan(demo, keep=0.9, **quick("svd")).as_dict()
     with pytest.raises(EckartError, match="svd-llm with these settings cannot be elastic"):
         eckart.plan(demo, keep=0.9, elastic=True, **quick("svd-llm"))
+
+
+def test_biases_of_another_dtype_are_counted_as_they_are_stored(tmp_path, demo, quick):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, attention_bias=True, tie_word_embeddings=True)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    for block in model.model.layers:
+        for layer in (block.self_attn.q_proj, block.self_attn.v_proj, block.self_attn.o_proj):
+            layer.bias.data = torch.randn(32)
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(demo).save_pretrained(tmp_path / "model")
+    arguments = {"keep": 0.97, "elastic": True, **quick("eckart", storage="lowrank")}
+    planned = eckart.plan(tmp_path / "model", **arguments)
+    made = eckart.compress(tmp_path / "model", tmp_path / "out", **arguments)
+    assert any(layer.structure == "dense" for layer in made.plan.layers if "self_attn" in layer.name)
+    assert planned.sizes[-1].nbytes == planned.bytes_after == made.plan.bytes_after
+    for at in planned.sizes[::5]:
+        cut = eckart.slice_folder(tmp_path / "out", tmp_path / str(at.keep), keep=at.keep)
+        held = sum(t.nbytes for path in cut.glob("*.safetensors") for t in load_file(path).values())
+        assert at.nbytes == held == json.loads((cut / "eckart.json").read_text())["plan"]["bytes_after"]
 
 
 def test_without_a_sequential_pass_cutting_is_compressing(tmp_path, demo, quick):

@@ -10,7 +10,7 @@ from eckart.errors import EckartError
 from eckart.fit import Metric, metric, regress
 from eckart.fit.subspace import SubspaceSum
 from eckart.hosts import map_of
-from eckart.methods.compress.acip import MaskedSVD
+from eckart.methods.compress.acip import MaskedSVD, MaskLearner, acip
 from eckart.methods.compress.dobi_svd import CutOutputs
 from eckart.methods.compress.maestro import OrderedFactors
 from eckart.methods.compress.trp import Truncated
@@ -132,7 +132,7 @@ def test_scores_are_the_order_in_which_masks_close():
     assert layer._scale == 0.5  # 16 / 32, whatever rank the layer has room for
 
 
-@pytest.mark.parametrize("rank", [3, 9, 14])
+@pytest.mark.parametrize("rank", [1, 2, 3, 9, 14])
 def test_a_held_layer_is_the_factors_it_folds_into(rank):
     w, x = matrix(16, 20), matrix(4, 20, 1)
     layer = masked(w, folds=True)
@@ -142,18 +142,22 @@ def test_a_held_layer_is_the_factors_it_folds_into(rank):
         layer.gate.copy_(torch.linspace(0.1, 0.9, 16))
         layer.gate[15] = -1
         layer.count()
-    factors = layer.factors(rank, metric())
+    factors = layer.factors(rank, metric()).to(torch.float32)
     layer.hold(rank)
-    assert layer.alive == rank - 2
+    assert layer.alive == max(rank - 2, 0)
     assert factors.rank == rank
     torch.testing.assert_close(factors(x), layer(x).detach(), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(layer.factors(rank, metric()).dense(), factors.dense())
+    torch.testing.assert_close(layer.factors(rank, metric()).dense(), factors.dense(), atol=1e-4, rtol=1e-4)
     assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["down", "up"]
     # the singular values kept are those of the largest masks that are open
     u, s, v = torch.linalg.svd(w, full_matrices=False)
     kept = list(range(14, 16 - rank, -1))
     lora = 0.5 * layer.up.detach() @ layer.down.detach()
     torch.testing.assert_close(factors.dense(), (u[:, kept] * s[kept]) @ v[kept] + lora, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():  # what a tuning makes of the corrections is all kept
+        layer.up.add_(matrix(*layer.up.shape, 2))
+        layer.down.add_(matrix(*layer.down.shape, 3))
+    torch.testing.assert_close(layer.factors(rank, metric())(x), layer(x).detach(), atol=1e-4, rtol=1e-4)
 
 
 def test_corrections_are_what_a_layer_keeps_first_and_cost_a_dense_one_nothing():
@@ -180,6 +184,11 @@ def test_components_of_the_output_are_the_best_maps_of_every_rank():
     layer, best = masked(w, seen), regress(w, seen, rank=9)
     for rank in (1, 4, 9):
         torch.testing.assert_close(layer.target(rank), best.factors(rank).dense().float(), atol=1e-4, rtol=1e-3)
+    for basis, wanted in (("inputs", best.factors(4).dense().float()), ("plain", truncated(w, 4))):
+        learner = MaskLearner(basis=basis, folds=False)
+        searched = learner.layer(w, None, 1.0, torch.Generator(), seen)
+        torch.testing.assert_close(searched.target(4), wanted, atol=1e-4, rtol=1e-3)
+        assert [name for name, _ in searched.named_parameters() if learner.apart(f"0.q_proj.{name}")] == ["gate"]
     lost = torch.zeros(9, 16)
     lost[:4] = matrix(4, 16)
     assert masked(lost, seen).left.shape == (9, 9)  # also of a weight without full rank
@@ -338,6 +347,18 @@ def test_one_search_serves_all_budgets(demo, text, quick, tmp_path):
         ranks.append({layer.name: layer.rank for layer in out.plan.layers})
     assert starts == [0, 4]
     assert all(ranks[1][name] <= rank for name, rank in ranks[0].items())
+
+
+def test_a_search_of_other_defaults_is_not_taken_for_this_one(demo, quick, cache, monkeypatch):
+    search, stages = {}, set()
+    for penalty in (1e-3, 1e-2):
+        defaults = acip.__kwdefaults__ | {"penalty": penalty}
+        monkeypatch.setattr(acip, "__kwdefaults__", defaults)
+        eckart.plan(demo, keep=0.8, progress=lambda stage, i, n: stages.add(stage), **quick("acip"))
+        search[penalty] = {path.name for path in cache.glob("statistics-*/search-*")}
+    assert len(search[1e-2] - search[1e-3]) == 1
+    assert "train" in stages
+    assert "tune" not in stages  # a plan needs the ranks only
 
 
 def test_a_run_that_diverges_ends_in_a_sentence_and_keeps_its_state(demo, text, tmp_path, cache):

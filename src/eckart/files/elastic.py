@@ -58,6 +58,7 @@ class ElasticLayer:
         shared: whether one down factor serves all sizes.
         ranks: components to be used near each size, at most.
         itemsize: bytes per number.
+        bias_itemsize: bytes per number of the bias it had; 0 for as many.
     """
 
     name: str
@@ -70,6 +71,7 @@ class ElasticLayer:
     shared: bool
     ranks: tuple[int, ...]
     itemsize: int
+    bias_itemsize: int = 0  # which folders made before it was counted do not state
 
     @property
     def table(self) -> bool:
@@ -84,6 +86,11 @@ class ElasticLayer:
     def held(self) -> list[int]:
         """The sizes at which it is cut, ascending."""
         return [i for i, rank in enumerate(self.ranks) if rank]
+
+    @property
+    def dense_bytes(self) -> int:
+        """The bytes of it left dense."""
+        return math.prod(self.shape) * self.itemsize + self.bias * (self.bias_itemsize or self.itemsize)
 
     @property
     def nbytes(self) -> int:
@@ -182,7 +189,7 @@ class Elastic:
             plan: what every layer becomes there.
             nbytes: of the dense model.
         """
-        dense = sum((math.prod(layer.shape) + layer.bias) * layer.itemsize for layer in self.layers)
+        dense = sum(layer.dense_bytes for layer in self.layers)
         after = self.fixed + sum(cut.numbers for cut in plan.values())
         return after, nbytes - dense + sum(cut.nbytes for cut in plan.values())
 
@@ -218,7 +225,7 @@ class Elastic:
     def _slice(self, layer: ElasticLayer, rank: int, loss: float) -> Slice:
         if rank == 0 and layer.dense:
             numbers = math.prod(layer.shape) + layer.bias
-            return Slice(0, numbers, numbers * layer.itemsize, 0.0)
+            return Slice(0, numbers, layer.dense_bytes, 0.0)
         kept = storage(self.stored)
         numbers = kept.numbers(layer.shape, rank) + layer.bias
         return Slice(rank, numbers, numbers * layer.itemsize + kept.index_bytes(layer.shape, rank), loss)

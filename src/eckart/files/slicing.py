@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from eckart.atomic import appearing, check_output, write_json, write_text
@@ -50,7 +50,7 @@ def slice_folder(folder: str | Path, out: str | Path, *, keep: float, progress: 
     parts = _Parts(elastic, plan, keep, tensors)
     entries, sources = _layers(elastic, plan, config, parts)
     gone = {*expected_tensors(config.layers), *expected_tensors(entries), config.sentinel}
-    gone |= {f"{name}.weight" for name in entries}
+    gone |= {f"{name}.{part}" for name in entries for part in ("weight", "bias")}  # of what was dense
     for name in tensors.files:
         if name not in gone:
             nbytes = tensors.dtype(name).itemsize * math.prod(tensors.shape(name))
@@ -96,14 +96,15 @@ class _Parts:
     def map(self, name: str) -> LinearMap:
         return self.elastic.map(name, self.plan[name].rank, self.keep)
 
-    def bias(self, name: str) -> Tensor | None:
-        """Return the bias of a layer, wherever its present form keeps it."""
+    def module(self, name: str, map_: LinearMap) -> nn.Module:
+        """Return the module of a cut layer; its bias, wherever its present form keeps that, has the map's dtype."""
         key = next((key for key in (f"{name}.bias", f"{name}.up.bias") if key in self.tensors), None)
-        return None if key is None else self.tensors.read(key)
+        bias = None if key is None else self.tensors.read(key).to(map_.dtype)
+        return module_of(map_, self.elastic.layer(name), bias)
 
     def read(self, name: str, key: str) -> Tensor:
         if self._last is None or self._last[0] != name:
-            self._last = name, module_of(self.map(name), self.elastic.layer(name), self.bias(name)).state_dict()
+            self._last = name, self.module(name, self.map(name)).state_dict()
         return self._last[1][key]
 
 
@@ -117,7 +118,7 @@ def _layers(
             continue
         map_ = parts.map(layer.name)
         entries[layer.name] = elastic.entry(layer.name, map_)
-        for key, tensor in module_of(map_, layer, parts.bias(layer.name)).state_dict().items():
+        for key, tensor in parts.module(layer.name, map_).state_dict().items():
             sources[f"{layer.name}.{key}"] = Source(tensor.nbytes, partial(parts.read, layer.name, key))
     embedding = next((layer.name for layer in elastic.layers if layer.table and layer.name in entries), None)
     if elastic.tied_head is not None and embedding is not None:

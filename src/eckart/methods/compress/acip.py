@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eckart.fit import Metric, regress
-from eckart.linalg import truncated_svd
+from eckart.linalg import svd_of_product, truncated_svd
 from eckart.maps import LowRank
 from eckart.methods.compress.learner import Layers, LearnedLayer, Learner, course, frozen
 from eckart.methods.compress.recipe import Recipe, check_least, check_share, input_moment
@@ -122,6 +122,11 @@ class MaskedSVD(LearnedLayer):
 
     def hold(self, rank: int) -> None:
         kept = self._kept(rank)
+        if rank < self.folded:  # what the tuning trains has to be what is kept
+            best = svd_of_product([(self.up.detach(), self.down.detach())], rank)
+            root = best.values.sqrt()
+            self.up, self.down = nn.Parameter(best.left * root), nn.Parameter(root[:, None] * best.right)
+            self.folded = rank
         with torch.no_grad():
             self.gate.fill_(-self.unit)[kept] = self.unit
         self.gate.requires_grad_(False)

@@ -143,7 +143,8 @@ def _layer(job: Job, layer: Layer, ranks: tuple[int, ...]) -> ElasticLayer:
     padding = cast("int | None", module.padding_idx) if layer.kind == EMBEDDING else None
     shared = layer.kind == EMBEDDING or not job.recipe.sequential
     itemsize = job.weight_dtype(layer.name).itemsize
-    return ElasticLayer(layer.name, kind, layer.shape, part, layer.bias, padding, True, shared, ranks, itemsize)
+    own = job.model.stored_dtype(f"{layer.name}.bias").itemsize if layer.bias else 0
+    return ElasticLayer(layer.name, kind, layer.shape, part, layer.bias, padding, True, shared, ranks, itemsize, own)
 
 
 def chosen_of(elastic: Elastic) -> dict[str, Option]:

@@ -194,9 +194,11 @@ class Learning:
         """Return where the search's state is: with the statistics if every budget shares it."""
         if not self.learner.any_size:
             return self.folder / f"{SEARCH}.safetensors"
-        request = self.job.request
+        request, search = self.job.request, dataclasses.replace(self.learner, tuning=None)
         settings = sorted((name, repr(value)) for name, value in request.settings.items())
-        return self.known.store.path(f"search-{content_key((request.method, repr(settings)), [])[:16]}", 0)
+        # the learner as well: another version may have other defaults
+        key = content_key((request.method, repr(settings), repr(search)), [])
+        return self.known.store.path(f"search-{key[:16]}", 0)
 
     def _maps(self, model: nn.Module, layers: dict[str, LearnedLayer], chosen: dict[str, Option]) -> Maps:
         """Return what the layers become that were chosen not to stay dense, dense in the model until then."""
