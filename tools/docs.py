@@ -95,7 +95,7 @@ def tables(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _is_trained(variant: str) -> bool:
-    return variant.endswith((" healed", " trained"))
+    return " healed" in variant or " trained" in variant
 
 
 def _best(values: list[float | None], larger: bool) -> float | None:
