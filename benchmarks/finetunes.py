@@ -228,15 +228,16 @@ def followed(model: nn.Module, method: str, optimizer: Any, steps: int) -> list[
     return handle.moving()
 
 
-def run(task: Task, parts: Any, base: nn.Module, method: str, settings: dict[str, Any], rate: float, seed: int) -> Any:
-    """Train once; return the validation loss, the measures on test examples and the seconds a step."""
-    training, validation, test = parts
+def run(
+    task: Task, parts: Any, base: nn.Module, method: str, settings: dict[str, Any], rate: float, seed: int
+) -> tuple[dict[str, float], nn.Module | None]:
+    """Train once; return the validation loss with the seconds a step, and the model unless it diverged."""
+    training, validation, _ = parts
     try:
         model, cost = fitted(task, training, base, method, settings, rate, seed)
     except DivergedError:
-        return {"validation": math.inf}
-    held = measured(model, validation)["loss"]
-    return {"validation": held, **measured(model, test), "seconds": cost["seconds"]}
+        return {"validation": math.inf}, None
+    return {"validation": measured(model, validation)["loss"], "seconds": cost["seconds"]}, model
 
 
 def memory(name: str, method: str, settings: dict[str, Any]) -> float:
@@ -265,14 +266,17 @@ def tuned(name: str, method: str) -> dict[str, Any]:
         settings = settings_of(base, method, parts[0])
         at = min(range(len(GRID)), key=lambda i: abs(math.log(GRID[i] / starting_rate(method, settings))))
         found: dict[int, Any] = {}
-        best = -1
+        best, first = -1, None
         while best != at:  # then both neighbours of the best are tried
             at = at if best < 0 else best
             for i in (at, at - 1, at + 1):
                 if 0 <= i < len(GRID) and i not in found:
-                    found[i] = run(task, parts, base, method, settings, GRID[i], SEEDS[0])
+                    found[i], model = run(task, parts, base, method, settings, GRID[i], SEEDS[0])
+                    first = model if found[i] == min(found.values(), key=lambda r: r["validation"]) else first
             best = min(found, key=lambda i: found[i]["validation"])
-        seeds = [found[at], *(run(task, parts, base, method, settings, GRID[at], seed) for seed in SEEDS[1:])]
+        others = [run(task, parts, base, method, settings, GRID[at], seed) for seed in SEEDS[1:]]
+        ran = [(found[at], first), *others]
+        seeds = [{**row, **(measured(model, parts[2]) if model else {})} for row, model in ran]
         model = adapted(base, method, parts[0], settings, 0)
         return {
             "task": name,
