@@ -246,7 +246,7 @@ def memory(name: str, method: str, settings: dict[str, Any]) -> float:
     with tempfile.TemporaryDirectory() as scratch:
         task = replace(tasks(Path(scratch))[name], steps=2)
         training = examples_of(task)[0]
-        base = load_task_model(task.model, training.labels)
+        base, _ = load_task_model(task.model, training.labels)
         return fitted(task, training, base, method, settings, 1e-6, 0)[1]["bytes"]
 
 
@@ -262,7 +262,7 @@ def tuned(name: str, method: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         task = tasks(Path(scratch))[name]
         parts = examples_of(task)
-        base = load_task_model(task.model, parts[0].labels)
+        base, _ = load_task_model(task.model, parts[0].labels)
         settings = settings_of(base, method, parts[0])
         at = min(range(len(GRID)), key=lambda i: abs(math.log(GRID[i] / starting_rate(method, settings))))
         found: dict[int, Any] = {}

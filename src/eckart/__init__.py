@@ -69,6 +69,8 @@ if TYPE_CHECKING:
     from eckart.methods.adapt.federated import Federated as Federated
     from eckart.methods.adapt.federated import federate as federate
     from eckart.methods.adapt.federated import recombine as recombine
+    from eckart.methods.adapt.folding import Folded as Folded
+    from eckart.methods.adapt.folding import fold_adapters as fold_adapters
     from eckart.methods.adapt.loading import load_adapter as load_adapter
     from eckart.methods.adapt.table import ADAPTERS as ADAPTERS
     from eckart.methods.adapt.tune import Tuned as Tuned
@@ -83,8 +85,8 @@ if TYPE_CHECKING:
     from eckart.methods.delta.ere import delta as delta
     from eckart.methods.delta.outcome import Delta as Delta
     from eckart.methods.delta.outcome import TensorDelta as TensorDelta
-    from eckart.methods.evaluate import Evaluation as Evaluation
     from eckart.methods.evaluate import evaluate as evaluate
+    from eckart.methods.evaluation import Evaluation as Evaluation
 
     __version__: str
 
@@ -95,11 +97,13 @@ PUBLIC: dict[str, str] = {
         "eckart.methods.compress.pipeline": ("compress", "plan"),
         "eckart.methods.compress.outcome": ("Plan", "LayerPlan", "Outcome"),
         "eckart.methods.compress.table": ("METHODS",),
-        "eckart.methods.evaluate": ("evaluate", "Evaluation"),
+        "eckart.methods.evaluate": ("evaluate",),
+        "eckart.methods.evaluation": ("Evaluation",),
         "eckart.methods.adapt.adapt": ("adapt", "adapters", "start_statistics"),
         "eckart.methods.adapt.adapters": ("Adapters",),
         "eckart.methods.adapt.calibration": ("calibration_error", "fit_temperature"),
         "eckart.methods.adapt.federated": ("federate", "Federated", "recombine"),
+        "eckart.methods.adapt.folding": ("fold_adapters", "Folded"),
         "eckart.methods.adapt.loading": ("load_adapter",),
         "eckart.methods.adapt.table": ("ADAPTERS",),
         "eckart.methods.adapt.tune": ("tune", "Tuned"),

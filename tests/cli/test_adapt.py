@@ -111,7 +111,7 @@ def test_an_adapter_is_not_taken_for_a_model(tmp_path: Path):
     assert adapt(tmp_path / "made", "--rank", 2)[0] == 0
     code, _, error = run("eval", tmp_path / "made", "--text", DEMO / "valid.txt")
     assert code == 1
-    assert "is an adapter, not a model; in Python `eckart.load_adapter(model, " in " ".join(error.split())
+    assert "is an adapter, not a model; `eckart fold MODEL " in " ".join(error.split())
 
 
 def test_ways_to_combine_are_printed():
@@ -131,3 +131,53 @@ def test_methods_of_adaptation_are_listed_and_printed():
     code, _, error = run("adapters", "dorra")
     assert code == 1
     assert "did you mean 'dora'" in error
+
+
+def test_saved_adapters_are_measured_and_folded(tmp_path: Path):
+    assert adapt(tmp_path / "a", "--rank", 2, "--rate", 0.01)[0] == 0
+    measure = ("--text", DEMO / "valid.txt", "--limit", 3, "--json")
+    on, off = (
+        json.loads(run("eval", DEMO / "stories260k", *measure, *more)[1])
+        for more in (("--adapter", tmp_path / "a"), ())
+    )
+    assert on["nats_per_token"] != off["nats_per_token"]
+    code, out, _ = run("fold", DEMO / "stories260k", tmp_path / "a", "--out", tmp_path / "whole")
+    assert code == 0
+    assert "35 of 35 layers hold all of the change" in out
+    whole = json.loads(run("eval", tmp_path / "whole", *measure)[1])
+    assert whole["nats_per_token"] == pytest.approx(on["nats_per_token"], abs=1e-5)
+
+
+def test_a_fold_that_cannot_be_says_why(tmp_path: Path):
+    assert adapt(tmp_path / "a", "--rank", 2)[0] == 0
+    for adapter, more, reason in (
+        (tmp_path / "no", (), "holds no adapter"),
+        (DEMO / "stories260k", (), "holds no adapter"),
+        (tmp_path / "a", ("--calibration", tmp_path / "none.txt"), "there is no file"),
+    ):
+        code, _, error = run("fold", DEMO / "stories260k", adapter, "--out", tmp_path / "whole", *more)
+        assert (code, reason in " ".join(error.split())) == (1, True), error
+        assert not (tmp_path / "whole").exists()
+
+
+def test_a_classifier_is_measured_on_labelled_rows(tmp_path: Path):
+    rows = tmp_path / "rows.tsv"
+    lines = [f"the {w} ran to the {o}\t{w}" for o in ("house", "tree", "sea") for w in ("dog", "cat")]
+    rows.write_text("sentence\tkind\n" + "\n".join(lines * 8) + "\n")
+    fields = ("--text-field", "sentence", "--label-field", "kind")
+    steps = ("--steps", 20, "--batch", 8, "--rank", 4, "--rate", 0.01, "--validation", rows, "--json")
+    code, out, _ = run("adapt", DEMO / "stories260k", "--data", rows, *fields, *steps, "--out", tmp_path / "a")
+    assert code == 0
+    tuned = json.loads(out)
+    assert tuned["labels"] == ["cat", "dog"]
+    measure = ("--labelled", rows, *fields, "--json")
+    code, out, _ = run("eval", DEMO / "stories260k", "--adapter", tmp_path / "a", *measure)
+    assert code == 0
+    assert json.loads(out)["accuracy"] == tuned["after"]["accuracy"] > 0.9
+    assert run("fold", DEMO / "stories260k", tmp_path / "a", "--out", tmp_path / "whole")[0] == 0
+    values = json.loads(run("eval", tmp_path / "whole", *measure)[1])
+    assert values["accuracy"] == tuned["after"]["accuracy"]
+    assert values["nats_per_example"] == pytest.approx(tuned["after"]["loss"], abs=1e-4)
+    assert "accuracy" in run("eval", tmp_path / "whole", *measure[:-1])[1]
+    code, _, error = run("eval", DEMO / "stories260k", *measure)
+    assert (code, "has no head for classes" in " ".join(error.split())) == (1, True)

@@ -126,8 +126,8 @@ def test_the_version_is_that_of_the_package() -> None:
         ([*RUN, "--set", "anchor=much"], 1, "anchor of eckart must be a number"),
         (RUN, 1, "needs a calibration text; give one with --calibration"),
         (["compress", "EMPTY", "--keep", "0.5", "--out", "x"], 1, "has no config.json"),
-        (["eval", "MODEL"], 2, "give one of --text (decoders) and --pairs"),
-        (["eval", "MODEL", "--text", "a", "--pairs", "b"], 2, "give one of --text (decoders) and --pairs"),
+        (["eval", "MODEL"], 2, "give one of --text (decoders), --pairs"),
+        (["eval", "MODEL", "--text", "a", "--pairs", "b"], 2, "give one of --text (decoders), --pairs"),
         (["eval", "MODEL", "--text", "none.txt"], 1, "there is no file none.txt"),
         (["eval", "MODEL", "--text", "TEXT", "--length", "65"], 1, "exceeds the model's context of 64"),
         (["eval", "MODEL", "--pairs", "TEXT"], 1, "is a decoder"),
@@ -307,7 +307,7 @@ def test_evaluation_is_printed(model, text) -> None:
 
 
 def test_what_json_cannot_hold_becomes_null(model, text, monkeypatch) -> None:
-    from eckart.methods.evaluate import Evaluation
+    from eckart.methods.evaluation import Evaluation
 
     endless = Evaluation(tokens=1, seconds=1.0, nats_per_token=1000.0, perplexity=float("inf"))
     monkeypatch.setattr("eckart.methods.evaluate.evaluate", lambda *a, **k: endless)

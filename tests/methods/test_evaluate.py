@@ -285,8 +285,8 @@ def write(folder: Path, content: str | bytes) -> Path:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda d, e, t, p, x: evaluate(d), "either text .* or pairs"),
-        (lambda d, e, t, p, x: evaluate(d, text=t, pairs=p), "either text .* or pairs"),
+        (lambda d, e, t, p, x: evaluate(d), "give one of text .* pairs"),
+        (lambda d, e, t, p, x: evaluate(d, text=t, pairs=p), "give one of text .* pairs"),
         (lambda d, e, t, p, x: evaluate(d, text=x / "none.txt"), r"no text file .*none\.txt"),
         (lambda d, e, t, p, x: evaluate(e, pairs=x / "none.tsv"), r"no file of sentence pairs .*none\.tsv"),
         (lambda d, e, t, p, x: evaluate(x / "none", text=t), "no model folder"),

@@ -9,7 +9,7 @@ from rich.console import Console
 from eckart.files.inspect import Contents, LayerContents
 from eckart.methods.compress.outcome import LayerPlan, Measured, Outcome, Plan
 from eckart.methods.compress.table import METHODS
-from eckart.methods.evaluate import Evaluation
+from eckart.methods.evaluation import Evaluation
 from eckart.report import units
 from eckart.report.console import print_all
 from eckart.report.pages import method_page, method_values, methods_table

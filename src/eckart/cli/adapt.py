@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from eckart.cli.guard import CONTINUES, STARTS_AGAIN, guarded, print_json
-from eckart.cli.options import Json, require_model
+from eckart.cli.options import EveryLayer, Json, require_model
 from eckart.errors import EckartError
 
 
@@ -69,6 +69,36 @@ def adapt(
             format="peft" if file_format == "peft" else "eckart",
         )  # fmt: skip
     print_json(done.as_dict()) if as_json else print_all(tuned_table(done))
+
+
+@guarded(STARTS_AGAIN)
+def fold(
+    model: Annotated[Path, typer.Argument(help="Folder of the base model, dense or compressed.")],
+    adapter: Annotated[list[Path], typer.Argument(help="Folders of saved adapters, composed in this order.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not hold anything yet.")],
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text on which merged layers are to be near.  [default: near in their weights]")
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Field or column of that text.")] = "text",
+    length: Annotated[int, typer.Option(help="Tokens of a window of that text.")] = 256,
+    every_layer: EveryLayer = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model with saved adapters merged into it, which loads without them."""
+    require_model(model)
+    if calibration is not None and not calibration.is_file():
+        raise EckartError(f"there is no file {calibration}")
+
+    from eckart.cli.progress import Bars
+    from eckart.methods.adapt.folding import fold_adapters
+    from eckart.report.adapters import folded_table
+    from eckart.report.console import print_all
+
+    with Bars() as progress:
+        done = fold_adapters(
+            model, adapter, out, calibration=calibration, text_field=text_field, length=length, progress=progress
+        )
+    print_json(done.as_dict()) if as_json else print_all(folded_table(done, every_layer))
 
 
 def _rate(given: str | None) -> Any:

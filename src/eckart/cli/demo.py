@@ -13,7 +13,8 @@ from eckart.errors import EckartError
 from eckart.files.inspect import show
 from eckart.files.text import encode_document, load_tokenizer
 from eckart.methods.compress.pipeline import compress
-from eckart.methods.evaluate import Evaluation, evaluate, load
+from eckart.methods.evaluate import evaluate, load
+from eckart.methods.evaluation import Evaluation
 from eckart.progress import Progress
 
 METHODS = ("svd-llm", "eckart")

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from eckart.cli.adapt import adapt, adapters
+from eckart.cli.adapt import adapt, adapters, fold
 from eckart.cli.guard import CONTINUES, INTERRUPTED, STARTS_AGAIN, guarded, print_json
-from eckart.cli.options import Json, require_model
+from eckart.cli.options import EveryLayer, Json, require_model
 from eckart.errors import EckartError
 
 app = typer.Typer(
@@ -26,7 +26,6 @@ Elastic = Annotated[bool, typer.Option("--elastic", help="Make a folder that als
 Least = Annotated[
     float | None, typer.Option(help="Smallest size of an elastic folder, as a share like --keep.  [default: 0.5]")
 ]
-EveryLayer = Annotated[bool, typer.Option("--every-layer", help="One row per layer, however many there are.")]
 Keep = Annotated[
     float | None,
     typer.Option(
@@ -123,6 +122,7 @@ def compress(
 
 app.command()(adapt)
 app.command("adapters")(adapters)
+app.command("fold")(fold)
 
 
 @app.command("eval")
@@ -133,20 +133,29 @@ def evaluate(
     pairs: Annotated[
         Path | None, typer.Option(help="Tab-separated sentence1, sentence2, score, for a sentence encoder.")
     ] = None,
+    labelled: Annotated[Path | None, typer.Option(help="Labelled rows, .jsonl or .tsv, for a classifier.")] = None,
+    text_field: Annotated[str, typer.Option(help="Field or column of a labelled sentence.")] = "text",
+    label_field: Annotated[str, typer.Option(help="Field or column of its label.")] = "label",
+    adapter: Annotated[
+        list[Path] | None, typer.Option(help="Folder of a saved adapter to put on the model; may be given again.")
+    ] = None,
     length: Annotated[
         int | None, typer.Option(help="Tokens read at once.  [default: the context, 2048 at most]")
     ] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens a window advances.  [default: half the length]")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first documents or pairs.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first documents, pairs or rows.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a model: loss and perplexity on text, or rank correlation on scored sentence pairs."""
-    if (text is None) == (pairs is None):
-        raise typer.BadParameter("give one of --text (decoders) and --pairs (sentence encoders)", param_hint="--text")
+    """Measure a model: loss on text, rank correlation on scored sentence pairs, or accuracy on labelled rows."""
+    given = [source for source in (text, pairs, labelled) if source is not None]
+    if len(given) != 1:
+        raise typer.BadParameter(
+            "give one of --text (decoders), --pairs (sentence encoders) and --labelled (classifiers)",
+            param_hint="--text",
+        )
     require_model(model)
-    given = text or pairs
-    if given is not None and not given.is_file():
-        raise EckartError(f"there is no file {given}")
+    if not given[0].is_file():
+        raise EckartError(f"there is no file {given[0]}")
 
     from eckart.cli.progress import Bars
     from eckart.methods.evaluate import evaluate as run
@@ -154,7 +163,10 @@ def evaluate(
     from eckart.report.tables import evaluation_table
 
     with Bars() as progress:
-        found = run(model, text=text, pairs=pairs, length=length, stride=stride, limit=limit, progress=progress)
+        found = run(
+            model, text=text, pairs=pairs, labelled=labelled, text_field=text_field, label_field=label_field,
+            adapters=adapter or (), length=length, stride=stride, limit=limit, progress=progress,
+        )  # fmt: skip
     print_json(found.as_dict()) if as_json else print_all(evaluation_table(found))
 
 

@@ -12,6 +12,7 @@ from eckart.errors import EckartError
 ADAPTER_FILES = "eckart_adapter.json", "adapter_config.json"
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+EveryLayer = Annotated[bool, typer.Option("--every-layer", help="One row per layer, however many there are.")]
 
 
 def require_model(folder: Path) -> None:
@@ -28,8 +29,8 @@ def require_model(folder: Path) -> None:
         )
     if any((folder / name).is_file() for name in ADAPTER_FILES):
         raise EckartError(
-            f"{folder} is an adapter, not a model; in Python `eckart.load_adapter(model, {str(folder)!r})` puts it on "
-            "the model it was made for"
+            f"{folder} is an adapter, not a model; `eckart fold MODEL {folder} --out DIR` makes a model of it and of "
+            "the one it was made for"
         )
     if not (folder / "config.json").is_file():
         raise EckartError(f"{folder} has no config.json; give the path of a Hugging Face model folder")

@@ -6,6 +6,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from eckart.errors import EckartError
+from eckart.hosts.base import Host
 from eckart.hosts.host import is_linear
 
 # Narrower linear layers (routers, gates, scalar heads) carry decisions rather than features; they are left alone.
@@ -100,6 +101,11 @@ def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
         inside = any(name.startswith(f"{outer}.") for outer in out)
         if isinstance(module, nn.ModuleList) and len(module) and not inside:
             same = len({type(block) for block in module}) == 1
-            if same and any(is_linear(m) for m in module[0].modules()) and not is_linear(module[0]):
+            if same and any(_is_matrix(m) for m in module[0].modules()) and not _is_matrix(module[0]):
                 out[name] = module
     return out
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    """Tell whether a module is a linear layer, dense or of any structure."""
+    return is_linear(module) or isinstance(module, Host)

@@ -1,4 +1,5 @@
-"""Measuring a model: loss and perplexity of a decoder on text, rank correlation of a sentence encoder on scored pairs.
+"""Measuring a model: a decoder's loss on text, a sentence encoder's rank correlation on scored pairs, a classifier's
+accuracy on labelled sentences.
 
     loss = - sum_i log p(t_i | up to `length` tokens before it) / count,    perplexity = e^loss
 
@@ -6,7 +7,7 @@ Every token but each document's first is scored exactly once. Documents longer t
 that overlap: a window advances by `stride`, and only the tokens that no earlier window scored count, so every scored
 token sees at least `length - stride` tokens of its document (or all there are).
 
-Dense folders, compressed folders and loaded models are measured alike.
+Dense folders, compressed folders and loaded models are measured alike, folders with saved adapters on them as well.
 """
 
 import csv
@@ -31,6 +32,9 @@ from eckart.errors import EckartError
 from eckart.files.folder import check_model_folder, quiet, tensor_file
 from eckart.files.huggingface import register
 from eckart.files.text import encode_document, load_tokenizer, read_documents
+from eckart.methods.adapt.folding import put_adapters
+from eckart.methods.classification import evaluate_classifier, labelled_rows, load_classifier
+from eckart.methods.evaluation import Evaluation
 from eckart.progress import Progress, silent
 
 # Longest window chosen without being asked: models with a context of 100,000 tokens would need hours and gigabytes.
@@ -38,41 +42,6 @@ LONGEST_DEFAULT = 2048
 # Tokens per forward pass; bounds the memory of the logits.
 TOKENS_PER_BATCH = 2048
 PAIR_COLUMNS = ("sentence1", "sentence2", "score")
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """What was measured; the fields of the other kind of model are None.
-
-    Attributes:
-        tokens: tokens scored (decoder) or read (encoder).
-        seconds: wall time of the forward passes.
-        documents: texts scored, or None.
-        nats_per_token: mean negative log-likelihood, natural logarithm.
-        perplexity: its exponential (infinity where that overflows).
-        bits_per_byte: bits per byte of UTF-8 text; comparable across tokenizers.
-        pairs: sentence pairs scored, or None.
-        spearman: Spearman's rank correlation of cosine similarities with the scores.
-    """
-
-    tokens: int
-    seconds: float
-    documents: int | None = None
-    nats_per_token: float | None = None
-    perplexity: float | None = None
-    bits_per_byte: float | None = None
-    pairs: int | None = None
-    spearman: float | None = None
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens scored or read per second."""
-        return self.tokens / max(self.seconds, 1e-9)
-
-    def as_dict(self) -> dict[str, float | int]:
-        """Return plain values for JSON, without what does not apply to this kind of model."""
-        values = {name: getattr(self, name) for name in self.__slots__} | {"tokens_per_second": self.tokens_per_second}
-        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +64,10 @@ def evaluate(
     *,
     text: str | Path | None = None,
     pairs: str | Path | None = None,
+    labelled: str | Path | None = None,
+    text_field: str = "text",
+    label_field: str = "label",
+    adapters: Sequence[str | Path] = (),
     length: int | None = None,
     stride: int | None = None,
     batch: int = TOKENS_PER_BATCH,
@@ -102,7 +75,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Measure a decoder on text or a sentence encoder on scored pairs.
+    """Measure a decoder on text, a sentence encoder on scored pairs, or a classifier on labelled sentences.
 
     Computes in float32 on CPU, or in the model's own dtype on an accelerator if there is one. A loaded model is used as
     it is, where it is.
@@ -111,36 +84,59 @@ def evaluate(
         model: folder, dense or compressed, or a loaded model.
         text: text file for a decoder: documents as in `eckart.files.text`.
         pairs: tab-separated file for an encoder, plain or gzip, with the columns sentence1, sentence2 and score.
+        labelled: rows in a .jsonl or .tsv file, plain or gzip, for a model that classifies.
+        text_field: field or column of a labelled sentence.
+        label_field: the same of its label.
+        adapters: folders of saved adapters to put on a folder's model, all of them, composed in this order.
         length: tokens a window reads, by default the context, 2048 at most; for an encoder, where sentences are cut.
         stride: tokens a window advances; by default half the length.
         batch: tokens per forward pass.
-        limit: only the first documents or pairs.
+        limit: only the first documents, pairs or labelled sentences.
         tokenizer: that of a loaded model, if the folder it came from is gone.
         progress: called with the tokens done.
 
     Raises:
-        EckartError: for a missing or damaged file, a model of the other kind, or a text with nothing to score.
+        EckartError: for a missing or damaged file, a model of another kind, or a text with nothing to score.
     """
-    if (text is None) == (pairs is None):
-        raise EckartError("give either text (for a decoder) or pairs (for a sentence encoder), and not both")
-    for name, value in (("length", length), ("stride", stride), ("batch", batch), ("limit", limit)):
-        if value is not None and value < 1:
-            raise EckartError(f"{name} must be at least 1, got {value}")
-    loaded, vocabulary = (load(Path(model)), None) if isinstance(model, str | Path) else (model, tokenizer)
-    require_kind(loaded, decoder=text is not None)
-    if vocabulary is None:
-        vocabulary = tokenizer or load_tokenizer(_origin(model))
+    if sum(source is not None for source in (text, pairs, labelled)) != 1:
+        raise EckartError("give one of text (for a decoder), pairs (for an encoder) and labelled (for a classifier)")
+    _check_counts(length=length, stride=stride, batch=batch, limit=limit)
+    if stride is not None and text is None:
+        raise EckartError("stride is for text; sentences are read whole")
+    folders = [Path(each) for each in ([adapters] if isinstance(adapters, str | Path) else adapters)]
+    loaded = _with_adapters(model, folders, classifies=labelled is not None)
+    vocabulary = tokenizer or load_tokenizer(_origin(model))
     training = loaded.training
     loaded.eval()
     try:
+        if labelled is not None:
+            rows = labelled_rows(loaded, vocabulary, Path(labelled), text_field, label_field, length, limit)
+            return evaluate_classifier(loaded, rows)
+        require_kind(loaded, decoder=text is not None)
         if text is not None:
             documents = read_documents(Path(text))[:limit]
             return _evaluate_decoder(loaded, vocabulary, documents, length, stride, batch, progress)
-        if stride is not None:
-            raise EckartError("stride is for text; sentence pairs are read whole")
         return _evaluate_encoder(loaded, vocabulary, read_pairs(Path(str(pairs)))[:limit], length, batch, progress)
     finally:
         loaded.train(training)
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise EckartError(f"{name} must be at least 1, got {value}")
+
+
+def _with_adapters(model: str | Path | PreTrainedModel, adapters: Sequence[Path], classifies: bool) -> PreTrainedModel:
+    """Return a model given as it is, or load it with adapters."""
+    if not isinstance(model, str | Path):
+        if adapters:
+            raise EckartError("adapters are for a folder's model; put them on a loaded one with eckart.load_adapter")
+        return model
+    loaded = load_classifier(Path(model), adapters) if classifies else load(Path(model))
+    if adapters:
+        put_adapters(loaded, adapters)
+    return loaded
 
 
 def load(folder: Path) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""What a fine-tune did as a table."""
+"""What a fine-tune did, and what folding adapters lost, as tables."""
 
 from collections.abc import Mapping
 
@@ -7,8 +7,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from eckart.methods.adapt.folding import Folded
 from eckart.methods.adapt.tune import Tuned
-from eckart.report.units import duration, share
+from eckart.report.units import duration, share, size
+
+# Layers shown unless all are asked for, and the share of a change that is rounding.
+SHOWN, EXACT = 5, 1e-4
 
 
 def tuned_table(done: Tuned) -> RenderableType:
@@ -28,6 +32,22 @@ def tuned_table(done: Tuned) -> RenderableType:
         f"written to {done.out}",
     ]
     return Group(table, Text(), Text("\n".join(notes)))
+
+
+def folded_table(done: Folded, every_layer: bool = False) -> RenderableType:
+    """Return what of the adapters' change the layers' structures cannot hold, and where the model was written."""
+    losing = {name: lost for name, lost in done.lost.items() if lost > EXACT}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("layer", no_wrap=True)
+    table.add_column("share of its change lost", justify="right", no_wrap=True)
+    worst = sorted(losing.items(), key=lambda item: -item[1])
+    for name, lost in done.lost.items() if every_layer else worst[:SHOWN]:
+        table.add_row(name, share(lost))
+    more = "" if every_layer or len(losing) <= SHOWN else f"; {len(losing) - SHOWN} more with --every-layer"
+    kept = f"{len(done.lost) - len(losing)} of {len(done.lost)} layers hold all of the change{more}"
+    notes = [f"{', '.join(done.adapters)}: {kept}", f"written to {done.out}, {size(done.nbytes)}"]
+    text = Text("\n".join(notes))
+    return Group(table, Text(), text) if every_layer or losing else text
 
 
 def _steps(count: int) -> str:

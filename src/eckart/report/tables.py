@@ -14,7 +14,7 @@ from eckart.report.units import count, duration, loss, share, size
 
 if TYPE_CHECKING:  # they import transformers, which the tables do without
     from eckart.files.inspect import Contents, LayerContents
-    from eckart.methods.evaluate import Evaluation
+    from eckart.methods.evaluation import Evaluation
 
 # Above this many layers, those whose names differ only in numbers share a row.
 MOST_ROWS = 24
@@ -217,6 +217,12 @@ def evaluation_table(evaluation: "Evaluation") -> Table:
     if evaluation.spearman is not None:
         table.add_row("Spearman correlation", f"{evaluation.spearman:.4f}")
         table.add_row("pairs", f"{evaluation.pairs:,}")
+        table.add_row("tokens read", f"{evaluation.tokens:,}")
+    if evaluation.accuracy is not None:
+        table.add_row("accuracy", f"{evaluation.accuracy:.4f}")
+        table.add_row("loss, nats per sentence", f"{evaluation.nats_per_example:.4f}")
+        table.add_row("expected calibration error", f"{evaluation.calibration_error:.4f}")
+        table.add_row("sentences", f"{evaluation.examples:,}")
         table.add_row("tokens read", f"{evaluation.tokens:,}")
     table.add_row("tokens per second", count(evaluation.tokens_per_second))
     table.add_row("time", duration(evaluation.seconds))

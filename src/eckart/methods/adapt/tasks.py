@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -95,8 +96,19 @@ def _windows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], lengt
     return Examples(torch.tensor(ids[: count * length], dtype=torch.int64).reshape(count, length))
 
 
-def load_task_model(folder: Path, labels: Sequence[str]) -> PreTrainedModel:
+def load_task_model(
+    folder: Path, labels: Sequence[str], dtype: torch.dtype | Literal["auto"] = torch.float32
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Load a model folder for its task: with a head for the classes, or to predict next tokens.
+
+    Returns:
+        the model, and the modules whose weights the folder lacks, drawn anew: some architectures have more of a head
+        than the last layer (a pooler, DistilBERT's `pre_classifier`).
+
+    Args:
+        folder: of the model.
+        labels: names of the classes; none to predict next tokens.
+        dtype: of the weights; "auto" for the stored one.
 
     Raises:
         EckartError: if the folder is none of a model, lacks weights, or its architecture has no such head.
@@ -108,11 +120,11 @@ def load_task_model(folder: Path, labels: Sequence[str]) -> PreTrainedModel:
                 names = dict(enumerate(labels))
                 made, info = AutoModelForSequenceClassification.from_pretrained(
                     folder, num_labels=len(labels), id2label=names, label2id={v: k for k, v in names.items()},
-                    local_files_only=True, dtype=torch.float32, output_loading_info=True,
+                    local_files_only=True, dtype=dtype, output_loading_info=True,
                 )  # fmt: skip
             else:
                 made, info = AutoModelForCausalLM.from_pretrained(
-                    folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+                    folder, local_files_only=True, dtype=dtype, output_loading_info=True
                 )
     except (ValueError, KeyError) as error:
         task = "classification" if labels else "predicting next tokens"
@@ -121,7 +133,14 @@ def load_task_model(folder: Path, labels: Sequence[str]) -> PreTrainedModel:
     _require_weights(folder, model, info["missing_keys"], bool(labels))
     if labels and model.config.pad_token_id is None:
         model.config.pad_token_id = 0
-    return model
+    return model, _outermost(model, info["missing_keys"])
+
+
+def _outermost(model: PreTrainedModel, missing: Iterable[str]) -> tuple[str, ...]:
+    """Return the modules that hold missing weights: whole ones beside the base model, single layers inside of it."""
+    inside = f"{model.base_model_prefix}."
+    names = {n.rpartition(".")[0] if n.startswith(inside) else n.partition(".")[0] for n in missing}
+    return tuple(sorted(names))
 
 
 def _require_weights(folder: Path, model: PreTrainedModel, missing: Iterable[str], classifies: bool) -> None:

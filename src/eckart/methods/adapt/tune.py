@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,11 @@ from eckart.errors import EckartError
 from eckart.files.adapters import TENSORS
 from eckart.files.folder import check_model_folder
 from eckart.files.text import load_tokenizer
-from eckart.methods.adapt.adapt import adapt, adapters, check_seed, require_follower
+from eckart.methods.adapt.adapt import HEADS, adapt, adapters, check_seed, require_follower
 from eckart.methods.adapt.adapters import Adapters
 from eckart.methods.adapt.calibration import calibration_error, fit_temperature
 from eckart.methods.adapt.described import Described
+from eckart.methods.adapt.folding import REPORT
 from eckart.methods.adapt.loading import load_adapter
 from eckart.methods.adapt.rates import GRID, curvature_rate, find_rate
 from eckart.methods.adapt.saving import Format
@@ -30,7 +31,6 @@ from eckart.methods.adapt.tasks import Examples, answers, batch_of, load_task_mo
 from eckart.methods.training import Course, Share, Step, train
 from eckart.progress import Progress, silent
 
-REPORT = "report.json"
 # What the adapter of an earlier task is called while a later one trains.
 EARLIER = "earlier"
 # Examples that data-driven starts are made from.
@@ -56,6 +56,7 @@ class Tuned:
         calibration: of a classification: the temperature that half of the held-out examples ask for, and the expected
             calibration error of the other half without ("error") and with it ("scaled").
         seconds: how long all of it took.
+        labels: names of the classes in the order of the head's outputs; none of texts.
     """
 
     method: str
@@ -69,6 +70,7 @@ class Tuned:
     after: dict[str, float]
     calibration: dict[str, float]
     seconds: float
+    labels: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values."""
@@ -128,11 +130,12 @@ def tune(
     _check(target, described, length, probe, probe_rate, label_field, after)
     given, course = described.settings, Course(steps, _starting_rate(rate, described.recipe().rate), batch)
     fields = {"length": length, "text_field": text_field, "label_field": label_field}
-    base, examples, held_out = _task(Path(model), Path(data), validation, fields, seed)
-    before, start = measured(base, held_out), _batches(examples, batch)
-    how = {"after": after, "targets": targets, "data": start, "seed": seed, "progress": progress, **given}
+    base, heads, examples, held_out = _task(Path(model), Path(data), validation, fields, seed)
+    before, data = measured(base, held_out), _batches(examples, batch)
+    how = {"after": after, "targets": targets, "data": data, "trained": heads, "seed": seed, **given}
     decides = str(model), method, given, seed, rate, asdict(course), list(targets or ()), fields, probe, probe_rate
-    run = _Run(base, method, how, examples, held_out, _partial(target, examples, decides, after), format)
+    state = _partial(target, examples, decides, after)
+    run = _Run(base, method, how, examples, held_out, state, format, progress)
     course = run.train(course, rate, Course(probe, probe_rate, batch) if probe else None)
     return _publish(run, target, course, probe, before, began)
 
@@ -189,7 +192,9 @@ def _publish(run: "_Run", target: Path, course: Course, probe: int, before: dict
     """Write the adapter and the report, without what differs between two runs, and delete the run's state."""
     numbers = run.handle.count(), sum(p.numel() for p in run.model.parameters()), course.rate, course.steps, probe
     after, calibration = measured(run.model, run.held_out), _calibration(run.model, run.held_out)
-    tuned = Tuned(run.method, target, *numbers, before, after, calibration, time.perf_counter() - began)
+    tuned = Tuned(
+        run.method, target, *numbers, before, after, calibration, time.perf_counter() - began, run.examples.labels
+    )
     with appearing(target) as folder:
         run.handle.save(folder, format=run.form)
         write_json(folder / REPORT, {k: v for k, v in tuned.as_dict().items() if k not in ("out", "seconds")})
@@ -210,8 +215,8 @@ def _batches(examples: Examples, size: int) -> list[dict[str, Tensor]]:
 
 def _task(
     model: Path, data: Path, validation: str | Path | None, fields: Mapping[str, Any], seed: int
-) -> tuple[nn.Module, Examples, Examples]:
-    """Return the model for the task, what to train on and what to measure on."""
+) -> tuple[nn.Module, tuple[str, ...] | None, Examples, Examples]:
+    """Return the model for the task, what of it trains whole (None: as always), what to train and to measure on."""
     check_model_folder(model)
     tokenizer = load_tokenizer(model)
     examples = read_examples(tokenizer, data, **fields)
@@ -220,7 +225,9 @@ def _task(
     else:
         held_out = read_examples(tokenizer, Path(validation), **fields, labels=examples.labels)
     torch.manual_seed(seed)  # a head that is new starts anew
-    return load_task_model(model, examples.labels), examples, held_out
+    base, new = load_task_model(model, examples.labels)
+    known = [name for name, _ in base.named_children() if name in HEADS]
+    return base, tuple(sorted({*known, *new})) if examples.labels and new else None, examples, held_out
 
 
 def _partial(target: Path, examples: Examples, decides: Sequence[Any], after: str | Path | None) -> Path:
@@ -242,15 +249,16 @@ class _Run:
         held_out: Examples,
         partial: Path,
         form: Format,
+        progress: Progress,
     ) -> None:
         self.model, self.method, self.how = model, method, how
         self.examples, self.held_out, self.partial, self.form = examples, held_out, partial, form
-        self.seed, self.progress = int(how["seed"]), cast(Progress, how["progress"])
+        self.seed, self.progress = int(how["seed"]), progress
         self.handle = self._adapted()
         self._check_format()
 
     def _adapted(self) -> Adapters:
-        how = dict(self.how)
+        how = {**self.how, "progress": self.progress}
         folder = how.pop("after")
         if folder is not None:
             load_adapter(self.model, folder, EARLIER)
