@@ -134,8 +134,7 @@ def tune(
     before, data = measured(base, held_out), _batches(examples, batch)
     how = {"after": after, "targets": targets, "data": data, "trained": heads, "seed": seed, **given}
     decides = str(model), method, given, seed, rate, asdict(course), list(targets or ()), fields, probe, probe_rate
-    state = _partial(target, examples, decides, after)
-    run = _Run(base, method, how, examples, held_out, state, format, progress)
+    run = _Run(base, method, how, examples, held_out, _partial(target, examples, decides, after), format, progress)
     course = run.train(course, rate, Course(probe, probe_rate, batch) if probe else None)
     return _publish(run, target, course, probe, before, began)
 
