@@ -114,26 +114,38 @@ def spearman_on(pairs: Path) -> Callable[[Path], float]:
 def trec_accuracy(data: Path) -> Callable[[Path], float]:
     """Return a measure: accuracy of the nearest training question's class on TREC's test questions."""
 
-    @torch.no_grad()
-    def embedded(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
-        ids = [tokenizer(text)["input_ids"] for text in texts]
-        out = torch.empty(len(ids), model.config.hidden_size)
-        for length in {len(one) for one in ids}:  # equal lengths together: no padding
-            at = [i for i, one in enumerate(ids) if len(one) == length]
-            out[at] = sentence_embedding(model(torch.tensor([ids[i] for i in at])))
-        return out
-
     def measure(folder: Path) -> float:
-        with quiet():
-            model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-            tokenizer = AutoTokenizer.from_pretrained(folder)
         train, test = (_tsv(data / f"{split}.tsv.gz") for split in ("train", "test"))
         train = train[:2000]
         nearest = KNeighborsClassifier(5, metric="cosine")
-        nearest.fit(embedded(model, tokenizer, [r["text"] for r in train]), [r["label"] for r in train])
-        return float(nearest.score(embedded(model, tokenizer, [r["text"] for r in test]), [r["label"] for r in test]))
+        nearest.fit(embedded(folder, [r["text"] for r in train]), [r["label"] for r in train])
+        return float(nearest.score(embedded(folder, [r["text"] for r in test]), [r["label"] for r in test]))
 
     return measure
+
+
+def distance_from(dense: Path, pairs: Path) -> Callable[[Path], float]:
+    """Return a measure: the squared distance of sentences' embeddings from those of the dense model, their mean."""
+    texts = [row[key] for row in _tsv(pairs) for key in ("sentence1", "sentence2")]
+
+    def measure(folder: Path) -> float:
+        return float((embedded(folder, texts) - embedded(dense, texts)).square().sum(-1).mean())
+
+    return measure
+
+
+@torch.no_grad()
+def embedded(folder: Path, texts: list[str]) -> torch.Tensor:
+    """Return a folder's embeddings of sentences, of length 1."""
+    with quiet():
+        model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    out = torch.empty(len(ids), model.config.hidden_size)
+    for length in {len(one) for one in ids}:  # equal lengths together: no padding
+        at = [i for i, one in enumerate(ids) if len(one) == length]
+        out[at] = sentence_embedding(model(torch.tensor([ids[i] for i in at])))
+    return out
 
 
 def _read(path: Path) -> str:
@@ -166,10 +178,11 @@ def subjects(shared: Path, scratch: Path) -> dict[str, Subject]:
         ),
     }
     if package is not None and package.origin is not None:
+        dense, test = Path(package.origin).parent / "model", data / "stsb/test.tsv.gz"
         out["all-MiniLM-L6-v2"] = Subject(
-            Path(package.origin).parent / "model",
+            dense,
             lines,
-            {"STS-B": spearman_on(data / "stsb/test.tsv.gz"), "TREC": trec_accuracy(data / "trec")},
+            {"STS-B": spearman_on(test), "TREC": trec_accuracy(data / "trec"), "distance": distance_from(dense, test)},
             embeddings_from=0.6,
             heal_samples=1024,
         )

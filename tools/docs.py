@@ -82,7 +82,7 @@ def tables(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             lines = [
                 (variant, [at.get((variant, keep), {}).get(measure) for keep in keeps])
                 for variant in dict.fromkeys(r["variant"] for r in mine)
-                if variant != "dense"
+                if variant != "dense" and any(measure in r for r in mine if r["variant"] == variant)
             ]
             dense = at["dense", 1.0][measure]
             larger = measure in ("STS-B", "TREC")
