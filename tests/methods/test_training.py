@@ -72,6 +72,25 @@ def test_a_growing_penalty_does_not_silence_what_is_clipped_apart(tmp_path):
     assert not torch.allclose(trained(10.0).trained.weight, free, atol=1e-3)
 
 
+def test_what_is_clipped_apart_is_clipped(tmp_path):
+    """A penalty that grows and one that does not give the same steps where both are far above the clip."""
+
+    def gate(penalty) -> torch.Tensor:
+        model = Model()
+        model.register_parameter("gate", torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0])))
+
+        def loss(step) -> tuple[torch.Tensor, torch.Tensor]:
+            total, task = model.loss(step)
+            return total + penalty(step.index) * model.gate.square().sum(), task
+
+        course, state = Course(8, 1e-2, 4), tmp_path / f"{penalty(3)}.safetensors"
+        train(model, DATA, course, loss, state=state, seed=0, progress=silent, apart=lambda name: name == "gate")
+        return model.gate.detach()
+
+    torch.testing.assert_close(gate(lambda index: 100.0 * 3**index), gate(lambda index: 100.0), rtol=1e-5, atol=0)
+
+
+
 @pytest.mark.parametrize("until", [0, 4, 6, 11, 18])
 def test_a_run_that_was_stopped_ends_in_the_same_bits(until, tmp_path):
     whole = run(tmp_path / "whole.safetensors")
