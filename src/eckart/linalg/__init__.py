@@ -7,6 +7,7 @@ from eckart.linalg.eigen import shrink as shrink
 from eckart.linalg.eigen import top_eigen as top_eigen
 from eckart.linalg.filtered import filtered_svd as filtered_svd
 from eckart.linalg.finite import all_finite as all_finite
+from eckart.linalg.leading import leading_svd as leading_svd
 from eckart.linalg.lanczos import largest_eigenvalue as largest_eigenvalue
 from eckart.linalg.matching_pursuit import orthogonal_matching_pursuit as orthogonal_matching_pursuit
 from eckart.linalg.pivots import Pivots as Pivots
