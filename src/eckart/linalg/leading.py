@@ -16,29 +16,32 @@ Source: Zhou et al. 2006, "Self-consistent-field calculations using Chebyshev-fi
 Davis and Kahan 1970 for the angle.
 """
 
+import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from eckart.errors import EckartError
+from eckart.linalg.gram import add_upper_gram, mirror_upper
 from eckart.linalg.svd import GRAM_RESOLVES, TruncatedSVD, truncated_svd
 
 # Sine of the largest angle to the leading space, 6e-5 degrees: that of rounding an orthonormal basis to float32.
 ANGLE = 1e-6
 # Below this relative gap of eigenvalues of K there is no telling a space from its neighbour, and both are as good.
 GAP = 1e-6
-# Costs are in products of the block with K in float64, of which one in float32 is half. A full decomposition of K takes
-# so many times n^3 multiplications (measured at 512 and 1,024, one thread), and what is left of the rounds may take this
-# share of it and of forming K. All take this much at least; below that side their Python takes longer than it.
-DENSE_COST, SHARE, LEAST, MIN_SIDE = 5.5, 0.8, 11, 256
+# Costs are in n^2 multiplications in float64, of which one in float32 is half. A full decomposition of K takes so many
+# times n of them (measured at 512 and 1,024, one thread), and what is left to do may take this share of it and of forming
+# K. Below that side the Python around it takes longer.
+DENSE_COST, SHARE, MIN_SIDE = 5.5, 0.8, 256
 # What float32 leaves of the angle, in units of theta_1 / (theta_k - c).
 ROUNDING = 4e-7
-# Growth of the first direction over the k-th in one filter: beyond, rounding drowns the k-th.
-GROWTH = {torch.float32: 1e4, torch.float64: 1e10}
+# Growth of the first direction over the k-th in one filter: beyond, rounding to float32 drowns the k-th.
+GROWTH = 1e4
+TINY = 1e-300
 
 
 def leading_svd(factors: Sequence[Tensor], rank: int, *, seed: int = 0) -> TruncatedSVD:
@@ -58,9 +61,9 @@ def leading_svd(factors: Sequence[Tensor], rank: int, *, seed: int = 0) -> Trunc
         EckartError: for factors that do not fit or hold NaN or Inf, or a negative rank.
     """
     largest = _checked(factors, rank)
-    if factors[0].shape[0] > factors[-1].shape[1]:
-        other = leading_svd([factor.mT for factor in reversed(factors)], rank, seed=seed)
-        return TruncatedSVD(other.right.mT, other.values, other.left.mT, other.errors, other.method)
+    tall = factors[0].shape[0] > factors[-1].shape[1]
+    if tall:
+        factors, largest = [factor.mT for factor in reversed(factors)], largest[::-1]
     dtype = torch.float32
     for factor in factors:
         dtype = torch.promote_types(dtype, factor.dtype)
@@ -97,73 +100,52 @@ def _block(rank: int) -> int:
     return max(2 * rank, rank + 16)
 
 
-@dataclass(frozen=True, slots=True)
-class _Ritz:
-    """Ritz vectors of K as rows (b, n), their images by A^T (b, m) and K (b, n), and their values, descending float64."""
-
-    vectors: Tensor
-    halfway: Tensor
-    images: Tensor
-    values: Tensor
-
-    def bounds(self, k: int) -> tuple[float, float]:
-        """Return the two terms of the bound of the sine of the angle to the space of the k leading eigenvectors."""
-        rest = self.images - self.values.to(self.images.dtype)[:, None] * self.vectors
-        residuals = torch.linalg.vector_norm(rest, dim=1).double()
-        above = (self.values[:k] - self.values[-1]).clamp_min(torch.finfo(torch.float64).tiny)
-        lacking = float(torch.linalg.vector_norm(residuals[:k] / above))
-        gap = max(float(self.values[k - 1] - self.values[k]), GAP * float(self.values[k - 1]))
-        return lacking, lacking * float(torch.linalg.vector_norm(residuals[k:])) / max(gap, 1e-300)
-
-    def filtered(self, operator: "_Product", cut: float, degree: int) -> Tensor:
-        """Return p(K) of the vectors at length 1, p of that degree and small between 0 and the cut."""
-        half = cut / 2
-        before, now = self.vectors, (self.images - half * self.vectors) / half
-        for _ in range(degree - 1):
-            image = operator.forward(operator.backward(now))
-            before, now = now, 2 * (image - half * now) / half - before
-        return torch.nn.functional.normalize(now, dim=1)
-
-
 class _Product:
-    """A product of matrices, applied to rows; factors far from one are scaled by powers of two."""
+    """A product A of matrices (n, m); factors far from one are scaled by powers of two."""
 
     def __init__(self, factors: Sequence[Tensor], largest: Sequence[float]) -> None:
         self._given = factors
         self._powers = [_power(size, factor.dtype) for size, factor in zip(largest, factors, strict=True)]
+        self._wide: list[Tensor] = []
         self.shape = factors[0].shape[0], factors[-1].shape[1]
-        self.device = factors[0].device
-        self.unit = math.ldexp(1.0, -sum(self._powers))
         self.size = sum(factor.numel() for factor in factors)
-        self.use(torch.float32)
+        self.unit = math.ldexp(1.0, -sum(self._powers))
 
-    def use(self, dtype: torch.dtype) -> None:
-        """Work in this dtype from now on."""
-        self.factors = []
-        for factor, power in zip(self._given, self._powers, strict=True):
-            wide = factor.to(torch.promote_types(factor.dtype, torch.float32))
-            self.factors.append((wide * math.ldexp(1.0, power) if power else wide).to(dtype))
+    def scaled(self, dtype: torch.dtype) -> list[Tensor]:
+        """Return the factors in a dtype."""
+        wide = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in self._given)
+        both = zip(wide, self._powers, strict=True)
+        return [(factor * math.ldexp(1.0, power) if power else factor).to(dtype) for factor, power in both]
 
-    def backward(self, rows: Tensor) -> Tensor:
-        """Return rows A, (b, n) to (b, m)."""
-        for factor in self.factors:
-            rows = rows @ factor
-        return rows
+    def gram(self) -> Tensor:
+        """Return K = A A^T, (n, n) float32."""
+        whole = functools.reduce(torch.matmul, self.scaled(torch.float32))
+        total = whole.new_zeros(len(whole), len(whole))
+        add_upper_gram(total, whole.mT)
+        return mirror_upper(total)
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """Return rows A^T, (b, m) to (b, n)."""
-        for factor in reversed(self.factors):
-            rows = rows @ factor.mT
-        return rows
+    @functools.cached_property
+    def wide(self) -> list[Tensor]:
+        """The factors in float64."""
+        return self.scaled(torch.float64)
 
-    def ritz(self, rows: Tensor) -> _Ritz:
-        """Return the Ritz vectors of K in the span of rows (b, n)."""
-        rows = torch.linalg.qr(rows.mT).Q.mT
-        halfway = self.backward(rows)
-        values, turn = torch.linalg.eigh((halfway @ halfway.mT).double())
-        turn = turn.flip(1).mT.to(rows.dtype)
-        halfway = turn @ halfway
-        return _Ritz(turn @ rows, halfway, self.forward(halfway), values.flip(0).clamp_min(0))
+    def halfway(self, rows: Tensor) -> Tensor:
+        """Return rows A in float64, (b, n) to (b, m)."""
+        return functools.reduce(torch.matmul, self.wide, rows)
+
+    def times(self, rows: Tensor) -> Tensor:
+        """Return rows K in float64, (b, n)."""
+        return functools.reduce(torch.matmul, [factor.mT for factor in reversed(self.wide)], self.halfway(rows))
+
+    def triplets(self, vectors: Tensor) -> TruncatedSVD:
+        """Return the singular triplets of left singular vectors (k, n) in float64."""
+        images = self.halfway(vectors)
+        values = torch.linalg.vector_norm(images, dim=1)
+        errors = values.new_zeros(0)
+        if len(self.wide) == 1:
+            captured = torch.cat((values.new_zeros(1), values.square().cumsum(0)))
+            errors = (torch.linalg.vector_norm(self.wide[0]).square() - captured).clamp_min(0) * self.unit**2
+        return TruncatedSVD(vectors.mT, values * self.unit, images / values[:, None], errors, "filtered")
 
 
 def _power(largest: float, dtype: torch.dtype) -> int:
@@ -172,39 +154,86 @@ def _power(largest: float, dtype: torch.dtype) -> int:
     return 0 if abs(exponent) <= 16 else max(-most, min(most, -exponent))
 
 
-def _filtered(operator: _Product, k: int, seed: int) -> TruncatedSVD | None:
+@dataclass(frozen=True, slots=True)
+class _Ritz:
+    """Ritz vectors v of K as rows (b, n), their residuals K v - theta v (b, n), and their values, descending float64."""
+
+    vectors: Tensor
+    residuals: Tensor
+    values: Tensor
+
+    @staticmethod
+    def of(rows: Tensor, times: Callable[[Tensor], Tensor]) -> "_Ritz":
+        """Return the Ritz vectors of K in the span of rows (b, n)."""
+        rows = torch.linalg.qr(rows.mT).Q.mT
+        images = times(rows)
+        values, turn = torch.linalg.eigh(
+            (images @ rows.mT).double().mT
+        )  # symmetric, and in LAPACK's own order this way
+        values, turn = values.flip(0).clamp_min(0), turn.flip(1).mT.to(rows.dtype)
+        vectors = turn @ rows
+        return _Ritz(vectors, turn @ images - values.to(rows.dtype)[:, None] * vectors, values)
+
+    def bounds(self, k: int) -> tuple[float, float]:
+        """Return the two terms of the bound of the sine of the angle to the space of the k leading eigenvectors."""
+        lengths = torch.linalg.vector_norm(self.residuals, dim=1).double()
+        above = (self.values[:k] - self.values[-1]).clamp_min(TINY)
+        lacking = float(torch.linalg.vector_norm(lengths[:k] / above))
+        gap = max(float(self.values[k - 1] - self.values[k]), GAP * float(self.values[k - 1]))
+        return lacking, lacking * float(torch.linalg.vector_norm(lengths[k:])) / max(gap, TINY)
+
+    def filtered(self, gram: Tensor, cut: float, degree: int) -> Tensor:
+        """Return T(2 K / cut - 1) of the vectors, T the Chebyshev polynomial of that degree.
+
+        Written as T(theta) v + e, with e from the residuals alone: small, so that float32 is enough for it.
+        """
+        half = cut / 2
+        at = (self.values / half - 1)[:, None]
+        factors, factor = torch.ones_like(at), at
+        residuals = self.residuals.to(gram.dtype) / half
+        before, now = torch.zeros_like(residuals), residuals
+        for _ in range(degree - 1):
+            image = (now @ gram) / half - now
+            before, now = now, 2 * (image + factor.to(gram.dtype) * residuals) - before
+            factors, factor = factor, 2 * at * factor - factors
+        return factor.to(self.vectors.dtype) * self.vectors + now.to(self.vectors.dtype)
+
+
+def _filtered(product: _Product, k: int, seed: int) -> TruncatedSVD | None:
     """Return the k leading triplets of a product (n, m) with n <= m; None where a full decomposition costs less."""
-    (n, m), block = operator.shape, _block(k)
-    most = SHARE * n * (DENSE_COST * n * n + n * m) / (2 * block * operator.size)
-    if most < LEAST:
+    (n, m), block = product.shape, _block(k)
+    most = SHARE * (DENSE_COST * n + m)
+    narrow = block / 2 + 8 * block**2 / n
+    wide = 2 * block * product.size / n**2 + 16 * block**2 / n
+    if 4 * block + 2 * (narrow + wide) > most:
         return None
+    gram = product.gram()
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(block, n, generator=generator).to(operator.device)
-    rows = operator.forward(operator.backward(rows))
-    ritz = _iterated(operator, rows, k, most)
-    if ritz is not None:
-        operator.use(torch.float64)
-        ritz = _iterated(operator, ritz.vectors.double(), k, most)
-    return None if ritz is None else _triplets(operator, ritz, k)
+    rows = torch.randn(block, n, generator=generator).to(gram.device) @ gram
+    first = _iterated(lambda rows: rows @ gram, gram, rows, k, narrow, most - 2 * wide)
+    found = None if first is None else _iterated(product.times, gram, first.double(), k, wide, most)
+    return None if found is None else product.triplets(found[:k])
 
 
-def _iterated(operator: _Product, rows: Tensor, k: int, most: float) -> _Ritz | None:
+def _iterated(
+    times: Callable[[Tensor], Tensor], gram: Tensor, rows: Tensor, k: int, look: float, most: float
+) -> Tensor | None:
     """Filter rows (b, n) until their k leading Ritz vectors are as near as their dtype can tell, or as is asked for.
 
     Args:
-        operator: the product, in the dtype of the rows.
+        times: rows (b, n) -> rows K, in the dtype of the rows.
+        gram: K in float32.
         rows: (b, n).
         k: the rank.
-        most: what may still be worth it, in products with K in float64.
+        look: what the Ritz vectors of rows cost.
+        most: what may still be worth it.
 
     Returns:
-        The Ritz vectors, None where there is no hope of them.
+        The Ritz vectors (b, n), None where there is no hope of them.
     """
     wide, before, spent = rows.dtype == torch.float64, math.inf, 0.0
-    cost = 1.0 if wide else 0.5
-    turned = cost * (1 + 8 * rows.numel() / operator.size)  # with the orthonormalization
     while spent <= 2 * most:
-        ritz, spent = operator.ritz(rows), spent + turned
+        ritz = _Ritz.of(rows, times)
         top, last, cut = (float(ritz.values[i]) for i in (0, k - 1, -1))
         if last <= GRAM_RESOLVES**2 * top:
             return None
@@ -213,28 +242,15 @@ def _iterated(operator: _Product, rows: Tensor, k: int, most: float) -> _Ritz | 
         if not wide:  # of narrow gaps inside of the block it can say little
             missing, goal = lacking, max(ANGLE, ROUNDING * top / max(last - cut, ROUNDING * last))
         if missing <= goal or (not wide and 1e-3 > missing > before / 2):
-            return ritz
+            return ritz.vectors
         cut = max(cut, 1e-4 * last)
         gain = max(math.acosh(max(2 * last / cut - 1, 1.0)), 1e-9)
-        steps, later = math.log(2 * missing / goal) / gain, 0.0 if wide else math.log(goal / ANGLE) / gain
+        steps = math.log(2 * missing / goal) / gain
         # The first look may be wrong by a factor of two.
-        if cost * steps + later + turned > most * (2 if before == math.inf else 1):
+        if len(rows) / 2 * steps + look * (1 + steps / 12) > most * (2 if before == math.inf else 1):
             return None
         # The first direction must not drown the k-th, nor may one trust an early cut far.
-        growth = math.log(GROWTH[rows.dtype]) / max(math.acosh(2 * top / cut - 1) - gain, 1e-9)
+        growth = math.log(GROWTH) / max(math.acosh(2 * top / cut - 1) - gain, 1e-9)
         degree = max(1, math.ceil(min(steps, math.floor(growth), 3 if before == math.inf and not wide else 12)))
-        rows, before, spent = ritz.filtered(operator, cut, degree), missing, spent + cost * (degree - 1)
+        rows, before, spent = ritz.filtered(gram, cut, degree), missing, spent + look + len(rows) / 2 * degree
     return None
-
-
-def _triplets(operator: _Product, ritz: _Ritz, k: int) -> TruncatedSVD:
-    """Return the singular triplets of Ritz vectors in float64."""
-    values = torch.linalg.vector_norm(ritz.halfway[:k], dim=1)
-    errors = values.new_zeros(0)
-    if len(operator.factors) == 1:
-        whole = operator.factors[0].flatten()
-        energy = torch.dot(whole, whole)
-        errors = (energy - torch.cat((values.new_zeros(1), values.square().cumsum(0)))).clamp_min(0) * operator.unit**2
-    return TruncatedSVD(
-        ritz.vectors[:k].mT, values * operator.unit, ritz.halfway[:k] / values[:, None], errors, "filtered"
-    )
