@@ -34,8 +34,8 @@ ANGLE = 1e-6
 # Below this relative gap of eigenvalues of K there is no telling a space from its neighbour, and both are as good.
 GAP = 1e-6
 # Costs are in n^2 multiplications in float64, of which one in float32 is half. A full decomposition of K takes so many
-# times n of them (measured at 512 and 1,024, one thread), and what is left to do may take this share of it and of forming
-# K. Below that side the Python around it takes longer.
+# times n of them (measured at 512 and 1,024, one thread), and what is left to do may take this share of it and of
+# forming K. Below that side the Python around it takes longer.
 DENSE_COST, SHARE, MIN_SIDE = 5.5, 0.8, 256
 # What float32 leaves of the angle, in units of theta_1 / (theta_k - c).
 ROUNDING = 4e-7
@@ -76,7 +76,10 @@ def leading_svd(factors: Sequence[Tensor], rank: int, *, seed: int = 0) -> Trunc
         for factor in factors[1:]:
             product = product @ factor.double()
         found = truncated_svd(product, rank)
-    return TruncatedSVD(found.left.to(dtype), found.values.to(dtype), found.right.to(dtype), found.errors, found.method)
+    left, values, right = found.left.to(dtype), found.values.to(dtype), found.right.to(dtype)
+    if tall:
+        left, right = right.mT, left.mT
+    return TruncatedSVD(left, values, right, found.errors, found.method)
 
 
 def _checked(factors: Sequence[Tensor], rank: int) -> list[float]:
@@ -156,7 +159,7 @@ def _power(largest: float, dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Ritz:
-    """Ritz vectors v of K as rows (b, n), their residuals K v - theta v (b, n), and their values, descending float64."""
+    """Ritz vectors v of K as rows (b, n), residuals K v - theta v (b, n), and the values theta, descending float64."""
 
     vectors: Tensor
     residuals: Tensor
@@ -167,9 +170,7 @@ class _Ritz:
         """Return the Ritz vectors of K in the span of rows (b, n)."""
         rows = torch.linalg.qr(rows.mT).Q.mT
         images = times(rows)
-        values, turn = torch.linalg.eigh(
-            (images @ rows.mT).double().mT
-        )  # symmetric, and in LAPACK's own order this way
+        values, turn = torch.linalg.eigh((images @ rows.mT).double())
         values, turn = values.flip(0).clamp_min(0), turn.flip(1).mT.to(rows.dtype)
         vectors = turn @ rows
         return _Ritz(vectors, turn @ images - values.to(rows.dtype)[:, None] * vectors, values)

@@ -296,7 +296,7 @@ def start_statistics(
         model: as `adapt` takes it.
         data: batches as the model is called with.
         targets: layers, as `adapt` takes them.
-        gradients: whether a start needs gradients, as of lora-sb; those of corda and eva do not, and a pass forward does.
+        gradients: whether a start needs gradients, as lora-sb does; for corda and eva alone a pass forward is enough.
         progress: told of the stage "gradients", or "statistics" without them.
 
     Raises:

@@ -12,6 +12,9 @@ from eckart.hosts import AdaptedHost, Heads, Neurons, adaptable_layers, channels
 from eckart.hosts.contextual import Choice, HeadChoice, LossTokens, LowRankPredictor, Sliced, UnitChoice, skeleton
 from eckart.linalg import truncated_svd
 
+# Allowed relative excess of the error of a predictor over that of the best one of its rank.
+ACCURACY = 1e-3
+
 Set = TypeVar("Set", Neurons, Heads)
 
 
