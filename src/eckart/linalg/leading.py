@@ -1,11 +1,12 @@
-"""The leading singular triplets of a product of matrices that is never formed, and of one matrix, to a checked angle.
+"""The leading singular triplets of a matrix, or of a product of matrices, to a checked angle.
 
     A = A_1 A_2 ...,  K = A A^T (or A^T A, the smaller),  X <- p(K) X orthonormalized,  Rayleigh-Ritz in span X,  again
 
 with p the Chebyshev polynomial that is small between 0 and the smallest Ritz value c of the block, so that one product
-with K brings the k-th direction nearer by the factor exp(arccosh(2 theta_k / c - 1)). The first rounds run in float32
-until its rounding is all that is left, the last ones in float64. With R_j = K v_j - theta_j v_j, which is orthogonal to
-the block, the sine of the largest angle between the k Ritz vectors and the true ones is at most, to first order,
+with K brings the k-th direction nearer by the factor exp(arccosh(2 theta_k / c - 1)). The first rounds run on K in
+float32 until its rounding is all that is left. Then A acts in float64, factor by factor, and the filter in float32 only
+on residuals R_j = K v_j - theta_j v_j. Those are orthogonal to the block, so that the sine of the largest angle between
+the k Ritz vectors and the true ones is at most, to first order,
 
     f + f |R_beyond k| / (theta_k - theta_k+1),    f = (sum_j<=k |R_j|^2 / (theta_j - c)^2)^(1/2)
 
@@ -55,7 +56,8 @@ def leading_svd(factors: Sequence[Tensor], rank: int, *, seed: int = 0) -> Trunc
     Returns:
         A `TruncatedSVD` in the widest dtype of the factors (float32 at least); the sine of the largest angle of its
         spaces to the true ones is at most `ANGLE`, but for rounding to that dtype and where relative gaps are below
-        `GAP`. The method is "filtered", with k + 1 errors, or that of `truncated_svd` of the product in float64.
+        `GAP`. The method is "filtered", with k + 1 errors (none of several factors), or that of `truncated_svd` of the
+        product in float64.
 
     Raises:
         EckartError: for factors that do not fit or hold NaN or Inf, or a negative rank.
@@ -76,10 +78,10 @@ def leading_svd(factors: Sequence[Tensor], rank: int, *, seed: int = 0) -> Trunc
         for factor in factors[1:]:
             product = product @ factor.double()
         found = truncated_svd(product, rank)
-    left, values, right = found.left.to(dtype), found.values.to(dtype), found.right.to(dtype)
-    if tall:
-        left, right = right.mT, left.mT
-    return TruncatedSVD(left, values, right, found.errors, found.method)
+    left, right = (found.right.mT, found.left.mT) if tall else (found.left, found.right)
+    return TruncatedSVD(
+        left.to(dtype).contiguous(), found.values.to(dtype), right.to(dtype).contiguous(), found.errors, found.method
+    )
 
 
 def _checked(factors: Sequence[Tensor], rank: int) -> list[float]:
@@ -109,7 +111,6 @@ class _Product:
     def __init__(self, factors: Sequence[Tensor], largest: Sequence[float]) -> None:
         self._given = factors
         self._powers = [_power(size, factor.dtype) for size, factor in zip(largest, factors, strict=True)]
-        self._wide: list[Tensor] = []
         self.shape = factors[0].shape[0], factors[-1].shape[1]
         self.size = sum(factor.numel() for factor in factors)
         self.unit = math.ldexp(1.0, -sum(self._powers))
@@ -154,7 +155,7 @@ class _Product:
 def _power(largest: float, dtype: torch.dtype) -> int:
     """Return by which power of two a matrix with entries up to this is multiplied."""
     exponent, most = math.frexp(largest)[1], 1000 if dtype == torch.float64 else 120
-    return 0 if abs(exponent) <= 16 else max(-most, min(most, -exponent))
+    return 0 if abs(exponent) <= 8 else max(-most, min(most, -exponent))
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +178,7 @@ class _Ritz:
 
     def bounds(self, k: int) -> tuple[float, float]:
         """Return the two terms of the bound of the sine of the angle to the space of the k leading eigenvectors."""
-        lengths = torch.linalg.vector_norm(self.residuals, dim=1).double()
+        lengths = torch.linalg.vector_norm(self.residuals, dim=1, dtype=torch.float64)
         above = (self.values[:k] - self.values[-1]).clamp_min(TINY)
         lacking = float(torch.linalg.vector_norm(lengths[:k] / above))
         gap = max(float(self.values[k - 1] - self.values[k]), GAP * float(self.values[k - 1]))
@@ -191,7 +192,7 @@ class _Ritz:
         half = cut / 2
         at = (self.values / half - 1)[:, None]
         factors, factor = torch.ones_like(at), at
-        residuals = self.residuals.to(gram.dtype) / half
+        residuals = (self.residuals / half).to(gram.dtype)
         before, now = torch.zeros_like(residuals), residuals
         for _ in range(degree - 1):
             image = (now @ gram) / half - now
