@@ -20,6 +20,7 @@ SPECTRA = {
     "steep": lambda i: i**-2.0,
     "geometric": lambda i: 0.7**i,
     "pairs": lambda i: (i / 2).ceil() ** -0.5,
+    "near pairs": lambda i: (i / 2).ceil() ** -0.5 * (1 - 1e-4 * ((i + 1) % 2)),
     "blocks of five": lambda i: (i / 5).ceil() ** -1.0,
     "one block": lambda i: torch.where(i <= 12, 1.0, 0.1 * i**-0.5),
     "rank 10": lambda i: torch.where(i <= 10, 1 / i, 0.0),
