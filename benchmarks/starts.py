@@ -35,7 +35,7 @@ from eckart.maps import LowRank
 from eckart.methods.adapt.adapt import target_layers
 from eckart.methods.adapt.layer import Layer
 from eckart.methods.adapt.table import ADAPTERS
-from eckart.stats import live_gradients
+from eckart.stats import Statistics, live_gradients
 from harness import load, save
 
 OURS = {"pissa": {}, "corda": {}, "eva": {"rho": 1.0}, "olora": {}, "lora-sb": {}}
@@ -170,10 +170,9 @@ def started(name: str, adapter: Adapter) -> Tensor:
     return delta.maps[0].weight.detach()
 
 
-def exact(name: str, model: nn.Module, rank: int) -> dict[str, Tensor]:
+def exact(name: str, model: nn.Module, seen_of: Statistics, rank: int) -> dict[str, Tensor]:
     """Return the subspaces of full decompositions in float64, from the same statistics."""
     layers = target_layers(model, TARGETS)
-    seen_of = eckart.start_statistics(model, batches(), targets=TARGETS)
     moments, gradients = seen_of.moments, seen_of.gradients
     out = {}
     for layer, module in layers.items():
@@ -219,9 +218,9 @@ def measure(hidden: int, rank: int, runs: int, blocks: int, longest: float) -> l
         if run == 0:
             first = factors
     median = {name: statistics.median(values) for name, values in times.items()}
-    rows = []
+    rows, seen_of = [], eckart.start_statistics(model, batches(), targets=TARGETS)
     for name, several in THEIRS.items():
-        wanted = exact(name, model, rank)
+        wanted = exact(name, model, seen_of, rank)
         row = {
             "hidden": hidden,
             "blocks": blocks,
