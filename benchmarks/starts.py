@@ -5,7 +5,8 @@
 The Llama of benchmarks/adapters.py, every linear layer of its first blocks adapted; its weights and embeddings have
 singular values that fall like i^-1/2, since of random ones the leading subspace is hardly defined. Statistics are of
 eight sequences of 512 tokens. Times are processor time of one thread, ours and theirs in turn, medians. Ours all
-start from one shared pass, counted apart; PEFT's times hold the passes that each of its starts makes for itself.
+start from one shared pass, counted apart, as is the pass that a method alone would need; PEFT's times hold the passes
+that each of its starts makes for itself. "Together" is the shared pass and all of our starts against the sum of PEFT's.
 "Angle" is the largest principal angle between the column spaces of the started factors, in degrees: the median over
 layers and the largest; "exact" is the subspace of a full decomposition in float64 of the method's matrix.
 PEFT's EVA is given the same batches until it says that it converged, CorDA needs the package attrs.
@@ -34,6 +35,7 @@ from eckart.maps import LowRank
 from eckart.methods.adapt.adapt import target_layers
 from eckart.methods.adapt.layer import Layer
 from eckart.methods.adapt.table import ADAPTERS
+from eckart.stats import Statistics, live_gradients
 from harness import load, save
 
 OURS = {"pissa": {}, "corda": {}, "eva": {"rho": 1.0}, "olora": {}, "lora-sb": {}}
@@ -130,9 +132,12 @@ def theirs(kind: str, rank: int, model: nn.Module, longest: float) -> tuple[floa
 
 
 def ours(model: nn.Module, rank: int) -> tuple[dict[str, float], dict[str, dict[str, Tensor]]]:
-    """Return our times, of the pass and of every start, and the started factors."""
+    """Return our times, of the passes and of every start, and the started factors."""
     layers = target_layers(model, TARGETS)
     times: dict[str, float] = {}
+    inputs, _ = timed(lambda: eckart.start_statistics(model, batches(), targets=TARGETS, gradients=False))
+    gradient, _ = timed(lambda: live_gradients(model, layers, batches()))
+    times |= {"pass of corda": inputs, "pass of eva": inputs, "pass of lora-sb": gradient}
     times["pass"], seen_of = timed(lambda: eckart.start_statistics(model, batches(), targets=TARGETS))
     moments, gradients = seen_of.moments, seen_of.gradients
     shared: dict[int, dict[str, Any]] = {}
@@ -165,10 +170,9 @@ def started(name: str, adapter: Adapter) -> Tensor:
     return delta.maps[0].weight.detach()
 
 
-def exact(name: str, model: nn.Module, rank: int) -> dict[str, Tensor]:
+def exact(name: str, model: nn.Module, seen_of: Statistics, rank: int) -> dict[str, Tensor]:
     """Return the subspaces of full decompositions in float64, from the same statistics."""
     layers = target_layers(model, TARGETS)
-    seen_of = eckart.start_statistics(model, batches(), targets=TARGETS)
     moments, gradients = seen_of.moments, seen_of.gradients
     out = {}
     for layer, module in layers.items():
@@ -214,9 +218,9 @@ def measure(hidden: int, rank: int, runs: int, blocks: int, longest: float) -> l
         if run == 0:
             first = factors
     median = {name: statistics.median(values) for name, values in times.items()}
-    rows = []
+    rows, seen_of = [], eckart.start_statistics(model, batches(), targets=TARGETS)
     for name, several in THEIRS.items():
-        wanted = exact(name, model, rank)
+        wanted = exact(name, model, seen_of, rank)
         row = {
             "hidden": hidden,
             "blocks": blocks,
@@ -224,6 +228,8 @@ def measure(hidden: int, rank: int, runs: int, blocks: int, longest: float) -> l
             "rank": rank,
             "method": name,
             "pass": median["eckart pass"],
+            "own": median.get(f"eckart pass of {name}"),
+            "longest": longest,
         }
         row |= {"seconds": median[f"eckart {name}"], "exact": angles(first[name], wanted), "peft": []}
         for kind in several:
@@ -234,7 +240,19 @@ def measure(hidden: int, rank: int, runs: int, blocks: int, longest: float) -> l
                  "exact": None if factor is None else angles(wanted, factor)}
             )  # fmt: skip
         rows.append(row)
-    return rows
+    return [*rows, together(rows, list(THEIRS)), together(rows, [name for name in THEIRS if name != "eva"])]
+
+
+def together(rows: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
+    """Return the row of several methods: their starts of one shared pass, and the sum of PEFT's times."""
+    chosen = [row for row in rows if row["method"] in names]
+    peft = [row["peft"][0]["seconds"] for row in chosen]
+    return {key: rows[0][key] for key in ("hidden", "blocks", "runs", "rank", "longest", "pass")} | {
+        "methods": names,
+        "seconds": sum(row["seconds"] for row in chosen),
+        "peft": sum(seconds or rows[0]["longest"] for seconds in peft),
+        "at least": None in peft,
+    }
 
 
 def recombination(size: int, rank: int, runs: int) -> dict[str, Any]:

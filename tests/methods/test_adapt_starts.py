@@ -173,5 +173,12 @@ def test_one_pass_serves_several_starts(method: str):
     assert shared.keys() == own.keys()
     assert all(torch.equal(shared[key], own[key]) for key in own)
     eckart.adapters(model).remove()
+    forward = eckart.start_statistics(model, [IDS], targets=["layer"], gradients=False)
+    assert not forward.gradients
+    if method != "lora-sb":
+        eckart.adapt(model, method, targets=["layer"], data=forward, rank=R)
+        alone = eckart.adapters(model).layers["layer"].adapter("default").state_dict()
+        assert all(torch.equal(alone[key], own[key]) for key in own)
+        eckart.adapters(model).remove()
     with pytest.raises(EckartError, match=r"what layer sees|gradients at layer"):
         eckart.adapt(model, method, targets=["layer"], data=Statistics({}, {}), rank=R)

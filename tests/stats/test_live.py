@@ -49,6 +49,19 @@ def test_moments_are_those_of_the_inputs_and_shared_by_who_sees_one_tensor():
     assert found[f"{attention}q_proj"] is not found[f"{attention}o_proj"]
 
 
+def test_the_head_is_spared_all_tokens_but_the_last():
+    model = llama()
+    body = layers(model)
+    tokens: list[int] = []
+    model.lm_head.register_forward_pre_hook(lambda module, args: tokens.append(args[0].shape[1]))
+    found = live_moments(model, body, [{"input_ids": ids, "labels": ids} for ids in BATCHES])
+    assert tokens == [1, 1]
+    whole = live_moments(model, {**body, "lm_head": model.lm_head}, BATCHES)
+    assert tokens[2:] == [ids.shape[1] for ids in BATCHES]
+    assert whole["lm_head"].count == found["model.layers.0.self_attn.q_proj"].count
+    assert all(torch.equal(found[name].second, whole[name].second) for name in body)
+
+
 def test_padding_counts_for_nothing():
     model = llama().eval()
     short, long = BATCHES[1][:1], BATCHES[0][:1]

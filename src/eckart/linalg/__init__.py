@@ -7,7 +7,10 @@ from eckart.linalg.eigen import shrink as shrink
 from eckart.linalg.eigen import top_eigen as top_eigen
 from eckart.linalg.filtered import filtered_svd as filtered_svd
 from eckart.linalg.finite import all_finite as all_finite
+from eckart.linalg.gram import add_upper_gram as add_upper_gram
+from eckart.linalg.gram import mirror_upper as mirror_upper
 from eckart.linalg.lanczos import largest_eigenvalue as largest_eigenvalue
+from eckart.linalg.leading import leading_svd as leading_svd
 from eckart.linalg.matching_pursuit import orthogonal_matching_pursuit as orthogonal_matching_pursuit
 from eckart.linalg.pivots import Pivots as Pivots
 from eckart.linalg.pivots import pivot_rows as pivot_rows

@@ -30,7 +30,7 @@ class TruncatedSVD:
         right: (k, n) orthonormal rows.
         errors: squared Frobenius error of rank 0, 1, ..., as far as known: all min(m, n) + 1 ranks for the "exact" and
             "gram" methods, k + 1 for "krylov"; float64.
-        method: the method used: "exact", "gram", "krylov-float32" or "krylov-float64".
+        method: the method used: "exact", "gram", "krylov-float32" or "krylov-float64"; "filtered" of `leading_svd`.
     """
 
     left: Tensor

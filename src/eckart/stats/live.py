@@ -1,5 +1,6 @@
 """Moments and gradients of the layers of a model that is in memory, from batches as its training loop has them."""
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,14 +35,22 @@ def live_moments(
     Raises:
         EckartError: if there are no batches, a layer is never called, or its inputs hold NaN or Inf.
     """
-    sums = _MomentSums()
+    sums, headless = _MomentSums(), _runs_headless(model, layers)
     with _evaluating(model):
         for i, batch in enumerate(batches):
             progress("statistics", i, i + 1)
             keyword = _keywords(model, batch)
+            if headless:
+                keyword = {k: v for k, v in keyword.items() if k != "labels"} | {"logits_to_keep": 1}
             with sums.adding(layers, keyword.get("attention_mask")):
                 model(**keyword)
     return sums.results(layers)
+
+
+def _runs_headless(model: nn.Module, layers: Mapping[str, nn.Module]) -> bool:
+    """Return whether all layers are inside a model's body and its head can be spared all tokens but the last."""
+    body = f"{getattr(model, 'base_model_prefix', '')}."
+    return "logits_to_keep" in inspect.signature(model.forward).parameters and all(n.startswith(body) for n in layers)
 
 
 class _MomentSums:

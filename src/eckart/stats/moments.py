@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eckart.errors import EckartError
-from eckart.linalg import all_finite
+from eckart.linalg import add_upper_gram, all_finite, mirror_upper
 
 WIDE_ACCUMULATION = 4096
 
@@ -64,7 +64,7 @@ class MomentSum:
         self.count += rows.shape[0]
         self._sum += rows.sum(0, dtype=torch.float64)
         self._abs += rows.abs().sum(0, dtype=torch.float64)
-        self._second += rows.mT @ rows
+        add_upper_gram(self._second, rows)
 
     def add_sum(self, other: "MomentSum") -> None:
         """Add the vectors that another sum has seen."""
@@ -81,7 +81,8 @@ class MomentSum:
         """
         if self.count == 0:
             raise EckartError(f"no inputs reached {name}: the calibration texts never use it")
-        second = self._second.div_(self.count)  # in place: of wide layers these are the largest tensors there are
+        # In place: of wide layers these are the largest tensors there are.
+        second = mirror_upper(self._second).div_(self.count)
         if not all_finite(second):
             raise EckartError(
                 f"the inputs of {name} hold NaN or Inf; check the weights before it and the calibration texts"
@@ -216,7 +217,7 @@ class GradientSum:
         gradient = gradient.detach().float()
         rows = gradient.reshape(-1, gradient.shape[-1])
         self.count += rows.shape[0]
-        self._second += rows.mT @ rows
+        add_upper_gram(self._second, rows)
         for sequence, inputs in zip(gradient, x.detach().float(), strict=True):
             of_weight = sequence.mT @ inputs
             self._fisher += of_weight.square().sum(1, dtype=torch.float64)
@@ -226,7 +227,7 @@ class GradientSum:
 
     def result(self, name: str) -> Gradients:
         """Return the moments of everything added, using up the sum; `name` says where, if NaN or Inf appeared."""
-        second, fisher = self._second.div_(max(self.count, 1)), self._fisher.div_(max(self.sequences, 1))
+        second, fisher = mirror_upper(self._second).div_(max(self.count, 1)), self._fisher.div_(max(self.sequences, 1))
         if not all_finite(second) or not all_finite(fisher):
             raise EckartError(f"the gradients at {name} hold NaN or Inf; check the weights and the calibration texts")
         return Gradients(self.count, second, fisher)

@@ -287,6 +287,7 @@ def start_statistics(
     data: Iterable[Batch],
     *,
     targets: str | Sequence[str] | None = None,
+    gradients: bool = True,
     progress: Progress = silent,
 ) -> Statistics:
     """Return what every data-driven start needs of a model, from one pass forward and backward over data.
@@ -295,13 +296,16 @@ def start_statistics(
         model: as `adapt` takes it.
         data: batches as the model is called with.
         targets: layers, as `adapt` takes them.
-        progress: told of the stage "gradients".
+        gradients: whether a start needs gradients, as lora-sb does; for corda and eva alone a pass forward is enough.
+        progress: told of the stage "gradients", or "statistics" without them.
 
     Raises:
         EckartError: for bad input of any kind, in one sentence.
     """
     chosen = target_layers(model, targets)
     _check_gathered(chosen, "give targets= without it")
+    if not gradients:
+        return Statistics(live_moments(model, chosen, data, progress), {})
     return live_statistics(model, chosen, data, progress)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from eckart.errors import EckartError
 from eckart.hosts import Adapter
-from eckart.linalg import top_eigen
+from eckart.linalg import leading_svd
 from eckart.methods.adapt.layer import Layer
 from eckart.methods.adapt.recipe import Recipe, added, check_rank
 
@@ -55,8 +55,8 @@ def _components(layer: Layer, count: int) -> tuple[Tensor, Tensor]:
         moments = layer.input_moments()
         mean = moments.mean.double()
         covariance = moments.second.double() - torch.outer(mean, mean)
-        found = top_eigen(covariance, min(count, *layer.shape), accuracy=1e-3, seed=layer.seed)
-        return found.values / covariance.diagonal().sum().clamp_min(1e-30), found.vectors.mT.contiguous()
+        found = leading_svd([covariance], min(count, *layer.shape), seed=layer.seed)
+        return found.values / covariance.diagonal().sum().clamp_min(1e-30), found.right
 
     shares, directions = layer.of_inputs(f"principal {min(count, *layer.shape)}", find)
     return shares, directions

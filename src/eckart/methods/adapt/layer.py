@@ -9,11 +9,8 @@ from torch import Tensor, nn
 
 from eckart.errors import EckartError
 from eckart.hosts import Adapter, is_convolution, kernel_axes, map_of
-from eckart.linalg import TruncatedSVD, truncated_svd
+from eckart.linalg import TruncatedSVD, leading_svd
 from eckart.stats import Moments
-
-# Allowed relative excess of the error of a truncated SVD that starts an adapter: its subspace only has to be close.
-ACCURACY = 1e-3
 
 
 @dataclass(slots=True)
@@ -59,7 +56,7 @@ class Layer:
     def svd(self, rank: int) -> TruncatedSVD:
         """Return the leading singular triplets of W."""
         if rank not in self._svd:
-            self._svd[rank] = truncated_svd(self.weight(), rank, accuracy=ACCURACY, seed=self.seed)
+            self._svd[rank] = leading_svd([self.weight()], rank, seed=self.seed)
         return self._svd[rank]
 
     def input_moments(self) -> Moments:

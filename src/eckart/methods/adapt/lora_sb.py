@@ -16,9 +16,9 @@ import torch
 from eckart.errors import EckartError
 from eckart.hosts import Adapter
 from eckart.hosts.adapter import Plus
-from eckart.linalg import truncated_svd
+from eckart.linalg import leading_svd
 from eckart.maps import Dense, Product
-from eckart.methods.adapt.layer import ACCURACY, Layer
+from eckart.methods.adapt.layer import Layer
 from eckart.methods.adapt.recipe import Recipe, check_rank, train_only
 
 
@@ -35,7 +35,7 @@ def lora_sb(*, rank: int = 16, step: float = 1e-4) -> Recipe:
 
     def build(layer: Layer) -> Adapter:
         update = -step * layer.weight_gradient().sign()
-        found = truncated_svd(update, layer.fitting(rank), accuracy=ACCURACY, seed=layer.seed)
+        found = leading_svd([update], layer.fitting(rank), seed=layer.seed)
         core = Dense(torch.diag(found.values))
         return Adapter([train_only(Plus(Product((Dense(found.left), core, Dense(found.right)))), "delta.1.")])
 

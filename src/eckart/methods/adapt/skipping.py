@@ -11,7 +11,9 @@ from eckart.errors import EckartError
 from eckart.hosts import AdaptedHost, Heads, Neurons, adaptable_layers, channels_of, map_of, offset_of
 from eckart.hosts.contextual import Choice, HeadChoice, LossTokens, LowRankPredictor, Sliced, UnitChoice, skeleton
 from eckart.linalg import truncated_svd
-from eckart.methods.adapt.layer import ACCURACY
+
+# Allowed relative excess of the error of a predictor over that of the best one of its rank.
+ACCURACY = 1e-3
 
 Set = TypeVar("Set", Neurons, Heads)
 
