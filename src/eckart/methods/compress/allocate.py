@@ -25,8 +25,8 @@ from eckart.budget import (
 from eckart.budget.calibrate import calibrated, probe_option
 from eckart.budget.latency import Latencies
 from eckart.errors import EckartError
-from eckart.methods.compress.costs import costed, stored
-from eckart.methods.compress.fitting import fit_layer, loss_of
+from eckart.methods.compress.costs import costed, member_bytes, stored
+from eckart.methods.compress.fitting import fit_layer, loss_of, structure_name
 from eckart.methods.compress.groups import Group, SharedPlan, fit_group, group_candidates, groups_of, member_plans
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import (
@@ -43,7 +43,7 @@ from eckart.methods.compress.layers import (
     weights,
 )
 from eckart.methods.compress.limits import Limit
-from eckart.methods.compress.narrowing import foreseen, narrower_sets
+from eckart.methods.compress.narrowing import foreseen, narrowed_loss, narrower_sets
 from eckart.methods.compress.outcome import LayerPlan, Plan, Spent
 from eckart.methods.compress.probe import levels, probe, remembered
 from eckart.progress import Progress
@@ -112,6 +112,7 @@ def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, prog
     if job.recipe.together:
         chosen = knapsack_together([one.by(measure) for one in table], together, budget, measure)
         narrowed = [layer for layer, _ in sets if chosen[layer.name].structure == NEURONS]
+        chosen = _with_codes(job, merged(layers, narrowed), known, chosen, progress) if predict else chosen
         progress("plan", len(layers), len(layers))
         return Allocation(chosen, table, fixed, narrowed=narrowed)
     chosen = choose(job, layers, known, table, budget)
@@ -200,11 +201,17 @@ def _with_codes(
     """Return chosen options with the losses they have once their numbers are codes, if they become such."""
     if job.recipe.coding is None:
         return chosen
-    out = {}
-    for i, (layer, weight) in enumerate(weights(job, layers)):
+    out = dict(chosen)
+    for i, layer in enumerate(layers):
         progress("plan", i, len(layers))
-        loss = loss_of(known, fit_layer(job, known, layer, weight, chosen[layer.name]))
-        out[layer.name] = replace(chosen[layer.name], loss=loss)
+        option = chosen[layer.name]
+        if layer.writers and not is_dense(option):
+            loss = narrowed_loss(job, known, layer, option)
+        else:
+            parts = weights(job, list(layer.members))
+            fits = (fit_layer(job, known, one, weight, option) for one, weight in parts)
+            loss = sum(loss_of(known, fit) for fit in fits)
+        out[layer.name] = replace(option, loss=loss)
     return out
 
 
@@ -307,12 +314,10 @@ def _rows(job: Job, layer: Layer, option: Option) -> list[LayerPlan]:
     rows = []
     for member in layer.members:
         numbers, dense = (member.narrow_numbers(units, layer) for units in (option.rank, layer.units))
-        nbytes = numbers * job.weight_dtype(member.name).itemsize + member.index_bytes(option.rank, layer)
-        rank = option.rank
-        if is_dense(option):
-            nbytes, rank = dense_bytes(job, member.name, member.shape, member.bias), min(member.shape)
+        nbytes, structure = member_bytes(job, member, layer, option), structure_name(option, job.recipe.coding)
+        rank = min(member.shape) if is_dense(option) else option.rank
         loss = option.loss if member.name == layer.name else 0.0
-        rows.append(LayerPlan(member.name, LINEAR, member.shape, option.structure, rank, numbers, dense, nbytes, loss))
+        rows.append(LayerPlan(member.name, LINEAR, member.shape, structure, rank, numbers, dense, nbytes, loss))
     return rows
 
 

@@ -23,7 +23,7 @@ from eckart.hosts import EmbeddingHost, TiedHead, host, leaf
 from eckart.maps import STORAGES, Dense, LinearMap, random_pivoted, storage
 from eckart.methods.compress.fitting import by_rows, structure_name
 from eckart.methods.compress.job import Job
-from eckart.methods.compress.layers import EMBEDDING, HEAD, Layer
+from eckart.methods.compress.layers import EMBEDDING, HEAD, Layer, dense_bytes
 from eckart.progress import Progress
 
 # Layers of one shape are called in turn, as the model does, as long as their dense weights take no more bytes.
@@ -58,8 +58,11 @@ def costed(
     if measure not in (FLOPS, SECONDS):
         total = job.model.nbytes if measure == BYTES else job.model.numel
         fixed = total - sum(measure.of(layer.dense) for layer in table)
-        coded = measure == BYTES and job.recipe.coding is not None
-        return _with_code_bytes(job, layers, table) if coded else list(table), list(sets), fixed
+        if measure != BYTES or job.recipe.coding is None:
+            return list(table), list(sets), fixed
+        together, found = [layer for layer, _ in sets], [found for _, found in sets]
+        both = _with_code_bytes(job, [*layers, *together], [*table, *found])
+        return both[: len(table)], list(zip(together, both[len(table) :], strict=True)), fixed
     outside = _head_outside(job, layers)
     everything = [*zip(layers, table, strict=True), *outside, *sets]
     out = []
@@ -86,12 +89,13 @@ def costed(
 
 def _with_code_bytes(job: Job, layers: Sequence[Layer], table: Sequence[Candidates]) -> list[Candidates]:
     """Return candidates with the bytes they take once their numbers are codes, dense ones among them."""
-    known: dict[tuple[str, Shape, int, torch.dtype, str, int], int] = {}
+    known: dict[tuple[object, ...], int] = {}
     out = []
     for layer, candidates in zip(layers, table, strict=True):
         options = []
         for o in candidates.options:
-            key = layer.kind, layer.shape, layer.bias, job.weight_dtype(layer.name), o.structure, o.rank
+            each = tuple((m.shape, m.bias, job.weight_dtype(m.name)) for m in layer.members)
+            key = layer.kind, each, o.structure, o.rank
             if key not in known:
                 known[key] = stored(job, layer, o).nbytes
             options.append(replace(o, nbytes=known[key]))
@@ -104,6 +108,9 @@ def stored(job: Job, layer: Layer, option: Option) -> Option:
     recipe, dtype = job.recipe, job.weight_dtype(layer.name)
     if recipe.coding is None:
         return option
+    if layer.writers:
+        nbytes = sum(member_bytes(job, member, layer, option) for member in layer.members)
+        return replace(option, structure=structure_name(option, recipe.coding), nbytes=nbytes)
     map_: LinearMap = Dense(torch.empty(layer.shape, device="meta"))
     if option.structure != DENSE:
         map_ = _example(job, layer, option.structure, option.rank, torch.device("meta"))
@@ -111,6 +118,18 @@ def stored(job: Job, layer: Layer, option: Option) -> Option:
     # What is not in the matrix is the bias.
     nbytes = map_.nbytes + (option.numbers - map_.numbers) * dtype.itemsize
     return replace(option, structure=structure_name(option, recipe.coding), nbytes=nbytes)
+
+
+def member_bytes(job: Job, member: Layer, reader: Layer, option: Option) -> int:
+    """Return the bytes of one of the layers that become narrower together as an option of theirs is stored."""
+    numbers, dtype = member.narrow_numbers(option.rank, reader), job.weight_dtype(member.name)
+    own = 0 if option.structure == DENSE else member.index_bytes(option.rank, reader)
+    if job.recipe.coding is None:
+        if option.structure == DENSE:
+            return dense_bytes(job, member.name, member.shape, member.bias)
+        return numbers * dtype.itemsize + own
+    map_ = coded_blank(Dense(torch.empty(member.narrow_shape(option.rank, reader), device="meta")), job.recipe.coding, dtype)
+    return map_.nbytes + (numbers - map_.numbers) * dtype.itemsize + own
 
 
 def _head_outside(job: Job, layers: Sequence[Layer]) -> list[tuple[Layer, Candidates]]:

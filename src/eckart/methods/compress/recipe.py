@@ -219,8 +219,6 @@ class Recipe:
                 "heads are fitted under the moments of their original inputs, and are no choice beside maps"
             )
         answers = self.allocation, self.storage, self.embeddings, self.heal
-        if self.bits and (self.narrows or self.plain):
-            raise EckartError("narrower layers are not stored in codes; leave bits at 0")
         if self.plain and answers != ("uniform", "lowrank", False, 0):
             what = "slicing" if self.sliced else "removing blocks"
             raise EckartError(f"{what} changes the whole model at once: leave allocation, storage, embeddings and heal")
