@@ -8,6 +8,7 @@ While it runs, a job's parts lie in a hidden folder beside the output, `.<name>.
     elastic-*.safetensors      the components of an elastic folder, part by part, and their order
     search.safetensors         the state of a training run, of methods that have one; tune, fuse-* and lora-* likewise
     healed.safetensors         tensors of finished blocks that were changed by healing the whole model
+    small/                     a smaller model whose layers become codes
     folder/                    the output, being written; renamed to the output at the very end
 """
 
@@ -164,9 +165,9 @@ class Partial:
                 out += [LayerRecord(**record) for record in json.loads(handle.metadata()["records"])]
         return out
 
-    def fresh_folder(self) -> Path:
-        """Return an empty folder for the output."""
-        folder = self.folder / "folder"
+    def fresh_folder(self, name: str = "folder") -> Path:
+        """Return an empty folder of a name, by default that for the output."""
+        folder = self.folder / name
         if folder.exists():
             shutil.rmtree(folder)  # left by a run stopped while writing
         folder.mkdir()

@@ -96,8 +96,8 @@ def _factors(
     target: Tensor, factors: LowRank, metric: Metric, coding: Coding, dtype: torch.dtype, axis: str | None
 ) -> tuple[Quantized, Quantized]:
     """Return the codes of two factors, balanced."""
-    second = _matrix(metric.seen, target)
-    balance = _balance(factors, second)
+    second = moment_matrix(metric.seen, target)
+    balance = balance(factors, second)
     down = quantize(factors.down / balance[:, None], coding, metric.seen, dtype=dtype)
     shown, outputs = down.to(torch.float64).dense(), metric.outputs
     return _up(target, LowRank(factors.up * balance, shown), second, outputs, coding, dtype, axis), down
@@ -108,7 +108,7 @@ def _pivoted(
 ) -> LinearMap:
     """Return a pivoted map of codes; the part applied last is refitted to the other's rounding."""
     basis, coefficients, k = map_.basis.double(), map_.coefficients.double(), map_.rank
-    second, order = _matrix(metric.seen, target), map_.order.long()
+    second, order = moment_matrix(metric.seen, target), map_.order.long()
     if map_.axis == "rows":
         pivots = quantize(basis, coding, metric.seen, dtype=dtype)
         rest, shown = target[inverse_order(order)][k:], pivots.to(torch.float64).dense()
@@ -149,7 +149,7 @@ def _entries(sparse: Bitmap, coding: Coding, dtype: torch.dtype) -> Scattered:
     return Scattered(quantize(sparse.values, coding, dtype=dtype), sparse.bits, sparse.width)
 
 
-def _balance(factors: LowRank, second: Tensor) -> Tensor:
+def balance(factors: LowRank, second: Tensor) -> Tensor:
     """Return D (k,): by what the columns of U are multiplied and the rows of V divided."""
     std = torch.einsum("ki,ij,kj->k", factors.down, second, factors.down).clamp_min(0).sqrt()
     rms = factors.up.square().mean(0).sqrt()
@@ -157,7 +157,7 @@ def _balance(factors: LowRank, second: Tensor) -> Tensor:
     return torch.where(known, std / torch.where(known, rms, 1.0), 1.0).sqrt()
 
 
-def _matrix(moment: Tensor | None, like: Tensor) -> Tensor:
+def moment_matrix(moment: Tensor | None, like: Tensor) -> Tensor:
     """Return a moment as a matrix (n, n) for a weight (m, n)."""
     if moment is None:
         return torch.eye(like.shape[1], dtype=like.dtype, device=like.device)

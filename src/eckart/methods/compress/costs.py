@@ -111,6 +111,8 @@ def stored(job: Job, layer: Layer, option: Option) -> Option:
     if layer.writers:
         nbytes = sum(member_bytes(job, member, layer, option) for member in layer.members)
         return replace(option, structure=structure_name(option, recipe.coding), nbytes=nbytes)
+    if job.request.sizes and option.structure != DENSE:  # components are counted one by one (files/elastic.py)
+        return replace(option, structure=structure_name(option, recipe.coding))
     map_: LinearMap = Dense(torch.empty(layer.shape, device="meta"))
     if option.structure != DENSE:
         map_ = _example(job, layer, option.structure, option.rank, torch.device("meta"))
@@ -128,7 +130,9 @@ def member_bytes(job: Job, member: Layer, reader: Layer, option: Option) -> int:
         if option.structure == DENSE:
             return dense_bytes(job, member.name, member.shape, member.bias)
         return numbers * dtype.itemsize + own
-    map_ = coded_blank(Dense(torch.empty(member.narrow_shape(option.rank, reader), device="meta")), job.recipe.coding, dtype)
+    map_ = coded_blank(
+        Dense(torch.empty(member.narrow_shape(option.rank, reader), device="meta")), job.recipe.coding, dtype
+    )
     return map_.nbytes + (numbers - map_.numbers) * dtype.itemsize + own
 
 

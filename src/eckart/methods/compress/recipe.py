@@ -218,7 +218,8 @@ class Recipe:
             raise EckartError(
                 "heads are fitted under the moments of their original inputs, and are no choice beside maps"
             )
-        answers = self.allocation, self.storage, self.embeddings, self.heal
+        tables = self.embeddings and not self.bits  # codes of them are no other width
+        answers = self.allocation, self.storage, tables, self.heal
         if self.plain and answers != ("uniform", "lowrank", False, 0):
             what = "slicing" if self.sliced else "removing blocks"
             raise EckartError(f"{what} changes the whole model at once: leave allocation, storage, embeddings and heal")
