@@ -18,8 +18,8 @@ the difference is held, in codes of six bits (packed as in `eckart.maps.Quantize
 
     V_i = V_(i+1) + scale_i (codes_i - 32),    with the first k_i rows of V_(i+1)
 
-Of a folder of codes (layout 3) both factors are `eckart.maps.Quantized` with groups along their rows, and every size has
-a down factor of its own: "<layer>.up.PART" and "<layer>.down.i.PART", where PART is codes, scale, zero or levels, as far
+Of a folder of codes (format 3) both factors are `eckart.maps.Quantized` with groups along rows, and every size has a
+down factor of its own: "<layer>.up.PART" and "<layer>.down.i.PART", where PART is codes, scale, zero or levels, as far
 as there are such. The codes of a size are the first rows of these: cutting decodes nothing. Only of an embedding the up
 factor is stored as it is looked up, a row per token, and cut to its first columns.
 """

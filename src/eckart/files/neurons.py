@@ -1,4 +1,6 @@
-"""Fewer hidden units in a compressed folder: layers of fewer rows, dense or codes, and one of fewer columns behind them.
+"""Fewer hidden units in a compressed folder: layers of fewer rows, and one of fewer columns behind them.
+
+They are dense or codes.
 
 Their entries in config.json have the maps of the narrow matrices, and say what those stand for:
 

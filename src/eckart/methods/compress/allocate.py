@@ -27,7 +27,15 @@ from eckart.budget.latency import Latencies
 from eckart.errors import EckartError
 from eckart.methods.compress.costs import costed, member_bytes, stored
 from eckart.methods.compress.fitting import fit_layer, loss_of, structure_name
-from eckart.methods.compress.groups import Group, SharedPlan, fit_group, group_candidates, groups_of, member_plans
+from eckart.methods.compress.groups import (
+    Group,
+    SharedPlan,
+    fit_group,
+    group_candidates,
+    groups_of,
+    member_plans,
+    with_code_bytes,
+)
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import (
     LINEAR,
@@ -36,6 +44,7 @@ from eckart.methods.compress.layers import (
     Layer,
     dense_bytes,
     errors_at,
+    layer_candidates,
     merged,
     surveyed,
     type_of,
@@ -98,11 +107,14 @@ def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, prog
     latencies = Latencies(known.store.folder.parent, job.runner.device)
     sets = narrower_sets(job, layers, known) if job.recipe.together else []
     table, sets, fixed = costed(job, alone, table, latencies, progress, sets)
+    grouped_table = zip(groups, table[len(alone) :], strict=True)
+    table[len(alone) :] = [with_code_bytes(job, group, found) for group, found in grouped_table]
     together = _together(sets, measure)
     budget = budget_of(job, [layer.by(measure) for layer in table], fixed, job.request.limit, together)
     if budget >= sum(measure.of(layer.dense) for layer in table):  # nothing is gained by dropping what seems useless
         chosen = {layer.name: layer.dense for layer in table}
-        chosen = _with_codes(job, layers, known, chosen, progress) if predict else chosen
+        if predict and job.recipe.coding is not None:
+            chosen = _with_codes(job, alone, known, chosen, progress) | _foreseen_groups(job, known, groups, chosen)
         progress("plan", len(layers), len(layers))
         return _unfolded(job, groups, Allocation(chosen, table, fixed))
     if allocation == "sensitivity":
@@ -117,7 +129,7 @@ def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, prog
         return Allocation(chosen, table, fixed, narrowed=narrowed)
     chosen = choose(job, layers, known, table, budget)
     if predict and job.recipe.coding is not None:
-        chosen = _with_codes(job, layers, known, chosen, progress)
+        chosen = _with_codes(job, alone, known, chosen, progress) | _foreseen_groups(job, known, groups, chosen)
     elif predict and (job.recipe.scores or not errors):
         chosen = foreseen(job, alone, known, chosen) | _foreseen_groups(job, known, groups, chosen)
     progress("plan", len(layers), len(layers))
@@ -181,7 +193,12 @@ def _foreseen_groups(job: Job, known: Known, groups: Sequence[Group], chosen: di
         option = chosen[group.name]
         if not is_dense(option):
             fits = fit_group(job, known, SharedPlan(group, option))
-            out[group.name] = replace(option, loss=sum(fit.relative for fit in fits))
+        elif job.recipe.coding is not None:
+            parts = weights(job, list(group.members))
+            fits = [fit_layer(job, known, layer, weight, option) for layer, weight in parts]
+        else:
+            continue
+        out[group.name] = replace(option, loss=sum(fit.relative for fit in fits))
     return out
 
 
@@ -192,7 +209,10 @@ def _share(job: Job, layers: Sequence[Layer]) -> float:
         total, dense = job.model.nbytes, sum(dense_bytes(job, layer.name, layer.shape, layer.bias) for layer in layers)
     else:
         total, dense = job.model.numel, sum(math.prod(layer.shape) + layer.bias for layer in layers)
-    return (limit.budget(total) - (total - dense)) / dense
+    left, whole = limit.budget(total) - (total - dense), dense
+    if limit.measure == BYTES and job.recipe.coding is not None:
+        whole = sum(stored(job, layer, layer_candidates(job, layer, None).dense).nbytes for layer in layers)
+    return min(left / whole, 1.0)
 
 
 def _with_codes(

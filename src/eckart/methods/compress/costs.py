@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from eckart.budget import BYTES, DENSE, FLOPS, SECONDS, Candidates, Option
 from eckart.budget.latency import Latencies, between, grid, rising
 from eckart.files.neurons import COLUMNS, ROWS
+from eckart.files.sharing import SHARED
 from eckart.fit import coded_blank
 from eckart.hosts import EmbeddingHost, TiedHead, host, leaf
 from eckart.maps import STORAGES, Dense, LinearMap, random_pivoted, storage
@@ -61,8 +62,9 @@ def costed(
         if measure != BYTES or job.recipe.coding is None:
             return list(table), list(sets), fixed
         together, found = [layer for layer, _ in sets], [found for _, found in sets]
-        both = _with_code_bytes(job, [*layers, *together], [*table, *found])
-        return both[: len(table)], list(zip(together, both[len(table) :], strict=True)), fixed
+        alone = _with_code_bytes(job, layers, table[: len(layers)])  # groups follow
+        with_codes = _with_code_bytes(job, together, found)
+        return [*alone, *table[len(layers) :]], list(zip(together, with_codes, strict=True)), fixed
     outside = _head_outside(job, layers)
     everything = [*zip(layers, table, strict=True), *outside, *sets]
     out = []
@@ -111,11 +113,12 @@ def stored(job: Job, layer: Layer, option: Option) -> Option:
     if layer.writers:
         nbytes = sum(member_bytes(job, member, layer, option) for member in layer.members)
         return replace(option, structure=structure_name(option, recipe.coding), nbytes=nbytes)
-    if job.request.sizes and option.structure != DENSE:  # components are counted one by one (files/elastic.py)
+    apart = job.request.sizes and option.structure != DENSE
+    if apart or option.structure.startswith(SHARED):  # such know their bytes: components, and parts of groups
         return replace(option, structure=structure_name(option, recipe.coding))
     map_: LinearMap = Dense(torch.empty(layer.shape, device="meta"))
     if option.structure != DENSE:
-        map_ = _example(job, layer, option.structure, option.rank, torch.device("meta"))
+        map_ = example(job, layer, option.structure, option.rank, torch.device("meta"))
     map_ = coded_blank(map_, recipe.coding, dtype, table=by_rows(job, layer))
     # What is not in the matrix is the bias.
     nbytes = map_.nbytes + (option.numbers - map_.numbers) * dtype.itemsize
@@ -154,14 +157,14 @@ def _operations(job: Job, layer: Layer, option: Option) -> float:
         return 2.0 * sum(math.prod(member.narrow_shape(option.rank, layer)) for member in layer.members)
     if option.structure == DENSE:
         return 0.0 if looked_up and not job.parts.tied else 2.0 * rows * columns
-    map_ = _example(job, layer, option.structure, option.rank, torch.device("meta"))
+    map_ = example(job, layer, option.structure, option.rank, torch.device("meta"))
     if not looked_up:
         return float(map_.flops(1))
     lookup = 2.0 * (map_.numbers - rows * option.rank)
     return lookup + map_.flops(1) if job.parts.tied else lookup
 
 
-def _example(job: Job, layer: Layer, structure: str, rank: int, device: torch.device) -> LinearMap:
+def example(job: Job, layer: Layer, structure: str, rank: int, device: torch.device) -> LinearMap:
     """Return a map of a structure and size with arbitrary numbers, float32."""
     if layer.kind == EMBEDDING and structure == "pivoted":
         return random_pivoted(layer.shape, rank, device, "columns")  # as embeddings are fitted
@@ -258,7 +261,7 @@ class _Timing:
                 return lambda: (F.embedding(ids, weight), F.linear(hidden, weight))
             dense = leaf(weight).requires_grad_(False)
             return lambda: dense(hidden)
-        map_ = _example(self.job, layer, structure, size, hidden.device).to(hidden.dtype)
+        map_ = example(self.job, layer, structure, size, hidden.device).to(hidden.dtype)
         if layer.kind == EMBEDDING:
             table = EmbeddingHost(map_).requires_grad_(False)
             head = TiedHead(table)

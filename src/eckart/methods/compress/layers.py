@@ -141,7 +141,7 @@ def merged(layers: Sequence[Layer], sets: Sequence[Layer]) -> list[Layer]:
 
 
 def stays_apart(layers: Sequence[Layer], chosen: Mapping[str, Option]) -> tuple[list[Layer], dict[str, Option]]:
-    """Return layers and options in which those that could become narrower together, but stay dense, are on their own."""
+    """Return layers and options in which sets of layers that stay dense are their members on their own."""
     out, options = list[Layer](), dict(chosen)
     for layer in layers:
         apart = layer.members if layer.writers and chosen[layer.name].structure == DENSE else ()

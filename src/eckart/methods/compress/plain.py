@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from eckart.budget import BYTES, DENSE
+from eckart.budget import BYTES
 from eckart.files.folder import check_finite, open_model
 from eckart.files.writing import Partial
 from eckart.fit import coded_blank

@@ -206,8 +206,6 @@ class Recipe:
             raise EckartError("layers share a factor under the uncentred moments of their original inputs only")
         if len(self.families) + self.mixed > 1:
             raise EckartError("layers that share a factor are of one structure")
-        if self.bits:
-            raise EckartError("the factor that layers share is not stored in codes; leave bits at 0")
 
     def _check_narrowing(self) -> None:
         if self.narrows and not self.mixed and self.allocation not in ("uniform", "influence"):
