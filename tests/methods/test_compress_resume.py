@@ -94,11 +94,21 @@ SETTINGS = {
     "fusegpt": {"epochs": 60},  # of one batch
     "lora": {"heal": 60, "heal_kind": "lora"},
     "neurons": {"iterations": 1, "neurons": "always"},
+    "coded-units": {"bits": 4},
+    "coded-slices": {"bits": 4},
+    "coded-blocks": {"bits": 4, "epochs": 60},
+    "coded-basis": {"bits": 4},
+    "coded-elastic": {"bits": 4, "storage": "lowrank"},
 }
 OTHERS = {
     "neurons": {"method": "eckart-mixed", "keep": 0.2},
     "elastic": {"method": "eckart", "elastic": True},
     "lora": {"method": "svd"},
+    "coded-units": {"method": "modegpt"},
+    "coded-slices": {"method": "slicegpt"},
+    "coded-blocks": {"method": "fusegpt"},
+    "coded-basis": {"method": "basis-sharing"},
+    "coded-elastic": {"method": "eckart", "elastic": True},
 }
 KILLED = [
     Case("eckart", ["forward", 0]),
@@ -141,6 +151,13 @@ KILLED = [
     Case("lora", ["lora", 117]),
     Case("lora", ["write", 0]),
     Case("lora", kill_in_file=13),
+    Case("coded-units", ["compress", 2]),
+    Case("coded-slices", ["compress", 2]),
+    Case("coded-slices", ["write", 7]),
+    Case("coded-blocks", ["fuse", 113]),
+    Case("coded-blocks", ["compress", 1]),
+    Case("coded-basis", ["compress", 2]),
+    Case("coded-elastic", ["compress", 2]),
 ]
 # bytes: nothing fits; statistics fit, but hidden states do not; blocks fit, but the output does not
 FULL = [Case("eckart", largest_file=size) for size in (300, 20_000, 700_000)]
@@ -163,6 +180,11 @@ USUAL = {
     "fusegpt-fuse-113",
     "neurons-compress-2",
     "lora-lora-117",
+    "coded-units-compress-2",
+    "coded-slices-compress-2",
+    "coded-blocks-compress-1",
+    "coded-basis-compress-2",
+    "coded-elastic-compress-2",
 }
 
 

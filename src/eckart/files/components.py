@@ -35,12 +35,12 @@ class CodeLayout:
     def nbytes(self, rows: int, width: int, itemsize: int) -> int:
         """Return the bytes of a matrix of codes whose other numbers take `itemsize` bytes each."""
         groups = -(-width // self.group_size) * (1 + self.zeros)
-        return rows * (-(-width * self.bits // 8) + (groups + self.levels * 2**self.bits) * itemsize)
+        return rows * (-(-width * self.bits // 8) + (groups + self.levels * (1 << self.bits)) * itemsize)
 
     def matrix(self, tensors: Mapping[str, Tensor], width: int) -> Quantized:
         """Return the matrix of codes, with rows of a width, that tensors by part hold."""
-        parts = (tensors.get(part) for part in PARTS)
-        return Quantized(*parts, width, self.bits, self.group_size)  # type: ignore[arg-type]
+        codes, scale, zero, levels = tensors["codes"], tensors["scale"], tensors.get("zero"), tensors.get("levels")
+        return Quantized(codes, scale, zero, levels, width, self.bits, self.group_size)
 
     def tensors(self, prefix: str, map_: Quantized) -> dict[str, Tensor]:
         """Return the tensors that hold a matrix of codes, by name."""

@@ -106,7 +106,8 @@ class Quantized(LinearMap):
         spare = 8 * codes.shape[1] - self.bits * width
         if spare:
             codes[:, -1] &= 2 ** (8 - spare) - 1
-        scale, zero = (None if t is None else t[:rows, :groups].contiguous() for t in (self.scale, self.zero))
+        scale = self.scale[:rows, :groups].contiguous()
+        zero = None if self.zero is None else self.zero[:rows, :groups].contiguous()
         levels = None if self.levels is None else self.levels[:rows].contiguous()
         return dataclasses.replace(self, codes=codes, scale=scale, zero=zero, levels=levels, width=width)
 

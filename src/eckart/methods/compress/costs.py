@@ -61,10 +61,10 @@ def costed(
         fixed = total - sum(measure.of(layer.dense) for layer in table)
         if measure != BYTES or job.recipe.coding is None:
             return list(table), list(sets), fixed
-        together, found = [layer for layer, _ in sets], [found for _, found in sets]
         alone = _with_code_bytes(job, layers, table[: len(layers)])  # groups follow
-        with_codes = _with_code_bytes(job, together, found)
-        return [*alone, *table[len(layers) :]], list(zip(together, with_codes, strict=True)), fixed
+        narrower = _with_code_bytes(job, [layer for layer, _ in sets], [found for _, found in sets])
+        known_sets = [(layer, found) for (layer, _), found in zip(sets, narrower, strict=True)]
+        return [*alone, *table[len(layers) :]], known_sets, fixed
     outside = _head_outside(job, layers)
     everything = [*zip(layers, table, strict=True), *outside, *sets]
     out = []
