@@ -1,8 +1,6 @@
-"""Codes beside narrower layers, fewer blocks, elastic folders and shared factors: what is stored is what was planned."""
+"""Codes of narrower layers, of fewer blocks, of elastic folders and of shared factors are what was planned."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +13,6 @@ from eckart.files.elastic import read_order
 from eckart.files.inspect import densify, show
 
 IDS = torch.arange(1, 49).view(2, 24)
-SHARED = Path(os.environ.get("ECKART_SHARED", "/work/shared")) / "models" / "stories260k"
 RUN = {"samples": 8, "length": 64, "cache": False}
 # Method, settings beside bits, and what the layers are called.
 COMBINED = {
@@ -85,7 +82,7 @@ def test_folders_are_saved_again_and_made_dense(name, folders, tmp_path):
     assert (half.float() - logits(out)).norm() < 0.05 * logits(out).norm()
 
 
-@pytest.mark.parametrize("name", ["units", "coordinates", "blocks", "basis"])
+@pytest.mark.parametrize("name", ["units", "coordinates", "basis"])
 def test_fewer_bits_lose_more_and_budgets_over_bytes_are_kept(name, folders, demo, text, tmp_path):
     coded, plain = folders[name]
     four = run(demo, tmp_path / "4", text, name, 4, check=False)
@@ -135,7 +132,7 @@ def elastic(request, demo, text, tmp_path_factory):
 
 def test_a_cut_is_the_same_however_it_is_reached_and_decodes_nothing(elastic, tmp_path):
     held = {key: t for path in (elastic.out / "elastic").iterdir() for key, t in load_file(path).items()}
-    for keep in (0.7, 0.78, 0.83, 0.9):
+    for keep in (0.7, 0.78, 0.9):
         cut = eckart.slice_folder(elastic.out, tmp_path / str(keep), keep=keep)
         assert torch.equal(logits(cut), logits(elastic.out, keep=keep))
         made, found = show(cut).made_by, load_file(cut / "model.safetensors")
@@ -145,9 +142,7 @@ def test_a_cut_is_the_same_however_it_is_reached_and_decodes_nothing(elastic, tm
             layer, _, last = key.rpartition(".0.")
             if last == "codes" and not layer.endswith("embed_tokens"):
                 assert codes.equal(held[f"{layer}.up.codes"][: len(codes)])
-    if torch.equal(logits(elastic.out), logits(elastic.out, keep=0.9)):
-        return
-    pytest.fail("the largest size is not what the folder holds")
+    assert torch.equal(logits(elastic.out), logits(elastic.out, keep=0.9))
 
 
 def test_elastic_codes_are_planned_and_stay_near_those_without(elastic, demo, text, tmp_path):
@@ -157,7 +152,7 @@ def test_elastic_codes_are_planned_and_stay_near_those_without(elastic, demo, te
     assert planned.bytes_after == elastic.plan.bytes_after == show(elastic.out).nbytes == elastic.checked.nbytes
     held = [each for path in (elastic.out / "elastic").iterdir() for each in load_file(path).items()]
     assert planned.components == sum(t.nbytes for key, t in held if key not in ("steps", "losses"))
-    for size in planned.sizes[::3]:
+    for size in planned.sizes[::4]:
         cut = eckart.slice_folder(elastic.out, tmp_path / str(size.keep), keep=size.keep)
         assert show(cut).nbytes == size.nbytes
     arguments = ELASTIC | {"check": False}
@@ -188,12 +183,3 @@ def test_codes_of_pivots_cannot_be_cut(demo, text, tmp_path):
     ):
         eckart.compress(demo, tmp_path / "out", calibration=text, settings={"bits": 4}, **ELASTIC, **RUN)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared models")
-@pytest.mark.parametrize("name", ["units", "coordinates", "basis"])
-def test_a_real_model_is_compressed_in_codes(name, text, tmp_path):
-    plain = run(SHARED, tmp_path / "plain", text, name, 0, check=False)
-    coded = run(SHARED, tmp_path / "coded", text, name, 8)
-    assert coded.plan.bytes_after == show(coded.out).nbytes < 0.5 * plain.plan.bytes_after
-    assert coded.measured.after < 1.01 * plain.measured.after
