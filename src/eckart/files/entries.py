@@ -106,7 +106,7 @@ def sentinel_name(layers: Mapping[str, Any]) -> str | None:
 
     Dense layers with fewer hidden units need none: they hold a weight of the wrong shape.
     """
-    narrow = {name for name, entry in layers.items() if "neurons" in entry and entry["map"]["op"] == "Dense"}
+    narrow = {name for name, entry in layers.items() if "neurons" in entry and entry["map"].get("op") == "Dense"}
     linear = [name for name, entry in layers.items() if entry["kind"] == LINEAR and name not in narrow]
     names = linear or [name for name, entry in layers.items() if entry["kind"] == EMBEDDING]
     return f"{min(names)}.weight" if names else None
