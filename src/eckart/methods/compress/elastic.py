@@ -82,8 +82,8 @@ def check_elastic(job: Job) -> None:
         )
     if recipe.bits and recipe.storage != "lowrank":
         raise EckartError(
-            f"{job.request.method} with these settings cannot be elastic: codes of {recipe.storage} maps are those of one "
-            "rank and cannot be cut; give storage=lowrank"
+            f"{job.request.method} with these settings cannot be elastic: codes of {recipe.storage} maps are those of "
+            "one rank and cannot be cut; give storage=lowrank"
         )
 
 
