@@ -36,12 +36,23 @@ STRUCTURES = {
 COMBINED = {
     f"gptq int{bits} g128, clipped": ("gptq", {}, {"bits": bits, "group_size": 128, "clip": True}) for bits in (4, 3)
 }
+NARROW = {
+    f"{method} int{bits} keep 0.8": (method, {"keep": 0.8}, {"bits": bits, **settings})
+    for method, settings in (("modegpt", {}), ("slicegpt", {"untie": True}))
+    for bits in (8, 4)
+}
 # Bits per number of the original: one between the others, and as many as int3 and int4 with groups of 128 take.
 WIDTHS = {
     f"eckart-mixed {bits:g} bits": ("eckart-mixed", {"bytes": int(bits * PARAMETERS / 8)}, {})
     for bits in (4.29, 3.5, 3.29, 3.0)
 }
-VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {**QUANTIZERS, **COMBINED, **STRUCTURES, **WIDTHS}
+VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    **QUANTIZERS,
+    **COMBINED,
+    **STRUCTURES,
+    **NARROW,
+    **WIDTHS,
+}
 
 
 def row_of(subject: Subject, variant: str, scratch: Path) -> dict[str, Any]:

@@ -3,11 +3,14 @@
 import pytest
 import torch
 
+from eckart.errors import EckartError
 from eckart.fit import Metric, error_of, metric, regress
-from eckart.fit.coded import coded, coded_blank
+from eckart.fit.coded import coded, coded_blank, coded_shared
+from eckart.fit.components import down_codes, up_codes
 from eckart.fit.dictionary import closed_form_learner
 from eckart.fit.families import dictionary_family, sparse_plus_lowrank_family
 from eckart.fit.quantize import Coding, quantize
+from eckart.fit.shared import split_rows
 from eckart.maps import Dense, LinearMap, LowRank, Product, Quantized, pivot
 
 F64 = torch.float64
@@ -120,3 +123,51 @@ def test_what_maps_become():
     assert isinstance(made["lowrank"], Product)
     assert all(isinstance(part, Quantized) for part in made["lowrank"].maps)
     assert isinstance(made["rank 0"], LowRank)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("table", [False, True])
+def test_components_of_codes_are_good_at_every_rank(shifted, table):
+    weight, close = problem(24, 20, shifted=shifted)
+    found, coding = regress(weight, close), Coding(8, 8)
+    ups = up_codes(found.factors(12), close, coding, F64, table=table)
+    downs = down_codes(weight, ups, close, coding, F64, table=table)
+    assert ups.codes.shape == ((24, 12) if table else (12, 24))
+    up = ups.dense() if table else ups.dense().mT
+    for rank in range(1, 13):
+        both = up[:, :rank] @ downs.dense()[:rank]
+        assert error_of(weight, both, close) < 1.02 * error_of(weight, found.factors(rank).dense(), close)
+
+
+def test_down_factors_make_up_for_the_rounding_of_those_before():
+    """At 2 bits: the error of every number of components is below that of rounding both factors by themselves."""
+    weight, close = problem(24, 20)
+    factors, coding = regress(weight, close).factors(12), Coding(2, 8)
+    ups = up_codes(factors, close, coding, F64, table=False)
+    downs = down_codes(weight, ups, close, coding, F64, table=False)
+    plain = [quantize(part, coding, axis="rows", dtype=F64).dense() for part in (factors.up.mT, factors.down)]
+    for rank in (4, 8, 12):
+        naive = error_of(weight, plain[0][:rank].mT @ plain[1][:rank], close)
+        assert error_of(weight, ups.dense()[:rank].mT @ downs.dense()[:rank], close) < naive
+
+
+@pytest.mark.parametrize("kind", ["lowrank", "dictionary"])
+def test_a_shared_factor_of_codes_is_one_and_loses_little(kind):
+    parts = [problem(18, 20, seed=seed) for seed in (0, 10)]
+    weights, metrics = [w for w, _ in parts], [close for _, close in parts]
+    common = metric(sum(close.inputs for close in metrics))
+    whole = fitted(kind, torch.cat(weights), common)
+    maps = split_rows(whole, [18, 18])
+    made = coded_shared(maps, weights, metrics, Coding(8, 8), torch.float32)
+    assert made[0].maps[1] is made[1].maps[1]
+    assert sum(map_.numbers for map_ in made) == sum(map_.numbers for map_ in maps)
+    before, after = (
+        sum(
+            error_of(w, m.to(F64).dense(), Metric(close.inputs))
+            for w, m, close in zip(weights, each, metrics, strict=True)
+        )
+        for each in (maps, made)
+    )
+    assert after < 1.02 * before
+    with pytest.raises(EckartError, match="share the right factor of low-rank maps and of dictionaries, not"):
+        coded_shared([Dense(w) for w in weights], weights, metrics, Coding(8, 8), torch.float32)

@@ -119,3 +119,14 @@ def test_a_host_made_for_inference_computes():
         module = host(map_.apply(torch.clone))
         x = torch.randn(2, 9)
         torch.testing.assert_close(module(x), map_(x))
+
+
+@given(st.integers(1, 6), st.integers(1, 30), st.sampled_from(BITS), st.integers(1, 9), st.booleans(), st.data())
+def test_leading_codes_are_what_they_were_and_clean(m, n, bits, group, levels, data):
+    map_ = random_map(m, n, bits, group, levels=levels)
+    rows, width = data.draw(st.integers(0, m)), data.draw(st.integers(0, n))
+    first = map_.leading(rows, width)
+    first.validate()
+    assert first.shape == (rows, width)
+    assert torch.equal(first.dense(), map_.dense()[:rows, :width])
+    assert torch.equal(map_.T.leading(rows, width).dense(), map_.dense().mT[:width, :rows])

@@ -94,11 +94,21 @@ SETTINGS = {
     "fusegpt": {"epochs": 60},  # of one batch
     "lora": {"heal": 60, "heal_kind": "lora"},
     "neurons": {"iterations": 1, "neurons": "always"},
+    "coded-units": {"bits": 4},
+    "coded-slices": {"bits": 4},
+    "coded-blocks": {"bits": 4, "epochs": 60},
+    "coded-basis": {"bits": 4},
+    "coded-elastic": {"bits": 4, "storage": "lowrank"},
 }
 OTHERS = {
     "neurons": {"method": "eckart-mixed", "keep": 0.2},
     "elastic": {"method": "eckart", "elastic": True},
     "lora": {"method": "svd"},
+    "coded-units": {"method": "modegpt"},
+    "coded-slices": {"method": "slicegpt"},
+    "coded-blocks": {"method": "fusegpt"},
+    "coded-basis": {"method": "basis-sharing"},
+    "coded-elastic": {"method": "eckart", "elastic": True},
 }
 KILLED = [
     Case("eckart", ["forward", 0]),
@@ -141,6 +151,13 @@ KILLED = [
     Case("lora", ["lora", 117]),
     Case("lora", ["write", 0]),
     Case("lora", kill_in_file=13),
+    Case("coded-units", ["compress", 2]),
+    Case("coded-slices", ["compress", 2]),
+    Case("coded-slices", ["write", 7]),
+    Case("coded-blocks", ["fuse", 113]),
+    Case("coded-blocks", ["compress", 1]),
+    Case("coded-basis", ["compress", 2]),
+    Case("coded-elastic", ["compress", 2]),
 ]
 # bytes: nothing fits; statistics fit, but hidden states do not; blocks fit, but the output does not
 FULL = [Case("eckart", largest_file=size) for size in (300, 20_000, 700_000)]
@@ -163,6 +180,11 @@ USUAL = {
     "fusegpt-fuse-113",
     "neurons-compress-2",
     "lora-lora-117",
+    "coded-units-compress-2",
+    "coded-slices-compress-2",
+    "coded-blocks-compress-1",
+    "coded-basis-compress-2",
+    "coded-elastic-compress-2",
 }
 
 
@@ -243,6 +265,9 @@ def test_what_was_finished_is_not_done_again(case, runs):
         start = at // 60 * 60 + at % 60 // 50 * 50  # two runs of 60 steps, a state every 50
         again = {n for name, n, _ in steps if name in ("fuse", "lora")} - {0, 60, 120}
         assert all(n >= start for n in again)
+        return
+    if case.method in ("coded-slices", "coded-blocks"):  # the smaller model is made anew, its blocks of codes are not
+        assert first["compress"] == (done if stage == "compress" else 0)
         return
     assert "forward" not in first or first["forward"] == 5
     if case.method == "acip":

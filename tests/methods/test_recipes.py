@@ -88,7 +88,6 @@ def test_published_defaults():
             {"kronecker": True, "bits": 4},
             "numbers of kronecker are not stored in codes; leave bits at 0",
         ),
-        ("eckart-mixed", {"neurons": "always", "bits": 4}, "narrower layers are not stored in codes; leave bits at 0"),
         (
             "eckart-mixed",
             {"neurons": "always", "allocation": "uniform"},
@@ -101,7 +100,7 @@ def test_published_defaults():
         ("modegpt", {"allocation": "knapsack"}, "allocation=knapsack does not know hidden units; use uniform or infl"),
         ("slicegpt", {"storage": "pivoted"}, "slicing changes the whole model at once: leave allocation, storage"),
         ("fusegpt", {"embeddings": True}, "removing blocks changes the whole model at once: leave allocation, storage"),
-        ("fusegpt", {"bits": 4}, "narrower layers are not stored in codes; leave bits at 0"),
+        ("fusegpt", {"bits": 4, "storage": "pivoted"}, "removing blocks changes the whole model at once: leave alloc"),
         ("fusegpt", {"base_rate": 0.0}, "base_rate must be positive, got 0.0"),
         ("svd", {"heal_kind": "lora", "heal": 1, "bits": 4}, "heal_kind=lora trains the factors of low-rank and pivot"),
         ("modegpt", {"heal_kind": "lora", "heal": 1}, "for other structures and for bits leave heal_kind=blockwise"),

@@ -17,6 +17,11 @@ size to size; a size uses those fitted at the nearest one. They differ little fr
 the difference is held, in codes of six bits (packed as in `eckart.maps.Quantized`):
 
     V_i = V_(i+1) + scale_i (codes_i - 32),    with the first k_i rows of V_(i+1)
+
+Of a folder of codes (format 3) both factors are `eckart.maps.Quantized` with groups along rows, and every size has a
+down factor of its own: "<layer>.up.PART" and "<layer>.down.i.PART", where PART is codes, scale, zero or levels, as far
+as there are such. The codes of a size are the first rows of these: cutting decodes nothing. Only of an embedding the up
+factor is stored as it is looked up, a row per token, and cut to its first columns.
 """
 
 import json
@@ -32,12 +37,13 @@ from torch import Tensor, nn
 
 from eckart.atomic import write_tensors
 from eckart.errors import EckartError
+from eckart.files.components import CodeLayout, coded_map
 from eckart.files.entries import EMBEDDING
-from eckart.hosts import EmbeddingHost, host, map_of, offset_of
+from eckart.hosts import EmbeddingHost, embedding_host, host, map_of, offset_of
 from eckart.maps import LinearMap, LowRank, pack, storage, stored, unpack
 
 FOLDER, ORDER, KEY = "elastic", "order", "eckart_elastic"
-LAYOUT = 2
+LAYOUT, CODED_LAYOUT = 2, 3
 # Bits of a difference between two sizes: eight lose no more than six, four up to a tenth of a percent (docs/LOG.md).
 BITS = 6
 SCALE = torch.float32
@@ -59,6 +65,7 @@ class ElasticLayer:
         ranks: components to be used near each size, at most.
         itemsize: bytes per number.
         bias_itemsize: bytes per number of the bias it had; 0 for as many.
+        coded_bytes: of a folder of codes, the bytes of it left dense; 0 in another.
     """
 
     name: str
@@ -72,6 +79,7 @@ class ElasticLayer:
     ranks: tuple[int, ...]
     itemsize: int
     bias_itemsize: int = 0  # which folders made before it was counted do not state
+    coded_bytes: int = 0
 
     @property
     def table(self) -> bool:
@@ -86,6 +94,15 @@ class ElasticLayer:
     def held(self) -> list[int]:
         """The sizes at which it is cut, ascending."""
         return [i for i, rank in enumerate(self.ranks) if rank]
+
+    @property
+    def down_sizes(self) -> list[int]:
+        """The sizes that have down factors of their own in a folder of codes, ascending."""
+        return self.held[-1:] if self.shared else self.held
+
+    def down_size(self, near: int) -> int:
+        """Return which of these a size near one of the folder's takes."""
+        return next((i for i in self.down_sizes if i >= near), self.down_sizes[-1])
 
     @property
     def dense_bytes(self) -> int:
@@ -132,6 +149,7 @@ class Elastic:
         layers: the layers.
         steps: (s, 2) int32: index of a layer, and its rank, 0 for dense.
         losses: (s,) float64, predicted loss of that layer from that step on.
+        codes: how numbers are stored in a folder of codes; None in another.
     """
 
     folder: Path
@@ -144,6 +162,7 @@ class Elastic:
     layers: tuple[ElasticLayer, ...]
     steps: Tensor
     losses: Tensor
+    codes: CodeLayout | None = None
 
     def layer(self, name: str) -> ElasticLayer:
         """Return a layer by name."""
@@ -182,6 +201,12 @@ class Elastic:
             least, most = self.sizes[0], self.sizes[-1]
             raise EckartError(f"{self.folder} holds every size from keep {least:g} to {most:g}, but {keep!r} was asked")
 
+    def structure(self, cut: Slice) -> str:
+        """Return what plans call a slice."""
+        if self.codes is None:
+            return self.stored if cut.rank else "dense"
+        return f"{self.stored} int{self.codes.bits}" if cut.rank else f"int{self.codes.bits}"
+
     def figures(self, plan: Mapping[str, Slice], nbytes: int) -> tuple[int, int]:
         """Return the parameters and the bytes of the model at a size.
 
@@ -193,11 +218,21 @@ class Elastic:
         after = self.fixed + sum(cut.numbers for cut in plan.values())
         return after, nbytes - dense + sum(cut.nbytes for cut in plan.values())
 
+    def held_bytes(self, layer: ElasticLayer) -> int:
+        """Return the bytes of a layer's components."""
+        if self.codes is None:
+            return layer.nbytes
+        ranks = [layer.ranks[i] for i in layer.down_sizes]
+        up = self._up_bytes(layer, max(ranks, default=0))
+        return up + sum(self.codes.nbytes(rank, layer.shape[1], layer.itemsize) for rank in ranks)
+
     def map(self, name: str, rank: int, keep: float) -> LinearMap:
         """Return the map of a layer at a rank, in the dtype it is stored in."""
         layer = self.layer(name)
         near = nearest(self.sizes, keep)
         path = self.folder / FOLDER / f"{layer.part}.safetensors"
+        if self.codes is not None:
+            return self._coded_map(layer, rank, near, path, self.codes)
         try:
             with safe_open(path, "pt") as handle:
                 up, held = (handle.get_slice(f"{name}.{part}")[:rank] for part in ("up", "down"))
@@ -216,6 +251,31 @@ class Elastic:
             down = _changed(down, codes, scale)
         return built_map(up, down.to(held.dtype), self.stored, table=layer.table)
 
+    def _coded_map(self, layer: ElasticLayer, rank: int, near: int, path: Path, codes: CodeLayout) -> LinearMap:
+        (m, n), at = layer.shape, layer.down_size(near)
+        try:
+            with safe_open(path, "pt") as handle:
+                ups, downs = (
+                    {part: handle.get_tensor(f"{layer.name}.{side}.{part}") for part in codes.parts}
+                    for side in ("up", f"down.{at}")
+                )
+            most = len(downs["codes"])
+            up = codes.matrix(ups, most if layer.table else m)
+            down = codes.matrix(downs, n)
+        except (SafetensorError, OSError) as error:
+            raise EckartError(f"{path} is missing, damaged or incomplete ({error}); copy the folder again") from error
+        except EckartError as error:
+            raise EckartError(f"the components of {layer.name} in {path} are damaged: {error}") from error
+        if up.shape[0] < (m if layer.table else most):
+            raise EckartError(f"the components of {layer.name} in {path} are {up.shape}, too few for {down.shape}")
+        return coded_map(up, down, rank, table=layer.table)
+
+    def _up_bytes(self, layer: ElasticLayer, rank: int) -> int:
+        if self.codes is None:
+            raise AssertionError("only folders of codes count them")
+        rows, width = (layer.shape[0], rank) if layer.table else (rank, layer.shape[0])
+        return self.codes.nbytes(rows, width, layer.itemsize)
+
     def entry(self, name: str, map_: LinearMap) -> dict[str, Any]:
         """Return the entry of a cut layer in config.json."""
         layer = self.layer(name)
@@ -225,9 +285,12 @@ class Elastic:
     def _slice(self, layer: ElasticLayer, rank: int, loss: float) -> Slice:
         if rank == 0 and layer.dense:
             numbers = math.prod(layer.shape) + layer.bias
-            return Slice(0, numbers, layer.dense_bytes, 0.0)
+            return Slice(0, numbers, layer.coded_bytes or layer.dense_bytes, 0.0)
         kept = storage(self.stored)
         numbers = kept.numbers(layer.shape, rank) + layer.bias
+        if self.codes is not None:
+            nbytes = self._up_bytes(layer, rank) + self.codes.nbytes(rank, layer.shape[1], layer.itemsize)
+            return Slice(rank, numbers, nbytes + layer.bias * layer.itemsize, loss)
         return Slice(rank, numbers, numbers * layer.itemsize + kept.index_bytes(layer.shape, rank), loss)
 
 
@@ -278,7 +341,7 @@ def _changed(down: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
 def module_of(map_: LinearMap, layer: ElasticLayer, bias: Tensor | None) -> nn.Module:
     """Return the module that a cut layer becomes."""
-    return EmbeddingHost(map_, layer.padding_idx) if layer.table else host(map_, bias)
+    return embedding_host(map_, layer.padding_idx) if layer.table else host(map_, bias)
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
@@ -309,7 +372,8 @@ def nearest(sizes: tuple[float, ...], keep: float) -> int:
 def write_order(elastic: Elastic, path: Path) -> None:
     """Write the order of the components."""
     plain = {key: getattr(elastic, key) for key in ("sizes", "parameters", "fixed", "stored", "unit", "tied_head")}
-    text = json.dumps({"format": LAYOUT, **plain, "layers": [asdict(layer) for layer in elastic.layers]})
+    layout = {"format": LAYOUT} if elastic.codes is None else {"format": CODED_LAYOUT, "codes": asdict(elastic.codes)}
+    text = json.dumps({**layout, **plain, "layers": [asdict(layer) for layer in elastic.layers]})
     write_tensors(path, {"steps": elastic.steps, "losses": elastic.losses}, {"format": "pt", KEY: text})
 
 
@@ -337,8 +401,8 @@ def read_order_file(path: Path, folder: Path) -> Elastic:
         with safe_open(path, "pt") as handle:
             values: Mapping[str, Any] = json.loads(handle.metadata()[KEY])
             steps, losses = handle.get_tensor("steps"), handle.get_tensor("losses")
-        if values["format"] != LAYOUT:
-            came = f"{path} has format {values['format']}, but this version reads {LAYOUT}"
+        if values["format"] not in (LAYOUT, CODED_LAYOUT):
+            came = f"{path} has format {values['format']}, but this version reads {LAYOUT} and {CODED_LAYOUT}"
             raise EckartError(f"{came}; make the folder again or use the version of eckart that made it")
         layers = tuple(
             ElasticLayer(**{**layer, "shape": tuple(layer["shape"]), "ranks": tuple(layer["ranks"])})
@@ -346,6 +410,7 @@ def read_order_file(path: Path, folder: Path) -> Elastic:
         )
         plain = {key: values[key] for key in ("parameters", "fixed", "stored", "unit", "tied_head")}
         sizes = tuple(float(size) for size in values["sizes"])
+        codes = CodeLayout(**values["codes"]) if values["format"] == CODED_LAYOUT else None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise EckartError(f"{path} is damaged ({error}); copy the folder again") from error
     fits = steps.ndim == 2 and steps.shape[1] == 2 and losses.shape == steps.shape[:1] and not bool((steps < 0).any())
@@ -353,4 +418,4 @@ def read_order_file(path: Path, folder: Path) -> Elastic:
     described = all(len(layer.ranks) == len(sizes) and Path(layer.part).name == layer.part for layer in layers)
     if not named or not described or not sizes:
         raise EckartError(f"{path} does not describe the layers it names; copy the folder again")
-    return Elastic(folder, sizes, layers=layers, steps=steps.to(torch.int64), losses=losses, **plain)
+    return Elastic(folder, sizes, layers=layers, steps=steps.to(torch.int64), losses=losses, codes=codes, **plain)

@@ -104,9 +104,10 @@ def check_entries(layers: Any) -> dict[str, Any]:
 def sentinel_name(layers: Mapping[str, Any]) -> str | None:
     """Return the sentinel's name: config.json sorts its keys, so the smallest linear layer, never the first.
 
-    Layers with fewer hidden units need none: they hold a weight of the wrong shape.
+    Dense layers with fewer hidden units need none: they hold a weight of the wrong shape.
     """
-    linear = [name for name, entry in layers.items() if entry["kind"] == LINEAR and "neurons" not in entry]
+    narrow = {name for name, entry in layers.items() if "neurons" in entry and entry["map"].get("op") == "Dense"}
+    linear = [name for name, entry in layers.items() if entry["kind"] == LINEAR and name not in narrow]
     names = linear or [name for name, entry in layers.items() if entry["kind"] == EMBEDDING]
     return f"{min(names)}.weight" if names else None
 

@@ -36,6 +36,7 @@ from eckart.files.sharing import (
     renamed,
     tie,
     tied_keys,
+    unlist_codes,
     without_borrowed,
 )
 from eckart.hosts import (
@@ -81,6 +82,7 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
         self._without_bias = {name for name in layers if getattr(model.get_submodule(name), "bias", None) is None}
         insert_blank_hosts(model, layers)
         tied_keys(model, layers, tied=True)
+        unlist_codes(model, layers)
         _pretend_weights(model, layers)
         ignored: set[str] = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
         if self.quantization_config.sentinel:

@@ -30,7 +30,7 @@ from eckart.files.folder import TensorFile, check_model_folder, copy_companions,
 from eckart.files.huggingface import check_contents
 from eckart.files.neurons import full_shape, padded
 from eckart.files.shards import Source, write_shards
-from eckart.files.sharing import SHARED, stored_name
+from eckart.files.sharing import SHARED, borrowed_maps, stored_name
 from eckart.hosts import EmbeddingHost, is_conv1d, is_linear, map_of, offset_of
 from eckart.maps import rank_bound
 from eckart.progress import Progress, silent
@@ -223,7 +223,7 @@ def _layer_contents(
     own = [key for key in module.state_dict() if key not in taken]
     nbytes = _count(tensors, [f"{name}.{key}" for key in own])[1]
     numbers = map_.numbers + (map_.shape[0] if entry.get("bias") else 0)
-    numbers -= sum(module.get_parameter(key).numel() for key in taken)
+    numbers -= sum(factor.numbers for factor in borrowed_maps(module, taken))
     dense = sum(p.numel() for p in model.get_submodule(name).parameters())
     structure = "neurons" if "neurons" in entry else str(entry["map"]["op"]).lower()
     structure = f"{SHARED} " * (lends or SHARED in entry) + structure

@@ -1,4 +1,6 @@
-"""Fewer hidden units in a compressed folder: dense layers of fewer rows, and one of fewer columns behind them.
+"""Fewer hidden units in a compressed folder: layers of fewer rows, and one of fewer columns behind them.
+
+They are dense or codes.
 
 Their entries in config.json have the maps of the narrow matrices, and say what those stand for:
 
@@ -45,6 +47,16 @@ def padded(entry: Mapping[str, Any], weight: Tensor) -> Tensor:
     return out
 
 
+def _matrix_shape(spec: Mapping[str, Any]) -> list[int] | None:
+    """Return the shape of a dense matrix, or one of codes, as its spec states it; None of another spec."""
+    if spec.get("op") == "Dense":
+        return spec.get("weight")
+    match spec.get("op"), spec.get("codes"), spec.get("width"):
+        case "Quantized", {"shape": [int() as rows, _]}, int() as width:
+            return [rows, width] if spec.get("axis") == "rows" else [width, rows]
+    return None
+
+
 def check_neurons(layers: Mapping[str, Any]) -> None:
     """Check that all layers around a set of hidden units have the same number of them.
 
@@ -56,7 +68,7 @@ def check_neurons(layers: Mapping[str, Any]) -> None:
         stated = entry.get("neurons")
         if stated is None:
             continue
-        shape = entry["map"].get("weight") if entry["map"].get("op") == "Dense" else None
+        shape = _matrix_shape(entry["map"])
         fits = (
             isinstance(stated, Mapping) and isinstance(stated.get("of"), int) and stated.get("side") in (ROWS, COLUMNS)
         )

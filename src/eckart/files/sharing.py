@@ -7,12 +7,14 @@ A layer's entry in config.json says which of its tensors are another layer's, by
 The owner has a tensor of the same name and shape, and owns it. After loading both hosts hold one parameter.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from eckart.errors import EckartError
+from eckart.hosts import map_of
+from eckart.maps import LinearMap
 
 SHARED = "shared"
 
@@ -29,6 +31,17 @@ def borrowed(layers: Mapping[str, Any]) -> dict[str, str]:
         for name, entry in layers.items()
         for key in entry.get(SHARED, {})
     }
+
+
+def borrowed_maps(module: nn.Module, keys: Iterable[str]) -> list[LinearMap]:
+    """Return the factors of a layer's host that consist of tensors it takes from another layer."""
+    return [map_of(module.get_submodule(part)) for part in dict.fromkeys(key.rpartition(".")[0] for key in keys)]
+
+
+def _held(model: nn.Module, name: str) -> Tensor:
+    """Return a parameter or buffer by its full name."""
+    module, _, last = name.rpartition(".")
+    return cast(Tensor, getattr(model.get_submodule(module), last))
 
 
 def check_names(name: str, entry: Mapping[str, Any]) -> None:
@@ -76,10 +89,10 @@ def check_sharing(layers: Mapping[str, Any], shapes: Mapping[str, Mapping[str, t
 
 
 def tie(model: nn.Module, layers: Mapping[str, Any]) -> None:
-    """Let every layer hold its owner's parameters instead of equal ones of its own."""
+    """Let every layer hold its owner's parameters and codes instead of equal ones of its own."""
     for name, owner in borrowed(layers).items():
         module, _, last = name.rpartition(".")
-        setattr(model.get_submodule(module), last, model.get_parameter(owner))
+        setattr(model.get_submodule(module), last, _held(model, owner))
 
 
 def without_borrowed(model: nn.Module, state: dict[str, Tensor], layers: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -90,7 +103,9 @@ def without_borrowed(model: nn.Module, state: dict[str, Tensor], layers: Mapping
     """
     taken = borrowed(layers)
     for name, owner in taken.items():
-        if model.get_parameter(name) is not model.get_parameter(owner):
+        own, source = _held(model, name), _held(model, owner)
+        # moved to another device, codes are equal but no longer one tensor
+        if own is not source and (isinstance(own, nn.Parameter) or not own.equal(source)):
             raise EckartError(
                 f"{name} was shared with {owner} and is not any more; dequantize the model before saving it"
             )
@@ -102,4 +117,13 @@ def tied_keys(model: nn.Module, layers: Mapping[str, Any], *, tied: bool) -> Non
     keys = cast(dict[str, str], getattr(model, "all_tied_weights_keys", {}))
     taken = borrowed(layers)
     kept = {name: source for name, source in keys.items() if name not in taken}
-    model.all_tied_weights_keys = {**kept, **(taken if tied else {})}  # type: ignore[assignment]
+    parameters = {name: owner for name, owner in taken.items() if isinstance(_held(model, name), nn.Parameter)}
+    model.all_tied_weights_keys = {**kept, **(parameters if tied else {})}  # type: ignore[assignment]
+
+
+def unlist_codes(model: nn.Module, layers: Mapping[str, Any]) -> None:
+    """Leave codes that a layer takes from another out of its state dict: transformers ties parameters alone."""
+    for name in borrowed(layers):
+        module, _, last = name.rpartition(".")
+        if not isinstance(_held(model, name), nn.Parameter):
+            model.get_submodule(module)._non_persistent_buffers_set.add(last)

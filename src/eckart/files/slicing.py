@@ -49,8 +49,9 @@ def slice_folder(folder: str | Path, out: str | Path, *, keep: float, progress: 
     config, tensors = EckartConfig(**raw["quantization_config"]), tensor_file(folder)
     parts = _Parts(elastic, plan, keep, tensors)
     entries, sources = _layers(elastic, plan, config, parts)
-    gone = {*expected_tensors(config.layers), *expected_tensors(entries), config.sentinel}
-    gone |= {f"{name}.{part}" for name in entries for part in ("weight", "bias")}  # of what was dense
+    cut = {name: entry for name, entry in entries.items() if name in plan and plan[name].rank}
+    gone = {*expected_tensors({name: config.layers[name] for name in cut if name in config.layers}), config.sentinel}
+    gone |= {f"{name}.{part}" for name in cut for part in ("weight", "bias")}  # of what was dense
     for name in tensors.files:
         if name not in gone:
             nbytes = tensors.dtype(name).itemsize * math.prod(tensors.shape(name))
@@ -115,6 +116,8 @@ def _layers(
     entries, sources = dict[str, Any](), dict[str, Source]()
     for layer in elastic.layers:
         if not plan[layer.name].rank:
+            stays = config.layers.get(layer.name)  # in a folder of codes, dense layers are codes as well
+            entries |= {} if stays is None else {layer.name: stays}
             continue
         map_ = parts.map(layer.name)
         entries[layer.name] = elastic.entry(layer.name, map_)
@@ -138,7 +141,7 @@ def _figures(
                 "name": layer.name,
                 "kind": layer.kind,
                 "shape": list(layer.shape),
-                "structure": elastic.stored if cut.rank else "dense",
+                "structure": elastic.structure(cut),
                 "rank": cut.rank or min(layer.shape),
                 "numbers": cut.numbers,
                 "dense_numbers": dense,

@@ -8,6 +8,7 @@ While it runs, a job's parts lie in a hidden folder beside the output, `.<name>.
     elastic-*.safetensors      the components of an elastic folder, part by part, and their order
     search.safetensors         the state of a training run, of methods that have one; tune, fuse-* and lora-* likewise
     healed.safetensors         tensors of finished blocks that were changed by healing the whole model
+    small/                     a smaller model whose layers become codes
     folder/                    the output, being written; renamed to the output at the very end
 """
 
@@ -29,7 +30,7 @@ from eckart.files.elastic import FOLDER as ELASTIC
 from eckart.files.entries import EMBEDDING, FORMAT, LINEAR, QUANT_METHOD, TIED_HEAD, sentinel_name
 from eckart.files.folder import OpenModel, copy_companions
 from eckart.files.shards import Source, write_shards
-from eckart.files.sharing import SHARED
+from eckart.files.sharing import SHARED, borrowed_maps
 from eckart.hosts import host
 from eckart.maps import LinearMap, LowRank, Pivoted
 from eckart.progress import Progress
@@ -93,15 +94,13 @@ class LayerRecord:
         entry |= {"padding_idx": padding_idx} if kind == EMBEDDING else {"bias": bias is not None}
         entry |= {SHARED: dict(shared)} if shared else {}
         entry |= {} if neurons is None else {"neurons": dict(neurons)}
-        own = 0 if bias is None else bias.numel()
-        if shared:
-            held = host(map_).state_dict()
-            own -= sum(held[key].numel() for key in shared)
-        itemsize = map_.dtype.itemsize
+        own, taken = 0 if bias is None else bias.numel(), borrowed_maps(host(map_), shared or ())
+        numbers = map_.numbers + own - sum(factor.numbers for factor in taken)
+        nbytes = map_.nbytes + own * map_.dtype.itemsize - sum(factor.nbytes for factor in taken)
         structure, rank = planned or (type(map_).__name__.lower(), min(map_.shape))
         if isinstance(map_, LowRank | Pivoted):
             rank = map_.rank  # less than planned, if the weight has less
-        return LayerRecord(name, entry, structure, rank, map_.numbers + own, map_.nbytes + own * itemsize, loss)
+        return LayerRecord(name, entry, structure, rank, numbers, nbytes, loss)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +163,9 @@ class Partial:
                 out += [LayerRecord(**record) for record in json.loads(handle.metadata()["records"])]
         return out
 
-    def fresh_folder(self) -> Path:
-        """Return an empty folder for the output."""
-        folder = self.folder / "folder"
+    def fresh_folder(self, name: str = "folder") -> Path:
+        """Return an empty folder of a name, by default that for the output."""
+        folder = self.folder / name
         if folder.exists():
             shutil.rmtree(folder)  # left by a run stopped while writing
         folder.mkdir()

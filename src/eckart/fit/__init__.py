@@ -2,6 +2,7 @@
 
 from eckart.fit.coded import coded as coded
 from eckart.fit.coded import coded_blank as coded_blank
+from eckart.fit.coded import coded_shared as coded_shared
 from eckart.fit.error import best_bias as best_bias
 from eckart.fit.error import error_of as error_of
 from eckart.fit.metric import Metric as Metric

@@ -10,9 +10,12 @@ steps in all of its columns: sum_j var_j / d_j^2 times mean_j d_j^2 u_j^2 is lea
 Legend: W* (m, n) the unconstrained optimum of the metric, G the moment of what the layer sees, U (m, k), V (k, n).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from eckart.errors import EckartError
 from eckart.fit.dictionary import best_atoms
 from eckart.fit.metric import Metric
 from eckart.fit.quantize import Coding, blank_quantized, quantize
@@ -71,6 +74,48 @@ def coded(
     return map_.to(dtype)
 
 
+def coded_shared(
+    maps: Sequence[LinearMap], weights: Sequence[Tensor], metrics: Sequence[Metric], coding: Coding, dtype: torch.dtype
+) -> tuple[LinearMap, ...]:
+    """Return maps that share their right factor with their numbers as codes: that factor once, every other on its own.
+
+    The shared factor is rounded under the sum of the moments; a basis before the left factors are refitted to it, each
+    under its own moment, a dictionary after it is refitted to the rounded entries of all.
+
+    Args:
+        maps: what the layers were fitted to: `LowRank`, or a dictionary; the right factor is the same for all.
+        weights: W_i (m_i, n).
+        metrics: what they were fitted under, on original inputs.
+        coding: how numbers are stored.
+        dtype: of scales, zero points and levels.
+    """
+    targets = [weight.double() for weight in weights]
+    moments = [moment_matrix(metric.seen, target) for metric, target in zip(metrics, targets, strict=True)]
+    common = sum(moments[1:], moments[0])
+    if all(isinstance(map_, LowRank) for map_ in maps):
+        factors = [LowRank(map_.up.double(), map_.down.double()) for map_ in maps if isinstance(map_, LowRank)]
+        scales = balance(LowRank(torch.cat([one.up for one in factors]), factors[0].down), common)
+        down = quantize(factors[0].down / scales[:, None], coding, common, dtype=dtype)
+        shown = down.to(torch.float64).dense()
+        parts = zip(targets, factors, moments, metrics, strict=True)
+        ups = [
+            _up(w, LowRank(f.up * scales, shown), g, metric.outputs, coding, dtype, None) for w, f, g, metric in parts
+        ]
+        return tuple(Product((up, down)) for up in ups)
+    entries = []
+    for map_ in maps:
+        match map_:
+            case Product((Bitmap() as sparse, Dense())):
+                entries.append(_entries(sparse, coding, dtype))
+            case _:
+                raise EckartError(
+                    f"layers can share the right factor of low-rank maps and of dictionaries, not {map_!r}"
+                )
+    atoms = best_atoms(torch.cat([one.to(torch.float64).dense() for one in entries]), torch.cat(targets))
+    shared = quantize(atoms, coding, common, dtype=dtype)
+    return tuple(Product((one, shared)) for one in entries)
+
+
 def coded_blank(map_: LinearMap, coding: Coding, dtype: torch.dtype, *, table: bool = False) -> LinearMap:
     """Return what `coded` makes of a map on the meta device: its sizes without its numbers."""
     first = "rows" if table else None
@@ -96,11 +141,11 @@ def _factors(
     target: Tensor, factors: LowRank, metric: Metric, coding: Coding, dtype: torch.dtype, axis: str | None
 ) -> tuple[Quantized, Quantized]:
     """Return the codes of two factors, balanced."""
-    second = _matrix(metric.seen, target)
-    balance = _balance(factors, second)
-    down = quantize(factors.down / balance[:, None], coding, metric.seen, dtype=dtype)
+    second = moment_matrix(metric.seen, target)
+    scales = balance(factors, second)
+    down = quantize(factors.down / scales[:, None], coding, metric.seen, dtype=dtype)
     shown, outputs = down.to(torch.float64).dense(), metric.outputs
-    return _up(target, LowRank(factors.up * balance, shown), second, outputs, coding, dtype, axis), down
+    return _up(target, LowRank(factors.up * scales, shown), second, outputs, coding, dtype, axis), down
 
 
 def _pivoted(
@@ -108,7 +153,7 @@ def _pivoted(
 ) -> LinearMap:
     """Return a pivoted map of codes; the part applied last is refitted to the other's rounding."""
     basis, coefficients, k = map_.basis.double(), map_.coefficients.double(), map_.rank
-    second, order = _matrix(metric.seen, target), map_.order.long()
+    second, order = moment_matrix(metric.seen, target), map_.order.long()
     if map_.axis == "rows":
         pivots = quantize(basis, coding, metric.seen, dtype=dtype)
         rest, shown = target[inverse_order(order)][k:], pivots.to(torch.float64).dense()
@@ -149,7 +194,7 @@ def _entries(sparse: Bitmap, coding: Coding, dtype: torch.dtype) -> Scattered:
     return Scattered(quantize(sparse.values, coding, dtype=dtype), sparse.bits, sparse.width)
 
 
-def _balance(factors: LowRank, second: Tensor) -> Tensor:
+def balance(factors: LowRank, second: Tensor) -> Tensor:
     """Return D (k,): by what the columns of U are multiplied and the rows of V divided."""
     std = torch.einsum("ki,ij,kj->k", factors.down, second, factors.down).clamp_min(0).sqrt()
     rms = factors.up.square().mean(0).sqrt()
@@ -157,7 +202,7 @@ def _balance(factors: LowRank, second: Tensor) -> Tensor:
     return torch.where(known, std / torch.where(known, rms, 1.0), 1.0).sqrt()
 
 
-def _matrix(moment: Tensor | None, like: Tensor) -> Tensor:
+def moment_matrix(moment: Tensor | None, like: Tensor) -> Tensor:
     """Return a moment as a matrix (n, n) for a weight (m, n)."""
     if moment is None:
         return torch.eye(like.shape[1], dtype=like.dtype, device=like.device)

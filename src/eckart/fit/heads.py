@@ -26,6 +26,7 @@ class ValuesFit:
         weight: B V (keys * r, n) float64.
         bias: B b (keys * r,).
         out: A (d, queries * r).
+        projectors: B (keys, r, size).
         error: the sum over heads of what is minimised.
         relative: the error over that of no values at all.
     """
@@ -33,6 +34,7 @@ class ValuesFit:
     weight: Tensor
     bias: Tensor
     out: Tensor
+    projectors: Tensor
     error: float
     relative: float
 
@@ -96,4 +98,4 @@ def fit_values(weight: Tensor, bias: Tensor, out: Tensor, moments: Tensor, count
     b = torch.stack(projectors)
     offset = (b @ bias.double().view(keys, size, 1)).flatten()
     a = torch.stack(narrow).view(keys, -1, d, count).permute(2, 0, 1, 3).reshape(d, -1)
-    return ValuesFit((b @ v).flatten(0, 1), offset, a, error, error / total if total > 0 else 0.0)
+    return ValuesFit((b @ v).flatten(0, 1), offset, a, b, error, error / total if total > 0 else 0.0)

@@ -99,6 +99,18 @@ class Quantized(LinearMap):
         part = Quantized(self.codes[flat], self.scale[flat], zero, levels, self.width, self.bits, self.group_size)
         return part._entries().view(*rows.shape, self.width)
 
+    def leading(self, rows: int, width: int) -> "Quantized":
+        """Return the first rows and columns of the matrix of codes, which are as they were; nothing is decoded."""
+        rows, width = min(rows, self.codes.shape[0]), min(width, self.width)
+        codes, groups = self.codes[:rows, : -(-width * self.bits // 8)].clone(), -(-width // self.group_size)
+        spare = 8 * codes.shape[1] - self.bits * width
+        if spare:
+            codes[:, -1] &= 2 ** (8 - spare) - 1
+        scale = self.scale[:rows, :groups].contiguous()
+        zero = None if self.zero is None else self.zero[:rows, :groups].contiguous()
+        levels = None if self.levels is None else self.levels[:rows].contiguous()
+        return dataclasses.replace(self, codes=codes, scale=scale, zero=zero, levels=levels, width=width)
+
     def _entries(self) -> Tensor:
         """Return the matrix of codes as numbers, (m, n)."""
         codes = unpack(self.codes, self.width, self.bits)

@@ -100,10 +100,10 @@ def _loaded(folder: str, device: str) -> tuple[PreTrainedModel, dict[str, list[s
 
 
 def _held(model: PreTrainedModel) -> tuple[int, int]:
-    """Return the numbers of a model's parameters and the bytes of its hosts' index tensors."""
+    """Return the numbers of a model's parameters and the bytes of its hosts' index tensors, shared ones once."""
     hosts = [module for module in model.modules() if isinstance(module, Host | EmbeddingHost)]
-    buffers = [buffer for module in hosts for buffer in module.buffers(recurse=False)]
-    return sum(p.numel() for p in model.parameters()), sum(b.nbytes for b in buffers)
+    buffers = {id(buffer): buffer for module in hosts for buffer in module.buffers(recurse=False)}
+    return sum(p.numel() for p in model.parameters()), sum(b.nbytes for b in buffers.values())
 
 
 def _seconds(models: Mapping[str, PreTrainedModel], sample: Tensor) -> dict[str, dict[str, float]]:

@@ -25,9 +25,17 @@ from eckart.budget import (
 from eckart.budget.calibrate import calibrated, probe_option
 from eckart.budget.latency import Latencies
 from eckart.errors import EckartError
-from eckart.methods.compress.costs import costed, stored
-from eckart.methods.compress.fitting import fit_layer, loss_of
-from eckart.methods.compress.groups import Group, SharedPlan, fit_group, group_candidates, groups_of, member_plans
+from eckart.methods.compress.costs import costed, member_bytes, stored
+from eckart.methods.compress.fitting import fit_layer, loss_of, structure_name
+from eckart.methods.compress.groups import (
+    Group,
+    SharedPlan,
+    fit_group,
+    group_candidates,
+    groups_of,
+    member_plans,
+    with_code_bytes,
+)
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import (
     LINEAR,
@@ -36,6 +44,7 @@ from eckart.methods.compress.layers import (
     Layer,
     dense_bytes,
     errors_at,
+    layer_candidates,
     merged,
     surveyed,
     type_of,
@@ -43,7 +52,7 @@ from eckart.methods.compress.layers import (
     weights,
 )
 from eckart.methods.compress.limits import Limit
-from eckart.methods.compress.narrowing import foreseen, narrower_sets
+from eckart.methods.compress.narrowing import foreseen, narrowed_loss, narrower_sets
 from eckart.methods.compress.outcome import LayerPlan, Plan, Spent
 from eckart.methods.compress.probe import levels, probe, remembered
 from eckart.progress import Progress
@@ -98,11 +107,14 @@ def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, prog
     latencies = Latencies(known.store.folder.parent, job.runner.device)
     sets = narrower_sets(job, layers, known) if job.recipe.together else []
     table, sets, fixed = costed(job, alone, table, latencies, progress, sets)
+    grouped_table = zip(groups, table[len(alone) :], strict=True)
+    table[len(alone) :] = [with_code_bytes(job, group, found) for group, found in grouped_table]
     together = _together(sets, measure)
     budget = budget_of(job, [layer.by(measure) for layer in table], fixed, job.request.limit, together)
     if budget >= sum(measure.of(layer.dense) for layer in table):  # nothing is gained by dropping what seems useless
         chosen = {layer.name: layer.dense for layer in table}
-        chosen = _with_codes(job, layers, known, chosen, progress) if predict else chosen
+        if predict and job.recipe.coding is not None:
+            chosen = _with_codes(job, alone, known, chosen, progress) | _foreseen_groups(job, known, groups, chosen)
         progress("plan", len(layers), len(layers))
         return _unfolded(job, groups, Allocation(chosen, table, fixed))
     if allocation == "sensitivity":
@@ -112,11 +124,12 @@ def allocate(job: Job, layers: list[Layer], known: Known, *, predict: bool, prog
     if job.recipe.together:
         chosen = knapsack_together([one.by(measure) for one in table], together, budget, measure)
         narrowed = [layer for layer, _ in sets if chosen[layer.name].structure == NEURONS]
+        chosen = _with_codes(job, merged(layers, narrowed), known, chosen, progress) if predict else chosen
         progress("plan", len(layers), len(layers))
         return Allocation(chosen, table, fixed, narrowed=narrowed)
     chosen = choose(job, layers, known, table, budget)
     if predict and job.recipe.coding is not None:
-        chosen = _with_codes(job, layers, known, chosen, progress)
+        chosen = _with_codes(job, alone, known, chosen, progress) | _foreseen_groups(job, known, groups, chosen)
     elif predict and (job.recipe.scores or not errors):
         chosen = foreseen(job, alone, known, chosen) | _foreseen_groups(job, known, groups, chosen)
     progress("plan", len(layers), len(layers))
@@ -180,7 +193,12 @@ def _foreseen_groups(job: Job, known: Known, groups: Sequence[Group], chosen: di
         option = chosen[group.name]
         if not is_dense(option):
             fits = fit_group(job, known, SharedPlan(group, option))
-            out[group.name] = replace(option, loss=sum(fit.relative for fit in fits))
+        elif job.recipe.coding is not None:
+            parts = weights(job, list(group.members))
+            fits = [fit_layer(job, known, layer, weight, option) for layer, weight in parts]
+        else:
+            continue
+        out[group.name] = replace(option, loss=sum(fit.relative for fit in fits))
     return out
 
 
@@ -191,7 +209,10 @@ def _share(job: Job, layers: Sequence[Layer]) -> float:
         total, dense = job.model.nbytes, sum(dense_bytes(job, layer.name, layer.shape, layer.bias) for layer in layers)
     else:
         total, dense = job.model.numel, sum(math.prod(layer.shape) + layer.bias for layer in layers)
-    return (limit.budget(total) - (total - dense)) / dense
+    left, whole = limit.budget(total) - (total - dense), dense
+    if limit.measure == BYTES and job.recipe.coding is not None:
+        whole = sum(stored(job, layer, layer_candidates(job, layer, None).dense).nbytes for layer in layers)
+    return min(left / whole, 1.0)
 
 
 def _with_codes(
@@ -200,11 +221,17 @@ def _with_codes(
     """Return chosen options with the losses they have once their numbers are codes, if they become such."""
     if job.recipe.coding is None:
         return chosen
-    out = {}
-    for i, (layer, weight) in enumerate(weights(job, layers)):
+    out = dict(chosen)
+    for i, layer in enumerate(layers):
         progress("plan", i, len(layers))
-        loss = loss_of(known, fit_layer(job, known, layer, weight, chosen[layer.name]))
-        out[layer.name] = replace(chosen[layer.name], loss=loss)
+        option = chosen[layer.name]
+        if layer.writers and not is_dense(option):
+            loss = narrowed_loss(job, known, layer, option)
+        else:
+            parts = weights(job, list(layer.members))
+            fits = (fit_layer(job, known, one, weight, option) for one, weight in parts)
+            loss = sum(loss_of(known, fit) for fit in fits)
+        out[layer.name] = replace(option, loss=loss)
     return out
 
 
@@ -307,12 +334,10 @@ def _rows(job: Job, layer: Layer, option: Option) -> list[LayerPlan]:
     rows = []
     for member in layer.members:
         numbers, dense = (member.narrow_numbers(units, layer) for units in (option.rank, layer.units))
-        nbytes = numbers * job.weight_dtype(member.name).itemsize + member.index_bytes(option.rank, layer)
-        rank = option.rank
-        if is_dense(option):
-            nbytes, rank = dense_bytes(job, member.name, member.shape, member.bias), min(member.shape)
+        nbytes, structure = member_bytes(job, member, layer, option), structure_name(option, job.recipe.coding)
+        rank = min(member.shape) if is_dense(option) else option.rank
         loss = option.loss if member.name == layer.name else 0.0
-        rows.append(LayerPlan(member.name, LINEAR, member.shape, option.structure, rank, numbers, dense, nbytes, loss))
+        rows.append(LayerPlan(member.name, LINEAR, member.shape, structure, rank, numbers, dense, nbytes, loss))
     return rows
 
 

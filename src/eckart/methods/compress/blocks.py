@@ -27,7 +27,7 @@ from eckart.methods.compress.check import Expected, expectation
 from eckart.methods.compress.fusing import graft, group_around
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.outcome import LayerPlan, Measured, Plan
-from eckart.methods.compress.plain import plain_plan
+from eckart.methods.compress.plain import Stored, plain_plan
 from eckart.methods.compress.removal import Removal
 from eckart.methods.compress.sweep import measured, rounded
 from eckart.progress import Progress, later
@@ -173,17 +173,19 @@ def _removal(job: Job) -> Removal:
     return job.recipe.removal
 
 
-def cost(job: Job, name: str) -> int:
+def cost(stored: Stored, name: str) -> int:
     """Return what a parameter counts under the job's budget."""
-    numbers = math.prod(job.model.parameters[name])
-    return numbers * job.model.stored_dtype(name).itemsize if job.request.limit.measure == BYTES else numbers
+    job, shape = stored.job, stored.job.model.parameters[name]
+    return stored.nbytes(name, shape) if job.request.limit.measure == BYTES else math.prod(shape)
 
 
 def fits(job: Job, kept: Sequence[int]) -> bool:
     """Tell whether the blocks at these indices, with all that is around the blocks, meet the budget."""
-    names = {name: block_of(job, name) for name in job.model.parameters}
-    budget = math.floor(job.request.limit.budget(sum(cost(job, name) for name in names)) + 1e-9)
-    return sum(cost(job, name) for name, at in names.items() if at is None or at in kept) <= budget
+    stored = Stored.of(job)
+    costs = {name: cost(stored, name) for name in job.model.parameters}
+    staying = [name for name in costs if (at := block_of(job, name)) is None or at in kept]
+    budget = math.floor(job.request.limit.budget(sum(costs.values())) + 1e-9)
+    return sum(costs[name] for name in staying) <= budget
 
 
 def _removals(job: Job) -> int:
@@ -286,14 +288,14 @@ def check_order(stack: Stack) -> None:
 
 def short_plan(job: Job, kept: Sequence[int]) -> Plan:
     """Return what becomes of every parameter."""
-    ends, rows = {job.parts.embedding: "embedding", job.parts.head: "head"}, []
+    ends, rows, stored = {job.parts.embedding: "embedding", job.parts.head: "head"}, [], Stored.of(job)
     for name, shape in job.model.parameters.items():
         index, owner, dense = block_of(job, name), name.removesuffix(".weight"), math.prod(shape)
         gone = index is not None and index not in kept
         full = (shape[0], shape[-1])
         numbers, rank = (0, 0) if gone else (dense, min(full))
-        nbytes = numbers * job.model.stored_dtype(name).itemsize
-        kind, structure = ends.get(owner, "linear"), REMOVED if gone else "dense"
+        nbytes = 0 if gone else stored.nbytes(name, shape)
+        kind, structure = ends.get(owner, "linear"), REMOVED if gone else stored.structure(name, "dense")
         rows.append(LayerPlan(owner, kind, full, structure, rank, numbers, dense, nbytes, 0.0))
     return plain_plan(job, rows)
 

@@ -18,12 +18,13 @@ from torch.nn import functional as F
 from eckart.budget import BYTES, DENSE, FLOPS, SECONDS, Candidates, Option
 from eckart.budget.latency import Latencies, between, grid, rising
 from eckart.files.neurons import COLUMNS, ROWS
+from eckart.files.sharing import SHARED
 from eckart.fit import coded_blank
 from eckart.hosts import EmbeddingHost, TiedHead, host, leaf
 from eckart.maps import STORAGES, Dense, LinearMap, random_pivoted, storage
 from eckart.methods.compress.fitting import by_rows, structure_name
 from eckart.methods.compress.job import Job
-from eckart.methods.compress.layers import EMBEDDING, HEAD, Layer
+from eckart.methods.compress.layers import EMBEDDING, HEAD, Layer, dense_bytes
 from eckart.progress import Progress
 
 # Layers of one shape are called in turn, as the model does, as long as their dense weights take no more bytes.
@@ -58,8 +59,12 @@ def costed(
     if measure not in (FLOPS, SECONDS):
         total = job.model.nbytes if measure == BYTES else job.model.numel
         fixed = total - sum(measure.of(layer.dense) for layer in table)
-        coded = measure == BYTES and job.recipe.coding is not None
-        return _with_code_bytes(job, layers, table) if coded else list(table), list(sets), fixed
+        if measure != BYTES or job.recipe.coding is None:
+            return list(table), list(sets), fixed
+        alone = _with_code_bytes(job, layers, table[: len(layers)])  # groups follow
+        narrower = _with_code_bytes(job, [layer for layer, _ in sets], [found for _, found in sets])
+        known_sets = [(layer, found) for (layer, _), found in zip(sets, narrower, strict=True)]
+        return [*alone, *table[len(layers) :]], known_sets, fixed
     outside = _head_outside(job, layers)
     everything = [*zip(layers, table, strict=True), *outside, *sets]
     out = []
@@ -86,12 +91,13 @@ def costed(
 
 def _with_code_bytes(job: Job, layers: Sequence[Layer], table: Sequence[Candidates]) -> list[Candidates]:
     """Return candidates with the bytes they take once their numbers are codes, dense ones among them."""
-    known: dict[tuple[str, Shape, int, torch.dtype, str, int], int] = {}
+    known: dict[tuple[object, ...], int] = {}
     out = []
     for layer, candidates in zip(layers, table, strict=True):
         options = []
         for o in candidates.options:
-            key = layer.kind, layer.shape, layer.bias, job.weight_dtype(layer.name), o.structure, o.rank
+            each = tuple((m.shape, m.bias, job.weight_dtype(m.name)) for m in layer.members)
+            key = layer.kind, each, o.structure, o.rank
             if key not in known:
                 known[key] = stored(job, layer, o).nbytes
             options.append(replace(o, nbytes=known[key]))
@@ -104,13 +110,33 @@ def stored(job: Job, layer: Layer, option: Option) -> Option:
     recipe, dtype = job.recipe, job.weight_dtype(layer.name)
     if recipe.coding is None:
         return option
+    if layer.writers:
+        nbytes = sum(member_bytes(job, member, layer, option) for member in layer.members)
+        return replace(option, structure=structure_name(option, recipe.coding), nbytes=nbytes)
+    apart = job.request.sizes and option.structure != DENSE
+    if apart or option.structure.startswith(SHARED):  # such know their bytes: components, and parts of groups
+        return replace(option, structure=structure_name(option, recipe.coding))
     map_: LinearMap = Dense(torch.empty(layer.shape, device="meta"))
     if option.structure != DENSE:
-        map_ = _example(job, layer, option.structure, option.rank, torch.device("meta"))
+        map_ = example(job, layer, option.structure, option.rank, torch.device("meta"))
     map_ = coded_blank(map_, recipe.coding, dtype, table=by_rows(job, layer))
     # What is not in the matrix is the bias.
     nbytes = map_.nbytes + (option.numbers - map_.numbers) * dtype.itemsize
     return replace(option, structure=structure_name(option, recipe.coding), nbytes=nbytes)
+
+
+def member_bytes(job: Job, member: Layer, reader: Layer, option: Option) -> int:
+    """Return the bytes of one of the layers that become narrower together as an option of theirs is stored."""
+    numbers, dtype = member.narrow_numbers(option.rank, reader), job.weight_dtype(member.name)
+    own = 0 if option.structure == DENSE else member.index_bytes(option.rank, reader)
+    if job.recipe.coding is None:
+        if option.structure == DENSE:
+            return dense_bytes(job, member.name, member.shape, member.bias)
+        return numbers * dtype.itemsize + own
+    map_ = coded_blank(
+        Dense(torch.empty(member.narrow_shape(option.rank, reader), device="meta")), job.recipe.coding, dtype
+    )
+    return map_.nbytes + (numbers - map_.numbers) * dtype.itemsize + own
 
 
 def _head_outside(job: Job, layers: Sequence[Layer]) -> list[tuple[Layer, Candidates]]:
@@ -131,14 +157,14 @@ def _operations(job: Job, layer: Layer, option: Option) -> float:
         return 2.0 * sum(math.prod(member.narrow_shape(option.rank, layer)) for member in layer.members)
     if option.structure == DENSE:
         return 0.0 if looked_up and not job.parts.tied else 2.0 * rows * columns
-    map_ = _example(job, layer, option.structure, option.rank, torch.device("meta"))
+    map_ = example(job, layer, option.structure, option.rank, torch.device("meta"))
     if not looked_up:
         return float(map_.flops(1))
     lookup = 2.0 * (map_.numbers - rows * option.rank)
     return lookup + map_.flops(1) if job.parts.tied else lookup
 
 
-def _example(job: Job, layer: Layer, structure: str, rank: int, device: torch.device) -> LinearMap:
+def example(job: Job, layer: Layer, structure: str, rank: int, device: torch.device) -> LinearMap:
     """Return a map of a structure and size with arbitrary numbers, float32."""
     if layer.kind == EMBEDDING and structure == "pivoted":
         return random_pivoted(layer.shape, rank, device, "columns")  # as embeddings are fitted
@@ -235,7 +261,7 @@ class _Timing:
                 return lambda: (F.embedding(ids, weight), F.linear(hidden, weight))
             dense = leaf(weight).requires_grad_(False)
             return lambda: dense(hidden)
-        map_ = _example(self.job, layer, structure, size, hidden.device).to(hidden.dtype)
+        map_ = example(self.job, layer, structure, size, hidden.device).to(hidden.dtype)
         if layer.kind == EMBEDDING:
             table = EmbeddingHost(map_).requires_grad_(False)
             head = TiedHead(table)

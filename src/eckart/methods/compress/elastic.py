@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from eckart.atomic import write_tensors
-from eckart.budget import Candidates, Option, hull, upgrades
+from eckart.budget import DENSE, Candidates, Option, hull, upgrades
 from eckart.errors import EckartError
+from eckart.files.components import CodeLayout, coded_map
 from eckart.files.elastic import (
     FOLDER,
     ORDER,
@@ -32,11 +33,13 @@ from eckart.files.elastic import (
     write_order,
 )
 from eckart.files.writing import LayerRecord, Partial
-from eckart.fit import regress
+from eckart.fit import Metric, coded, regress
+from eckart.fit.components import down_codes, up_codes
 from eckart.fit.refit import refit_down
-from eckart.hosts import EmbeddingHost, host, offset_of, replace
-from eckart.maps import LinearMap
+from eckart.hosts import EmbeddingHost, embedding_host, host, offset_of, replace
+from eckart.maps import Dense, LinearMap
 from eckart.methods.compress.allocate import Allocation, budget_of, plan_of
+from eckart.methods.compress.costs import stored
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import EMBEDDING, HEAD, LINEAR, Known, Layer, bias_of, unit_of, weights
 from eckart.methods.compress.limits import Limit
@@ -68,15 +71,19 @@ def sizes_of(limit: Limit, least: float) -> tuple[float, ...]:
 def check_elastic(job: Job) -> None:
     """Raise an `EckartError` unless the components of a recipe can be ordered."""
     recipe = job.recipe
-    other = recipe.families or recipe.narrows or recipe.plain or recipe.sharing is not None or recipe.bits
+    other = recipe.families or recipe.narrows or recipe.plain or recipe.sharing is not None
     changed = (
         recipe.update or recipe.heal or recipe.centred or recipe.uses_weight_gradients or recipe.learner is not None
     )
     if other or changed or recipe.allocation != "knapsack":
         raise EckartError(
             f"{job.request.method} with these settings cannot be elastic; that needs a low-rank map of its own for "
-            "every layer, without codes, healing, update or bias, and allocation=knapsack, as the method eckart has by "
-            "default"
+            "every layer, without healing, update or bias, and allocation=knapsack, as the method eckart has by default"
+        )
+    if recipe.bits and recipe.storage != "lowrank":
+        raise EckartError(
+            f"{job.request.method} with these settings cannot be elastic: codes of {recipe.storage} maps are those of "
+            "one rank and cannot be cut; give storage=lowrank"
         )
 
 
@@ -105,6 +112,8 @@ def order_of(job: Job, layers: Sequence[Layer], table: Sequence[Candidates]) -> 
     steps = [(c.name, hull(c.options)[0]) for c in table] + upgrades(table)
     pairs = [[at[name], 0 if option is table[at[name]].dense else option.rank] for name, option in steps]
     made = [_layer(job, layer, tuple(len(sizes) * [min(layer.shape)])) for layer in layers]
+    coding = job.recipe.coding
+    learned = coding is not None and coding.levels == "learned"
     first = Elastic(
         job.request.model,
         sizes,
@@ -116,6 +125,7 @@ def order_of(job: Job, layers: Sequence[Layer], table: Sequence[Candidates]) -> 
         tuple(made),
         torch.tensor(pairs, dtype=torch.int32),
         torch.tensor([option.loss for _, option in steps], dtype=torch.float64),
+        None if coding is None else CodeLayout(coding.bits, coding.group_size, not coding.symmetric, learned),
     )
     largest = first.plan(sizes[-1])
     last = {name: option.rank for name, option in steps if option is not table[at[name]].dense}
@@ -144,14 +154,19 @@ def _layer(job: Job, layer: Layer, ranks: tuple[int, ...]) -> ElasticLayer:
     shared = layer.kind == EMBEDDING or not job.recipe.sequential
     itemsize = job.weight_dtype(layer.name).itemsize
     own = job.model.stored_dtype(f"{layer.name}.bias").itemsize if layer.bias else 0
-    return ElasticLayer(layer.name, kind, layer.shape, part, layer.bias, padding, True, shared, ranks, itemsize, own)
+    coded_bytes = 0
+    if job.recipe.coding is not None:
+        numbers = math.prod(layer.shape) + layer.bias
+        coded_bytes = stored(job, layer, Option(DENSE, min(layer.shape), numbers, 0, 0.0)).nbytes
+    sizes = itemsize, own, coded_bytes
+    return ElasticLayer(layer.name, kind, layer.shape, part, layer.bias, padding, True, shared, ranks, *sizes)
 
 
 def chosen_of(elastic: Elastic) -> dict[str, Option]:
     """Return what every layer becomes at the largest size."""
     full = {layer.name: min(layer.shape) for layer in elastic.layers}
     return {
-        name: Option(elastic.stored if cut.rank else "dense", cut.rank or full[name], cut.numbers, cut.nbytes, cut.loss)
+        name: Option(elastic.stored if cut.rank else DENSE, cut.rank or full[name], cut.numbers, cut.nbytes, cut.loss)
         for name, cut in elastic.plan(elastic.sizes[-1]).items()
     }
 
@@ -164,7 +179,7 @@ def elastic_plan(job: Job, layers: Sequence[Layer], table: Sequence[Candidates])
         cut = elastic.plan(keep)
         sizes.append(SizePlan(keep, *elastic.figures(cut, job.model.nbytes), sum(one.loss for one in cut.values())))
     largest = plan_of(job, layers, Allocation(chosen_of(elastic), list(table), elastic.fixed))
-    held = sum(layer.nbytes for layer in elastic.layers)
+    held = sum(elastic.held_bytes(layer) for layer in elastic.layers)
     return dataclasses.replace(largest, sizes=tuple(sizes), components=held)
 
 
@@ -194,7 +209,8 @@ class ElasticSweep(Sweep):
         super().__init__(job, known, layers, found, partial, progress)
         self.elastic = elastic
         self.described = {layer.name: layer for layer in elastic.layers}
-        self.layers = [layer for layer in layers if any(self.described[layer.name].ranks)]
+        if job.recipe.coding is None:
+            self.layers = [layer for layer in layers if any(self.described[layer.name].ranks)]
         # Without a sequential pass nothing depends on the size.
         self.plans = [elastic.plan(s) for s in (elastic.sizes if job.recipe.sequential else elastic.sizes[-1:])]
         self.followers: list[Stream] = []
@@ -203,7 +219,8 @@ class ElasticSweep(Sweep):
     def _fitted(
         self, layer: Layer, weight: Tensor, crosses: Sequence[CrossMoments], held: dict[str, Tensor]
     ) -> list[LinearMap | None]:
-        """Fit a layer's components and put them into `held`; return its map at every size, None where it is dense.
+        """Fit a layer's components and put them into `held`; return its map at every size, None where it is dense and
+        no codes.
 
         `crosses` are the joint moments of its input over all sizes together, then those at every size; none without a
         sequential pass.
@@ -213,6 +230,8 @@ class ElasticSweep(Sweep):
         metric = self.known.metric(layer, weight, crosses[0] if crosses else None)
         if metric is None:
             raise EckartError(f"the calibration texts never reach {name}, so it cannot be fitted")
+        if self.elastic.codes is not None:
+            return self._codes(layer, weight, metric, crosses, held, self.elastic.codes)
         factors = regress(weight, metric, rank=max(described.ranks)).factors(max(described.ranks))
         held[f"{name}.up"] = up = factors.up.mT.to(dtype)
         if described.shared:
@@ -231,9 +250,44 @@ class ElasticSweep(Sweep):
             for k, down in zip(cuts, downs, strict=True)
         ]
 
+    def _codes(
+        self,
+        layer: Layer,
+        weight: Tensor,
+        metric: Metric,
+        crosses: Sequence[CrossMoments],
+        held: dict[str, Tensor],
+        layout: CodeLayout,
+    ) -> list[LinearMap | None]:
+        """Do what `_fitted` does with codes; a layer that is dense at some sizes has one matrix of codes for all."""
+        described, name, coding = self.described[layer.name], layer.name, self.job.recipe.coding
+        if coding is None:
+            raise AssertionError("a folder of codes is made by a recipe with codes")
+        dtype, table = self.job.weight_dtype(name), layer.kind == EMBEDDING
+        seen = [self.known.metric(layer, weight, cross) or metric for cross in crosses[1:]] or [metric]
+        cuts = [plan[name].rank for plan in self.plans]
+        dense = None
+        if 0 in cuts:
+            dense = coded(Dense(weight), weight, seen[-1], coding, dtype, table=table)
+        if not any(cuts):
+            return [dense] * len(cuts)
+        most = max(described.ranks)
+        ups = up_codes(regress(weight, metric, rank=most).factors(most), metric, coding, dtype, table=table)
+        downs = {}
+        for i in described.down_sizes:
+            first, at = described.ranks[i], seen[i] if len(seen) > 1 else seen[0]
+            cut = ups.leading(ups.shape[0], first) if table else ups.leading(first, ups.width)
+            downs[i] = down_codes(weight, cut, at, coding, dtype, table=table)
+        held |= layout.tensors(f"{name}.up", ups)
+        for i, down in downs.items():
+            held |= layout.tensors(f"{name}.down.{i}", down)
+        nearest = [described.down_size(i) for i in range(len(cuts))] if len(cuts) > 1 else described.down_sizes[-1:]
+        return [coded_map(ups, downs[i], k, table=table) if k else dense for k, i in zip(cuts, nearest, strict=True)]
+
     def _record(self, layer: Layer, map_: LinearMap, bias: Tensor | None, padding_idx: int | None) -> LayerRecord:
-        loss, kind = self.plans[-1][layer.name].loss, self.described[layer.name].kind
-        return LayerRecord.of(layer.name, map_, bias, loss, kind=kind, padding_idx=padding_idx)
+        cut, kind = self.plans[-1][layer.name], self.described[layer.name].kind
+        planned = None if self.elastic.codes is None else (self.elastic.structure(cut), cut.rank or min(layer.shape))
+        return LayerRecord.of(layer.name, map_, bias, cut.loss, kind=kind, padding_idx=padding_idx, planned=planned)
 
     def _embedding(self) -> dict[str, nn.Module]:
         for layer, weight in weights(self.job, [layer for layer in self.layers if layer.kind == EMBEDDING]):
@@ -241,7 +295,7 @@ class ElasticSweep(Sweep):
             maps = self._fitted(layer, weight, [], held)
             self._save_components(EMBEDDING, held)
             padding = self.described[layer.name].padding_idx
-            modules = [None if map_ is None else EmbeddingHost(map_.to(torch.float32), padding) for map_ in maps]
+            modules = [None if map_ is None else embedding_host(map_.to(torch.float32), padding) for map_ in maps]
             self.embeddings, last, module = modules, maps[-1], modules[-1]
             if last is None or module is None:
                 return {}

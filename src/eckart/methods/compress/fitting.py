@@ -126,9 +126,12 @@ def by_rows(job: Job, layer: Layer) -> bool:
 
 def structure_name(option: Option, coding: Coding | None) -> str:
     """Return what a plan calls an option: "pivoted", "pivoted int4", "int4" for a dense matrix of codes."""
-    if coding is None:
-        return option.structure
-    return f"int{coding.bits}" if option.structure == DENSE else f"{option.structure} int{coding.bits}"
+    return option.structure if coding is None else coded_name(option.structure, coding)
+
+
+def coded_name(structure: str, coding: Coding) -> str:
+    """Return what a plan calls a structure whose numbers are codes."""
+    return f"int{coding.bits}" if structure == DENSE else f"{structure} int{coding.bits}"
 
 
 def loss_of(known: Known, fit: Fit) -> float:

@@ -16,23 +16,24 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from eckart.atomic import write_tensors
-from eckart.budget import Candidates, Option, candidates
+from eckart.budget import BYTES, Candidates, Option, candidates
 from eckart.budget.candidates import Sized
 from eckart.errors import EckartError
 from eckart.files.sharing import borrowed
 from eckart.files.writing import LayerRecord
-from eckart.fit import Fit, Metric, error_of, metric, regress
+from eckart.fit import Fit, Metric, coded_blank, coded_shared, error_of, metric, regress
 from eckart.fit.clustering import cluster
 from eckart.fit.shared import fit_shared, split_rows
-from eckart.hosts import map_of
+from eckart.hosts import host, map_of
 from eckart.linalg import psd_roots, sketch
 from eckart.maps import FAMILIES, LowRank, Product, from_spec, storage
+from eckart.methods.compress.costs import example, stored
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import LINEAR, Known, Layer, predicted, weights, with_dense_bytes
 from eckart.stats import inputs_of
 
-# What hosts call the right factor of the maps whose rows can be split.
-SHARED_TENSOR = {LowRank: "down.weight", Product: "1.weight"}
+# What hosts call the right factor of the maps whose rows can be split; its tensors begin with that.
+SHARED_PART = {LowRank: "down.", Product: "1."}
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +132,10 @@ def _clusters(job: Job, layers: list[Layer], known: Known, share: float) -> list
     sharing, (m, n) = job.recipe.sharing, layers[0].shape
     if sharing is None or sharing.algorithm is None:
         raise AssertionError("clusters are made where a recipe asks for them")
-    stored = storage("lowrank")
+    lowrank = storage("lowrank")
 
     def rank_of(rows: int) -> int:
-        return stored.largest_rank((rows, n), share * rows * n)
+        return lowrank.largest_rank((rows, n), share * rows * n)
 
     root = psd_roots(_summed([_metric(known, layer, weight) for layer, weight in weights(job, layers)]))[0]
     most = min(rank_of(m * len(layers)), n)
@@ -156,8 +157,8 @@ def group_candidates(job: Job, known: Known, group: Group, *, errors: bool) -> C
         group: the group.
         errors: whether losses are needed; without, they are all zero and nothing is decomposed.
     """
-    stored = _stored(job)
-    losses: Tensor | list[float] = [0.0] * (stored.largest(group.shape) + 1)
+    kept = _stored(job)
+    losses: Tensor | list[float] = [0.0] * (kept.largest(group.shape) + 1)
     if errors:
         stack, together = _stack(job, known, group)
         losses = len(group.members) * predicted(known, regress(stack, together))
@@ -165,12 +166,24 @@ def group_candidates(job: Job, known: Known, group: Group, *, errors: bool) -> C
         group.name,
         group.shape,
         losses,
-        stored,
+        kept,
         itemsize=job.weight_dtype(group.name).itemsize,
         bias=sum(layer.bias for layer in group.members),
         round_to=job.recipe.round_to,
     )
     return with_dense_bytes(job, group.members, found)
+
+
+def with_code_bytes(job: Job, group: Group, found: Candidates) -> Candidates:
+    """Return the candidates of a group with the bytes they take as codes, if numbers become such and bytes count."""
+    if job.recipe.coding is None or job.request.limit.measure != BYTES:
+        return found
+    layers, options = {layer.name: layer for layer in group.members}, []
+    for option in found.options:
+        members = member_plans(job, group, option)
+        nbytes = sum(stored(job, layers[name], own).nbytes for name, (own, _) in members.items())
+        options.append(replace(option, nbytes=nbytes))
+    return replace(found, options=tuple(options))
 
 
 def _stored(job: Job) -> Sized:
@@ -204,23 +217,38 @@ def _summed(metrics: Sequence[Metric]) -> Tensor:
 
 def member_plans(job: Job, group: Group, option: Option) -> dict[str, tuple[Option, Candidates]]:
     """Return every member's part of an option, what is shared counted with the owner, and the member left dense."""
-    out, stored, itemsize = {}, _stored(job), job.weight_dtype(group.name).itemsize
+    out, kept, itemsize = {}, _stored(job), job.weight_dtype(group.name).itemsize
     for i, layer in enumerate(group.members):
         (m, n), rank = layer.shape, option.rank
-        alone = candidates(layer.name, layer.shape, [0.0], stored, itemsize=itemsize, bias=layer.bias)
+        alone = candidates(layer.name, layer.shape, [0.0], kept, itemsize=itemsize, bias=layer.bias)
         alone = with_dense_bytes(job, [layer], alone)
-        if option.structure != stored.name:
-            out[layer.name] = alone.dense, alone
+        if option.structure != kept.name:
+            out[layer.name] = replace(alone.dense, loss=option.loss / len(group.members)), alone
             continue
-        numbers = stored.numbers((m, n), rank) - (stored.numbers((0, n), rank) if i else 0) + layer.bias
-        nbytes = numbers * itemsize + stored.index_bytes((m, n), rank)
+        numbers = kept.numbers((m, n), rank) - (kept.numbers((0, n), rank) if i else 0) + layer.bias
+        nbytes = numbers * itemsize + kept.index_bytes((m, n), rank)
+        if job.recipe.coding is not None:
+            nbytes = _code_bytes(job, layer, kept.name, rank, owns=i == 0)
         loss = option.loss / len(group.members)
-        out[layer.name] = Option(f"shared {stored.name}", rank, numbers, nbytes, loss), alone
+        out[layer.name] = Option(f"shared {kept.name}", rank, numbers, nbytes, loss), alone
     return out
 
 
+def _code_bytes(job: Job, layer: Layer, structure: str, rank: int, *, owns: bool) -> int:
+    """Return the bytes of a member's part of a group as codes, with what is shared if it owns that."""
+    if job.recipe.coding is None:
+        raise AssertionError("only codes are counted like this")
+    dtype = job.weight_dtype(layer.name)
+    whole = coded_blank(example(job, layer, structure, rank, torch.device("meta")), job.recipe.coding, dtype)
+    if not isinstance(whole, Product):
+        raise AssertionError("what is shared is the right factor of a product")
+    return sum(factor.nbytes for factor in whole.maps[: 2 if owns else 1]) + layer.bias * dtype.itemsize
+
+
 def fit_group(job: Job, known: Known, plan: SharedPlan) -> list[Fit]:
-    """Return the fits of a group's members, float64, without biases; errors are each layer's under its own metric."""
+    """Return the fits of a group's members, without biases, float64 or codes; errors are each layer's under its own
+    metric.
+    """
     group, recipe = plan.group, job.recipe
     family = recipe.family(plan.option.structure)
     parts, metrics = _parts(job, known, group)
@@ -230,9 +258,14 @@ def fit_group(job: Job, known: Known, plan: SharedPlan) -> list[Fit]:
     else:
         rounds = recipe.sharing.rounds if recipe.sharing else 0
         maps = fit_shared(parts, metrics, plan.option.rank, rounds=rounds)
+    if recipe.coding is not None:
+        maps = coded_shared(maps, parts, metrics, recipe.coding, job.weight_dtype(group.name))
     fits = []
     for map_, weight, own in zip(maps, parts, metrics, strict=True):
-        error, zero = error_of(weight, map_.dense(), own), error_of(weight, torch.zeros_like(weight), own)
+        error, zero = (
+            error_of(weight, map_.to(torch.float64).dense(), own),
+            error_of(weight, torch.zeros_like(weight), own),
+        )
         fits.append(Fit(map_, None, error, error / zero if zero > 0 else 0.0))
     return fits
 
@@ -276,7 +309,11 @@ class GroupFits:
         dtype = self.job.weight_dtype(plan.group.name)
         fits = [replace(fit, map=fit.map.to(dtype)) for fit in fit_group(self.job, self.known, plan)]
         stated = [{"map": fit.map.spec(), "error": fit.error, "relative": fit.relative} for fit in fits]
-        tensors = {f"{i}|{name}": t.contiguous() for i, fit in enumerate(fits) for name, t in fit.map.tensors().items()}
+        tensors = {
+            f"{i}|{name}": t.clone(memory_format=torch.contiguous_format)
+            for i, fit in enumerate(fits)
+            for name, t in fit.map.tensors().items()
+        }
         write_tensors(path, tensors, {"format": "pt", "fits": json.dumps(stated)})
 
     def taken(self, layer: Layer, fit: Fit) -> dict[str, str]:
@@ -284,13 +321,15 @@ class GroupFits:
         if layer.name not in self._at:
             return {}
         plan, _, i = self._at[layer.name]
-        return {SHARED_TENSOR[type(fit.map)]: plan.group.name} if i else {}
+        part = SHARED_PART[type(fit.map)]
+        return {key: plan.group.name for key in host(fit.map).state_dict() if key.startswith(part)} if i else {}
 
     def shared_parameters(self, block: nn.Module, index: int) -> list[nn.Parameter]:
         """Return the parameters of a compressed block that are shared, by their owner or a taker."""
         prefix = f"{self.job.parts.blocks[index]}."
         hosts = [block.get_submodule(name.removeprefix(prefix)) for name in self._at if name.startswith(prefix)]
-        return [host.get_parameter(SHARED_TENSOR[type(map_of(host))]) for host in hosts]
+        named = [(SHARED_PART[type(map_of(one))], one.named_parameters()) for one in hosts]
+        return [parameter for part, held in named for name, parameter in held if name.startswith(part)]
 
 
 def without_borrowed(tensors: Mapping[str, Tensor], records: Sequence[LayerRecord]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ form.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
@@ -138,6 +138,16 @@ def merged(layers: Sequence[Layer], sets: Sequence[Layer]) -> list[Layer]:
     by_reader = {layer.name: layer for layer in sets}
     written = {writer.name for layer in sets for writer in layer.writers}
     return [by_reader.get(layer.name, layer) for layer in layers if layer.name not in written]
+
+
+def stays_apart(layers: Sequence[Layer], chosen: Mapping[str, Option]) -> tuple[list[Layer], dict[str, Option]]:
+    """Return layers and options in which sets of layers that stay dense are their members on their own."""
+    out, options = list[Layer](), dict(chosen)
+    for layer in layers:
+        apart = layer.members if layer.writers and chosen[layer.name].structure == DENSE else ()
+        options |= {member.name: replace(chosen[layer.name], rank=min(member.shape)) for member in apart}
+        out += apart or [layer]
+    return out, options
 
 
 @torch.no_grad()

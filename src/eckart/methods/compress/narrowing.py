@@ -14,12 +14,13 @@ from torch import Tensor
 from eckart.budget import DENSE, Candidates, Option
 from eckart.errors import EckartError
 from eckart.files.neurons import COLUMNS, ROWS, neurons_entry
-from eckart.fit import Fit, regress
+from eckart.fit import Fit, Metric, coded, error_of, regress
 from eckart.fit.families import SHARES
-from eckart.fit.heads import choose_channels, fit_values, output_moments
+from eckart.fit.heads import ValuesFit, choose_channels, fit_values, output_moments
 from eckart.fit.neurons import fit_neurons, neurons_fitter
 from eckart.hosts import Heads
 from eckart.maps import Dense, LinearMap, Placement, Product, Selection
+from eckart.methods.compress.fitting import loss_of
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import (
     INDEX,
@@ -95,16 +96,50 @@ def fit_narrowed(
     if metric is None:
         raise _unreached(layer)
     fit = fit_neurons(reader, metric, option.rank, ridge=job.recipe.ridge)
-    out = []
-    for member in layer.members:
-        dtype, bias, writes = job.weight_dtype(member.name), biases[member.name], member.name != layer.name
-        map_ = Dense((dense[member.name][fit.kept] if writes else fit.weight).to(dtype))
-        if bias is not None:
-            bias = (bias[fit.kept] if writes else bias).to(dtype)
-        made = Fit(map_, bias, 0.0 if writes else fit.error, 0.0 if writes else fit.relative)
-        side = ROWS if writes else COLUMNS
-        out.append(Narrowed(member, made, neurons_entry(layer.name, side, layer.shape[1])))
-    return out
+    kept, out = fit.kept, []
+    for writer in layer.writers:
+        bias, rows = biases[writer.name], dense[writer.name][kept]
+        made = _stored(job, writer, rows, _rows_metric(job, known, writer, dense[writer.name], kept))
+        made = replace(made, bias=None if bias is None else bias[kept].to(made.map.dtype))
+        out.append(Narrowed(writer, made, neurons_entry(layer.name, ROWS, layer.shape[1])))
+    seen = None if metric.seen is None else metric.seen[kept][:, kept]
+    made = _stored(job, layer, fit.weight, Metric(inputs=seen, outputs=metric.outputs))
+    # W' is the least-squares solution, so that what rounding adds to its error is the error of rounding it
+    zero, bias = error_of(reader, torch.zeros_like(reader), metric), biases[layer.name]
+    own, rounding = None if bias is None else bias.to(made.map.dtype), made.error / zero if zero > 0 else 0.0
+    made = Fit(made.map, own, fit.error + made.error, fit.relative + rounding)
+    return [*out, Narrowed(layer.members[-1], made, neurons_entry(layer.name, COLUMNS, layer.shape[1]))]
+
+
+def _stored(job: Job, layer: Layer, matrix: Tensor, metric: Metric | None) -> Fit:
+    """Return a narrow matrix as it is stored, as codes if the recipe has them, and what rounding to these costs.
+
+    Args:
+        job: the job.
+        layer: the layer that the matrix is of.
+        matrix: float32 or float64.
+        metric: of what the narrow layer reads and writes; only read for codes.
+    """
+    dtype, coding = job.weight_dtype(layer.name), job.recipe.coding
+    if coding is None or metric is None:
+        return Fit(Dense(matrix.to(dtype)), None, 0.0, 0.0)
+    map_ = coded(Dense(matrix), matrix, metric, coding, dtype)
+    error = error_of(matrix, map_.to(torch.float64).dense(), metric)
+    zero = error_of(matrix, torch.zeros_like(matrix), metric)
+    return Fit(map_, None, error, error / zero if zero > 0 else 0.0)
+
+
+def _rows_metric(job: Job, known: Known, layer: Layer, weight: Tensor, rows: Tensor) -> Metric | None:
+    """Return the metric of some rows of a layer on its original inputs, for codes; None if nothing is coded."""
+    if job.recipe.coding is None:
+        return None
+    metric = known.metric(layer, weight)
+    if metric is None:
+        raise _unreached(layer)
+    outputs = metric.outputs
+    if outputs is not None:
+        outputs = outputs[rows][:, rows] if outputs.ndim == 2 else outputs[rows]
+    return Metric(inputs=metric.seen, outputs=outputs)
 
 
 def _fit_heads(
@@ -146,12 +181,31 @@ def _fit_heads(
         inside = (rows >= start) & (rows < start + writer.shape[0])
         placement = Placement((rows[inside] - start).to(INDEX), writer.shape[0])
         own = None if biases[writer.name] is None else offset[start : start + writer.shape[0]]
-        out.append(_narrowed(job, writer, Product((placement, Dense(narrow[inside]))), own))
+        at = rows[inside] - start
+        made = _stored(job, writer, narrow[inside], _rows_metric(job, known, writer, dense[writer.name], at))
+        out.append(_narrowed(job, writer, Product((placement, made.map)), own, made.error, made.relative))
         start += writer.shape[0]
     read = _places(first.expand(heads.queries, -1), heads.size)
-    reader = Product((Dense(values.out), Selection(read.to(INDEX), layer.shape[1])))
-    last = _narrowed(job, layer.members[-1], reader, biases[layer.name], values.error, values.relative)
-    return [*out, last]
+    made = _stored(job, layer, values.out, _outputs_metric(job, known, layer, dense[layer.name], values))
+    reader = Product((made.map, Selection(read.to(INDEX), layer.shape[1])))
+    errors = values.error + made.error, values.relative + made.relative
+    return [*out, _narrowed(job, layer.members[-1], reader, biases[layer.name], *errors)]
+
+
+def _outputs_metric(job: Job, known: Known, layer: Layer, weight: Tensor, values: ValuesFit) -> Metric | None:
+    """Return the metric of the layer that reads the narrow outputs of heads, for codes; None if nothing is coded.
+
+    Outputs of a head are means of its values, so those of the projected values are the projected outputs.
+    """
+    if job.recipe.coding is None:
+        return None
+    metric = known.metric(layer, weight)
+    if metric is None:
+        raise _unreached(layer)
+    heads = weight.shape[1] // values.projectors.shape[2]
+    projectors = values.projectors.repeat_interleave(heads // values.projectors.shape[0], 0)
+    whole = torch.block_diag(*projectors)
+    return Metric(inputs=None if metric.seen is None else whole @ metric.seen @ whole.mT, outputs=metric.outputs)
 
 
 def _narrowed(
@@ -195,6 +249,11 @@ def _unreached(layer: Layer) -> EckartError:
     return EckartError(f"the calibration texts never reach {layer.name}, so it cannot be fitted")
 
 
+def narrowed_loss(job: Job, known: Known, layer: Layer, option: Option) -> float:
+    """Return the predicted loss of layers that become narrower together, in the unit of the job's plan."""
+    return sum(loss_of(known, part.fit) for part in fit_narrowed(job, known, layer, option))
+
+
 def foreseen(job: Job, layers: list[Layer], known: Known, chosen: dict[str, Option]) -> dict[str, Option]:
     """Return chosen options with their predicted losses, which an allocation did without."""
     out = dict(chosen)
@@ -205,7 +264,7 @@ def foreseen(job: Job, layers: list[Layer], known: Known, chosen: dict[str, Opti
             continue
         family = job.recipe.family(option.structure)
         if layer.writers:
-            loss = fit_narrowed(job, known, layer, option)[-1].fit.relative
+            loss = narrowed_loss(job, known, layer, option)
         elif family is None:
             loss = float(predicted(known, regress(weight, metric))[option.rank])
         else:

@@ -26,6 +26,7 @@ from eckart.methods.compress.layers import Known, Layer, check_layers, layers_of
 from eckart.methods.compress.learned import Learning
 from eckart.methods.compress.lora import heal_by_lora
 from eckart.methods.compress.outcome import Checked, Measured, Outcome, Plan
+from eckart.methods.compress.plain import SMALL, coded_model
 from eckart.methods.compress.residual_slicing import (
     measured_folder,
     principal_axes,
@@ -134,33 +135,41 @@ def _by_layers(job: Job, target: Path, cache: bool, check: bool, progress: Progr
 
 
 def _plain(job: Job, target: Path, cache: bool, check: bool, progress: Progress) -> Outcome:
-    """Write an ordinary smaller model, beside the target while it is made; it has no statistics to cache."""
-    make = _sliced if job.recipe.sliced else _shortened
+    """Write a smaller model, beside the target while it is made; it has no statistics to cache."""
+    make, codes = _sliced if job.recipe.sliced else _shortened, job.recipe.coding is not None
     with _begun(job, target) as partial:
-        folder, planned, measured, expected = make(job, partial, progress)
+        folder = partial.fresh_folder(SMALL) if codes else partial.fresh_folder()
+        planned, measured, expected = make(job, partial, folder, progress)
+        small = job
+        if codes:
+            small, rounded, expected = coded_model(job, folder, partial, progress)
+            measured = replace(rounded, before=measured.before)
         outcome = Outcome(planned, target, measured, 0.0, peak_memory(), _described(job))
-        for name, text in _texts(job, outcome, expected.promise if check else None).items():
-            write_text(folder / name, text)
+        texts = _texts(job, outcome, expected.promise if check else None)
+        if codes:
+            folder = _written(small, partial, _made_by(outcome), texts, progress)
+        else:
+            for name, text in texts.items():
+                write_text(folder / name, text)
         checked = _checked(job, folder, planned, expected if check else None, progress)
         publish(folder, target)
     return replace(outcome, checked=checked)
 
 
-def _sliced(job: Job, partial: Partial, progress: Progress) -> tuple[Path, Plan, Measured, Expected]:
+def _sliced(job: Job, partial: Partial, folder: Path, progress: Progress) -> tuple[Plan, Measured, Expected]:
     """Write a model with fewer residual coordinates."""
     axis = residual_axis(job)
     kept, planned = sliced_plan(job, axis)
     basis = principal_axes(job, axis, progress)[:, :kept]
-    folder = partial.fresh_folder()
     write_sliced(job, axis, basis, folder, progress)
-    return folder, planned, *measured_folder(job, folder)
+    return planned, *measured_folder(job, folder)
 
 
-def _shortened(job: Job, partial: Partial, progress: Progress) -> tuple[Path, Plan, Measured, Expected]:
+def _shortened(job: Job, partial: Partial, folder: Path, progress: Progress) -> tuple[Plan, Measured, Expected]:
     """Write a model with fewer blocks."""
-    stack, folder = shortened(job, partial.folder, progress), partial.fresh_folder()
+    stack = shortened(job, partial.folder, progress)
     write_short(stack, folder, progress)
-    return folder, short_plan(job, stack.kept), *measured_stack(stack)
+    return short_plan(job, stack.kept), *measured_stack(stack)
 
 
 def _compressed(

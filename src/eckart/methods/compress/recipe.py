@@ -206,8 +206,6 @@ class Recipe:
             raise EckartError("layers share a factor under the uncentred moments of their original inputs only")
         if len(self.families) + self.mixed > 1:
             raise EckartError("layers that share a factor are of one structure")
-        if self.bits:
-            raise EckartError("the factor that layers share is not stored in codes; leave bits at 0")
 
     def _check_narrowing(self) -> None:
         if self.narrows and not self.mixed and self.allocation not in ("uniform", "influence"):
@@ -218,9 +216,8 @@ class Recipe:
             raise EckartError(
                 "heads are fitted under the moments of their original inputs, and are no choice beside maps"
             )
-        answers = self.allocation, self.storage, self.embeddings, self.heal
-        if self.bits and (self.narrows or self.plain):
-            raise EckartError("narrower layers are not stored in codes; leave bits at 0")
+        tables = self.embeddings and not self.bits  # codes of them are no other width
+        answers = self.allocation, self.storage, tables, self.heal
         if self.plain and answers != ("uniform", "lowrank", False, 0):
             what = "slicing" if self.sliced else "removing blocks"
             raise EckartError(f"{what} changes the whole model at once: leave allocation, storage, embeddings and heal")

@@ -26,7 +26,7 @@ from eckart.methods.compress.check import Expected, expectation
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.measure import next_token_loss
 from eckart.methods.compress.outcome import LayerPlan, Measured, Plan
-from eckart.methods.compress.plain import plain_plan
+from eckart.methods.compress.plain import Stored, plain_plan
 from eckart.progress import Progress
 from eckart.stats import MomentSum, advance, enter, hooked
 
@@ -130,24 +130,29 @@ def sliced_plan(job: Job, axis: Axis) -> tuple[int, Plan]:
     """
     limit, total = job.request.limit, job.model.numel
     whole = job.model.nbytes if limit.measure == BYTES else total
-    budget = math.floor(limit.budget(whole) + 1e-9)
+    budget, stored = math.floor(limit.budget(whole) + 1e-9), _stored(job)
 
     def cost(width: int) -> int:
-        return sum(row.nbytes if limit.measure == BYTES else row.numbers for row in _rows(job, axis, width))
+        return sum(row.nbytes if limit.measure == BYTES else row.numbers for row in _rows(stored, axis, width))
 
     step = math.lcm(job.recipe.round_to, int(job.model.config.num_attention_heads))
-    widths = [axis.width] if budget >= whole else range(step, axis.width, step)
+    widths = [axis.width] if budget >= cost(axis.width) else range(step, axis.width, step)
     fitting = [w for w in widths if cost(w) <= budget]
     if not fitting:
         raise EckartError(
             f"{limit} of {limit.measure.show(whole)} cannot be met even with {step} of {axis.width} coordinates; ask "
             "for more, or use another method"
         )
-    return fitting[-1], plain_plan(job, _rows(job, axis, fitting[-1]))
+    return fitting[-1], plain_plan(job, _rows(stored, axis, fitting[-1]))
 
 
-def _rows(job: Job, axis: Axis, kept: int) -> list[LayerPlan]:
+def _stored(job: Job) -> Stored:
+    return Stored.of(job, untied=job.recipe.untie and job.parts.tied)
+
+
+def _rows(stored: Stored, axis: Axis, kept: int) -> list[LayerPlan]:
     """Return a row for every parameter; an untied head is one that the dense model lacks."""
+    job = stored.job
     basis = torch.empty(axis.width, kept, dtype=torch.float64, device="meta")
     ends, out = {job.parts.embedding: "embedding", job.parts.head: "head"}, []
     for name, source in _names(job, kept != axis.width).items():
@@ -156,8 +161,8 @@ def _rows(job: Job, axis: Axis, kept: int) -> list[LayerPlan]:
             job, axis, basis, name, {n: torch.empty(s, device="meta") for n, s in _needed(job, axis, name)}
         )
         numbers, dense = small.numel(), math.prod(shape) if name == source else 0
-        nbytes = numbers * job.model.stored_dtype(source).itemsize
-        structure = "dense" if tuple(small.shape) == shape else "sliced"
+        nbytes = stored.nbytes(name, small.shape, source)
+        structure = stored.structure(name, "dense" if tuple(small.shape) == shape else "sliced")
         owner = name.removesuffix(".weight")
         kind, full = ends.get(owner, "linear"), (shape[0], shape[-1])
         out.append(LayerPlan(owner, kind, full, structure, min(*full, kept), numbers, dense, nbytes, 0.0))
@@ -222,7 +227,7 @@ def write_sliced(job: Job, axis: Axis, basis: Tensor, folder: Path, progress: Pr
         return (next(iter(read.values())) if whole else _changed(job, axis, basis, name, read).to(dtype)).cpu()
 
     sources = {}
-    for row, (name, source) in zip(_rows(job, axis, kept), _names(job, not whole).items(), strict=True):
+    for row, (name, source) in zip(_rows(Stored(job, {}), axis, kept), _names(job, not whole).items(), strict=True):
         sources[name] = Source(row.nbytes, partial(made, name, job.model.stored_dtype(source)))
     buffers = [name for name in job.model.outside(()) if name not in job.model.parameters]
     for name in buffers:

@@ -34,7 +34,7 @@ from eckart.methods.compress.fitting import (
 from eckart.methods.compress.groups import GroupFits, without_borrowed
 from eckart.methods.compress.heal import heal
 from eckart.methods.compress.job import Job
-from eckart.methods.compress.layers import EMBEDDING, HEAD, Known, Layer, bias_of, merged, weights
+from eckart.methods.compress.layers import EMBEDDING, HEAD, Known, Layer, bias_of, merged, stays_apart, weights
 from eckart.methods.compress.measure import divergence, next_token_loss
 from eckart.methods.compress.narrowing import fit_narrowed
 from eckart.methods.compress.outcome import Measured
@@ -95,7 +95,9 @@ class Sweep:
     ) -> None:
         self.job, self.known, self.chosen, self.partial, self.progress = job, known, found.chosen, partial, progress
         layers = merged(layers, found.narrowed)
-        self.layers = [layer for layer in layers if job.recipe.coding or not is_dense(found.chosen[layer.name])]
+        if job.recipe.coding is not None:  # dense layers become codes, one by one
+            layers, self.chosen = stays_apart(layers, found.chosen)
+        self.layers = [layer for layer in layers if job.recipe.coding or not is_dense(self.chosen[layer.name])]
         self.groups = GroupFits(job, known, found.shared, partial.folder)
         self.streams = Store(partial.folder)
         recipe = job.recipe
@@ -226,10 +228,10 @@ class Sweep:
 
     def _narrow(self, layer: Layer, compressed: nn.Module, name: str, cross: CrossMoments | None) -> list[LayerRecord]:
         """Put fewer hidden units, or channels per head, in a compressed block; return the records of its layers."""
-        option, records = self.chosen[layer.name], []
+        option, records = self.chosen[layer.name], list[LayerRecord]()
         for part in fit_narrowed(self.job, self.known, layer, option, cross=cross):
             replace(compressed, part.layer.name.removeprefix(f"{name}."), running(part.fit))
-            loss, planned = loss_of(self.known, part.fit), (option.structure, option.rank)
+            loss, planned = loss_of(self.known, part.fit), self._planned(layer)
             records.append(
                 LayerRecord.of(part.layer.name, part.fit.map, part.fit.bias, loss, planned=planned, neurons=part.entry)
             )
