@@ -38,10 +38,14 @@ class Inner:
     Attributes:
         call: x (..., n) -> W x (..., m).
         map: returns W.
+        dense: weight and bias where `call` is one product with them and nothing besides; None elsewhere.
+        sequences: which sequences of the batch the inputs are, or None for all of them.
     """
 
     call: Callable[[Tensor], Tensor]
     map: Callable[[], LinearMap]
+    dense: tuple[Tensor, Tensor | None] | None = None
+    sequences: Tensor | None = None
 
 
 class Change(nn.Module):
@@ -232,7 +236,10 @@ class Adapter(nn.Module):
 
     def within(self, inner: Inner, weight: float = 1.0) -> Inner:
         """Return the adapted map as what a further adapter is composed with."""
-        return Inner(lambda x: self.call(x, inner, weight), lambda: self.of(inner.map(), weight))
+        def adapted() -> LinearMap:
+            return self.of(inner.map(), weight)
+
+        return Inner(lambda x: self.call(x, inner, weight), adapted, sequences=inner.sequences)
 
     def call(self, x: Tensor, inner: Inner, weight: float = 1.0) -> Tensor:
         """Return (W + w (f(W) - W)) x."""
