@@ -236,6 +236,7 @@ class Adapter(nn.Module):
 
     def within(self, inner: Inner, weight: float = 1.0) -> Inner:
         """Return the adapted map as what a further adapter is composed with."""
+
         def adapted() -> LinearMap:
             return self.of(inner.map(), weight)
 
