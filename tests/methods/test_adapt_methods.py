@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import eckart
 from eckart.errors import EckartError
 from eckart.hosts import AdaptedHost, map_of
 from eckart.hosts.adapter import Inner
+from eckart.maps import in_one_dtype
 
 HIDDEN, INNER = 32, 48
 
@@ -536,6 +539,48 @@ def test_what_reads_an_adapted_weight_reads_one_in_half_precision(first: str, se
         handle.merge()
         assert (net(x) - y).float().norm() < 0.05 * y.float().norm()
         handle.unmerge()
+
+
+class Wide(TorchDispatchMode):
+    """Notes the largest tensor of float32 that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.dtype == torch.float32]
+        self.most = max([self.most, *(t.numel() for t in made)])
+        return out
+
+
+@pytest.mark.parametrize("how", ["dropout", "weight", "second", "before"])
+def test_rescaled_rows_of_half_precision_make_no_wide_copy_of_the_weight(how: str):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 96, bias=False)).bfloat16()
+    for name, method in (("a", "dora"), ("b", "lora")):
+        dropout = {"dropout": 0.5} if how == "dropout" and method == "dora" else {}
+        eckart.adapt(net, method, name=name, rank=4, targets=["0"], **dropout)
+    layer, handle = net[0], eckart.adapters(net)
+    with torch.no_grad():
+        for parameter in (p for name in "ab" for p in layer.adapter(name).trained()):
+            parameter += 0.1 * torch.randn_like(parameter)
+    weights = {
+        "dropout": {"a": 1},
+        "weight": {"b": 0.7, "a": 0.5},
+        "second": {"a": 1, "b": 1},
+        "before": {"b": 1, "a": 1},
+    }
+    handle.use(**weights[how])
+    x = torch.randn(3, 64).bfloat16().requires_grad_()
+    net.train(how == "dropout")
+    with Wide() as seen:
+        net(x).float().square().sum().backward()
+    assert 0 < seen.most < 64 * 96
+    with torch.no_grad():
+        dense = in_one_dtype(layer.held_map()).dense()
+        torch.testing.assert_close(net.eval()(x).float(), x.float() @ dense.mT, atol=0.05, rtol=0.02)
 
 
 def test_rescaled_rows_of_half_precision_train_with_dropout_and_weights():

@@ -11,7 +11,6 @@ inner map than these two.
 Legend: W the map so far (m, n); x (..., n) inputs; D, L, R the change's own maps, whose parameters train unless frozen.
 """
 
-import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
 from eckart.errors import EckartError
 from eckart.hosts.decoding import is_plain
@@ -160,7 +158,7 @@ class Rescaled(Change):
 
     def call(self, x: Tensor, inner: Inner) -> Tensor:
         with torch.no_grad():
-            norms = row_norms(in_one_dtype(inner.map()))
+            norms = row_norms(inner.map())
         return inner.call(x) * (self.magnitude / norms.where(norms > 0, 1.0)).to(x.dtype)
 
 
@@ -229,7 +227,11 @@ class Adapter(nn.Module):
 
     def of(self, inner: LinearMap, weight: float = 1.0) -> LinearMap:
         """Return W + w (f(W) - W)."""
-        out = inner
+        out, added = inner, [change for change in self.chain() if isinstance(change, Plus)]
+        if len(added) == len(self.changes):  # W + w s D: W is there once, which row norms and merging look for
+            for plus in added:
+                out = Sum((out, scaled(map_of(plus.delta), weight * plus.scale)))
+            return out
         for change in self.chain():
             out = change.of(out)
         return out if weight == 1.0 else Sum((scaled(inner, 1.0 - weight), scaled(out, weight)))
@@ -293,12 +295,6 @@ def applied(module: nn.Module, x: Tensor) -> Tensor:
     parameter = next(module.parameters(), x)
     y: Tensor = module(x.to(parameter.dtype))
     return y.to(x.dtype)
-
-
-def in_one_dtype(map_: LinearMap) -> LinearMap:
-    """Return a map in the widest dtype among its tensors: those of a narrow base and of its adapters must agree."""
-    found = {tensor.dtype for tensor in pytree.tree_leaves(map_) if tensor.is_floating_point()}
-    return map_ if len(found) < 2 else map_.to(functools.reduce(torch.promote_types, found))
 
 
 def scaled(map_: LinearMap, scale: float) -> LinearMap:

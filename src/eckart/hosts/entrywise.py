@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from eckart.hosts.adapter import Change, Inner, in_one_dtype, scaled
+from eckart.hosts.adapter import Change, Inner, scaled
 from eckart.hosts.host import host, map_of
-from eckart.maps import Dense, LinearMap, Sum, multiply_by_rows, rows_of, unpacked
+from eckart.maps import Dense, LinearMap, Sum, in_one_dtype, multiply_by_rows, rows_of, unpacked
 
 
 class Entrywise(Change):

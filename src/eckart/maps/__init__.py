@@ -6,6 +6,7 @@ from eckart.maps.base import Product as Product
 from eckart.maps.base import Scaled as Scaled
 from eckart.maps.base import Spec as Spec
 from eckart.maps.base import Sum as Sum
+from eckart.maps.base import in_one_dtype as in_one_dtype
 from eckart.maps.base import linear_map as linear_map
 from eckart.maps.base import require as require
 from eckart.maps.base import require_shape as require_shape

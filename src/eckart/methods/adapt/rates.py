@@ -118,7 +118,7 @@ def curvature_rate(
 
 @contextmanager
 def _as_before(model: nn.Module) -> Iterator[None]:
-    """Put what trains, and the buffers, back to where they are now; of adapters, whose shapes may move, copies train."""
+    """Put what trains, and the buffers, back to where they are now; of adapters, which may move, copies train."""
     trained = [p for p in model.parameters() if p.requires_grad]
     start = [(tensor, tensor.detach().clone()) for tensor in (*trained, *model.buffers())]
     layers = [module for module in model.modules() if isinstance(module, AdaptedHost)]
