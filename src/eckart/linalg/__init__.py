@@ -1,5 +1,6 @@
 """Numerics on plain tensors: eigen-decompositions, truncated SVDs and pivot rows; knows no maps and no networks."""
 
+from eckart.linalg.distances import distances as distances
 from eckart.linalg.eigen import TopEigen as TopEigen
 from eckart.linalg.eigen import psd_roots as psd_roots
 from eckart.linalg.eigen import regular_cholesky as regular_cholesky
@@ -17,6 +18,7 @@ from eckart.linalg.rescaled import factored_row_norms as factored_row_norms
 from eckart.linalg.rescaled import rescaled_gradients as rescaled_gradients
 from eckart.linalg.rescaled import rescaled_sum as rescaled_sum
 from eckart.linalg.scores import score_errors as score_errors
+from eckart.linalg.selection import kth_smallest as kth_smallest
 from eckart.linalg.stacked import Sketch as Sketch
 from eckart.linalg.stacked import growth_bound as growth_bound
 from eckart.linalg.stacked import lower_bound as lower_bound

@@ -43,8 +43,7 @@ def multiply_by_rows(x: Tensor, rows: Rows, tensors: Sequence[Tensor], m: int, *
     """
     step = step or max(1, ENTRIES // max(x.shape[-1], 1))
     if not is_recorded(x, *tensors):
-        parts = [F.linear(x, rows(*span, tensors).to(x.dtype)) for span in _spans(m, step)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return _product(x, rows, tensors, m, step)
     apply = cast(Callable[..., Tensor], _ByRows.apply)
     return apply(x, rows, m, step, *tensors)
 
@@ -53,15 +52,17 @@ def _spans(m: int, step: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, m)) for start in range(0, m, step)]
 
 
+def _product(x: Tensor, rows: Rows, tensors: Sequence[Tensor], m: int, step: int) -> Tensor:
+    parts = [F.linear(x, rows(*span, tensors).to(x.dtype)) for span in _spans(m, step)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).to(x.dtype)  # autocast narrows them
+
+
 class _ByRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Rows, m: int, step: int, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(x, *tensors)
         ctx.rows, ctx.m, ctx.spans = rows, m, _spans(m, step)
-        y = x.new_empty(*x.shape[:-1], m)
-        for start, stop in ctx.spans:
-            y[..., start:stop] = F.linear(x, rows(start, stop, tensors).to(x.dtype))
-        return y
+        return _product(x, rows, tensors, m, step)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -71,14 +72,18 @@ class _ByRows(torch.autograd.Function):
         wanted = [i for i, needs in enumerate(ctx.needs_input_grad[4:]) if needs]
         if not again:
             tensors = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
-        of_x = torch.zeros_like(flat) if ctx.needs_input_grad[0] else None
+        of_x: Tensor | None = None
         of_tensors: list[Tensor | None] = [None] * len(tensors)
         for start, stop in ctx.spans:
             part = gradient[:, start:stop]
             with torch.enable_grad():
                 block = ctx.rows(start, stop, tensors)
-            if of_x is not None:
-                of_x = of_x + part @ block.to(x.dtype) if again else of_x.addmm_(part, block.detach().to(x.dtype))
+            if ctx.needs_input_grad[0]:
+                written = block.to(x.dtype) if again else block.detach().to(x.dtype)
+                if of_x is None:
+                    of_x = part @ written
+                else:
+                    of_x = of_x + part @ written if again else of_x.addmm_(part, written)
             if wanted:
                 of_block = (part.mT @ flat).to(block.dtype)
                 leaves = [tensors[i] for i in wanted]
