@@ -4,7 +4,7 @@
 
 No structure of the factors survives an entrywise mask or product, so D has to be written out. It is written a block of
 rows at a time, once for the product and once more in backward, and never kept: autograd holds x and what D is made of.
-Where W is a matrix of the dtype of x it is written into the block, so that one product serves both: forward and backward
+Where W is a matrix of the dtype of x it is added to the block, so that one product serves both: forward and backward
 cost one dense product more than W alone, that of D's gradient.
 
 Legend: W (m, n), D (m, n), x (t, n).
@@ -201,5 +201,5 @@ class Kernel(Entrywise):
 
 def _kernel(inputs: Tensor, outputs: Tensor) -> Tensor:
     """Return K (m, n) of vectors (2, n, h) of the inputs and (2, m, h) of the outputs."""
-    first, second = distances(0.1 * outputs, 0.1 * inputs)
-    return first - second
+    (a, c), (b, d) = 0.1 * inputs, 0.1 * outputs
+    return distances(b, a) - distances(d, c)

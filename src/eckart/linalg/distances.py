@@ -30,8 +30,8 @@ class _Distances(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, y, out = ctx.saved_tensors
-        # where d is 0 so is q: nothing else there is both finite and a subgradient
-        shares = gradients[0] / out.masked_fill(out == 0, torch.inf)
+        least = out.new_tensor(torch.finfo(out.dtype).tiny)  # q is 0 where d is
+        shares = gradients[0] * (out / torch.addcmul(least, out, out))
         wants = ctx.needs_input_grad
         of_x = x * shares.sum(-1, keepdim=True) - shares @ y if wants[0] else None
         of_y = y * shares.sum(-2)[..., None] - shares.mT @ x if wants[1] else None

@@ -24,8 +24,8 @@ def kth_smallest(values: Tensor, k: int) -> Tensor:
     size, share = sample.shape[0], k / count
     off = WIDTH * math.sqrt(size * share * (1 - share)) + 1
     low, high = (sample.kthvalue(min(max(round(share * size + d), 1), size)).values for d in (-off, off))
-    below = int((values < low).count_nonzero())
-    between = values[(values >= low) & (values <= high)]
+    smaller = values < low
+    below, between = int(smaller.count_nonzero()), values[(values <= high) ^ smaller]
     if not 0 < k - below <= between.shape[0]:  # the sample misled, as an order in the numbers can make it
         return values.kthvalue(k).values
     return between.kthvalue(k - below).values
