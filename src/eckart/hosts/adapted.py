@@ -110,11 +110,15 @@ class AdaptedHost(Host):
         return y if offset is None else y + offset
 
     def _dense(self, x: Tensor, keeps_bias: bool) -> tuple[Tensor, Tensor | None] | None:
-        """Return weight and bias of a base that is one product in the dtype of x, None for any other."""
-        if type(self.base) is not nn.Linear or not is_plain(self.base) or torch.is_autocast_enabled(x.device.type):
+        """Return weight and bias of a frozen base that is one product in the dtype of x, None for any other."""
+        if type(self.base) is not nn.Linear or not is_plain(self.base):
             return None
-        fits = self.base.weight.dtype == x.dtype and not torch.compiler.is_compiling()
-        return (self.base.weight, self.base.bias if keeps_bias else None) if fits else None
+        learns = any(parameter.requires_grad for parameter in self.base.parameters())
+        if learns or self.base.weight.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
+            return None
+        if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return None
+        return self.base.weight, self.base.bias if keeps_bias else None
 
     def _without_bias(self, x: Tensor) -> Tensor:
         if type(self.base) is nn.Linear:

@@ -6,6 +6,7 @@ from eckart.linalg.eigen import psd_roots as psd_roots
 from eckart.linalg.eigen import regular_cholesky as regular_cholesky
 from eckart.linalg.eigen import shrink as shrink
 from eckart.linalg.eigen import top_eigen as top_eigen
+from eckart.linalg.factored import factored_sum as factored_sum
 from eckart.linalg.filtered import filtered_svd as filtered_svd
 from eckart.linalg.finite import all_finite as all_finite
 from eckart.linalg.lanczos import largest_eigenvalue as largest_eigenvalue

@@ -71,6 +71,9 @@ from eckart.maps.storage import stored as stored
 from eckart.maps.tensor_train import TensorTrain as TensorTrain
 from eckart.maps.tensor_train import factored as factored
 from eckart.maps.tensor_train import tensor_train as tensor_train
+from eckart.maps.thin import difference_of_vectors as difference_of_vectors
+from eckart.maps.thin import fixed_vectors as fixed_vectors
+from eckart.maps.thin import thin as thin
 from eckart.maps.tiled import Tiled as Tiled
 from eckart.maps.tucker import Tucker as Tucker
 from eckart.maps.tucker import tucker_numbers as tucker_numbers

@@ -5,7 +5,7 @@
 Legend: D (m, n), x (t, n), y (t, m).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -43,7 +43,8 @@ def multiply_by_rows(x: Tensor, rows: Rows, tensors: Sequence[Tensor], m: int, *
     """
     step = step or max(1, ENTRIES // max(x.shape[-1], 1))
     if not is_recorded(x, *tensors):
-        return _product(x, rows, tensors, m, step)
+        parts = [F.linear(x, rows(*span, tensors).to(x.dtype)) for span in _spans(m, step)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
     apply = cast(Callable[..., Tensor], _ByRows.apply)
     return apply(x, rows, m, step, *tensors)
 
@@ -52,9 +53,19 @@ def _spans(m: int, step: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, m)) for start in range(0, m, step)]
 
 
-def _product(x: Tensor, rows: Rows, tensors: Sequence[Tensor], m: int, step: int) -> Tensor:
-    parts = [F.linear(x, rows(*span, tensors).to(x.dtype)) for span in _spans(m, step)]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).to(x.dtype)  # autocast narrows them
+def multiply_blocks(x: Tensor, blocks: Iterable[tuple[slice, Tensor]], m: int) -> Tensor:
+    """Return x D^T from blocks of rows of D (m, n) and which rows they are, each product written where it belongs.
+
+    What is returned is no view, so that it may be written over behind an autograd function; without gradients.
+    """
+    y, inputs = x.new_empty(*x.shape[:-1], m), x.reshape(-1, x.shape[-1])
+    flat = y.view(-1, m)
+    for span, block in blocks:
+        if torch.is_autocast_enabled(x.device.type):
+            flat[:, span] = F.linear(inputs, block.to(x.dtype))
+        else:
+            torch.mm(inputs, block.to(x.dtype).mT, out=flat[:, span])
+    return y
 
 
 class _ByRows(torch.autograd.Function):
@@ -62,7 +73,8 @@ class _ByRows(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, rows: Rows, m: int, step: int, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(x, *tensors)
         ctx.rows, ctx.m, ctx.spans = rows, m, _spans(m, step)
-        return _product(x, rows, tensors, m, step)
+        written = ((slice(start, stop), rows(start, stop, tensors)) for start, stop in ctx.spans)
+        return multiply_blocks(x, written, m)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
