@@ -541,6 +541,28 @@ def test_what_reads_an_adapted_weight_reads_one_in_half_precision(first: str, se
         handle.unmerge()
 
 
+@pytest.mark.parametrize("method", ["lors", "lift", "spp", "hira", "sara"])
+def test_small_changes_of_a_weight_in_half_precision_are_not_rounded_away(method: str):
+    """Each is far below half of the last bit of its weight, and together they are what the output is."""
+    net = nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16()
+    with torch.no_grad():
+        net[0].weight.fill_(1.0)
+    settings = {"sara": {"threshold": 2.0}, "lift": {"rank": 2, "budget": 32}, "hira": {"rank": 1}}
+    eckart.adapt(net, method, targets=["0"], **settings.get(method, {"rank": 1, "alpha": 1.0}))
+    signs = torch.ones(64).index_fill(0, torch.arange(0, 64, 2), -1.0)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if name.endswith("values"):
+                columns = net.get_buffer(name.replace("values", "columns"))
+                parameter.copy_(1e-3 * signs[columns.long()])
+            elif parameter.requires_grad:
+                parameter.copy_(signs if "down" in name or "columns" in name else torch.full_like(parameter, 1e-3))
+        matrix = in_one_dtype(net[0].held_map()).dense()
+        assert (matrix - 1.0).abs().max() < 1.1e-3
+        torch.testing.assert_close(net(signs.bfloat16()).float(), matrix @ signs, atol=1e-3, rtol=0.02)
+        assert (matrix @ signs).abs().min() > 0.03
+
+
 class Wide(TorchDispatchMode):
     """Notes the largest tensor of float32 that an operation makes."""
 

@@ -113,12 +113,13 @@ class AdaptedHost(Host):
         """Return weight and bias of a frozen base that is one product in the dtype of x, None for any other."""
         if type(self.base) is not nn.Linear or not is_plain(self.base):
             return None
-        learns = any(parameter.requires_grad for parameter in self.base.parameters())
-        if learns or self.base.weight.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
+        weight, bias = self.base.weight, self.base.bias
+        learns = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if learns or weight.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
             return None
-        if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
             return None
-        return self.base.weight, self.base.bias if keeps_bias else None
+        return weight, bias if keeps_bias else None
 
     def _without_bias(self, x: Tensor) -> Tensor:
         if type(self.base) is nn.Linear:

@@ -61,6 +61,12 @@ class Inner:
     dense: tuple[Tensor, Tensor | None] | None = None
     sequences: Tensor | None = None
 
+    @property
+    def writable(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias where changes may be written into the weight: half precision would round small ones away."""
+        wide = self.dense is not None and self.dense[0].dtype in (torch.float32, torch.float64)
+        return self.dense if wide else None
+
 
 class Change(nn.Module):
     """One change of a linear map, W -> f(W).
@@ -272,7 +278,7 @@ class Adapter(nn.Module):
         current, run = inner, list[Addend]()
         for change in self._steps():
             addend = change.addend() if isinstance(change, Plus | _Difference) else None
-            if addend is not None and (isinstance(addend[1], LowRank) or current.dense is not None):
+            if addend is not None and (isinstance(addend[1], LowRank) or current.writable is not None):
                 run.append(addend)
                 continue
             current, run = _composed(cast(Change, change), _with_addends(current, run)), []
@@ -301,6 +307,8 @@ class Adapter(nn.Module):
         pairs = fixed_vectors(map_of(before.delta), map_of(change.delta))
         if pairs is None:
             return False
+        if torch.compiler.is_compiling() or any(t.is_inference() for pair in pairs for t in pair):
+            return False
         state = tuple((t.data_ptr(), t._version) for pair in pairs for t in pair)
         if self._compared is None or self._compared[0] != state:  # once, while nobody writes into them
             self._compared = state, all(torch.equal(*pair) for pair in pairs)
@@ -328,7 +336,7 @@ def _with_addends(inner: Inner, addends: Sequence[Addend]) -> Inner:
     def call(x: Tensor) -> Tensor:
         if inner.dense is not None and not terms:
             return factored_sum(x, *inner.dense, pairs)
-        y = _scattered(x, *inner.dense, terms) if inner.dense is not None and terms else inner.call(x)
+        y = _scattered(x, *inner.writable, terms) if inner.writable is not None and terms else inner.call(x)
         for scale, up, down in pairs:
             y = add_product(y, F.linear(x, down.to(x.dtype)), up.to(x.dtype), scale)
         return y

@@ -4,7 +4,7 @@
 
 No structure of the factors survives an entrywise mask or product, so D has to be written out. It is written a block of
 rows at a time, once for the product and once more in backward, and never kept: autograd holds x and what D is made of.
-Where W is a matrix of the dtype of x it is added to the block, so that one product serves both: forward and backward
+Where W is a matrix in float32 or wider it is added to the block, so that one product serves both: forward and backward
 cost one dense product more than W alone, that of D's gradient.
 
 Legend: W (m, n), D (m, n), x (t, n).
@@ -58,8 +58,8 @@ class Entrywise(Change):
 
     def call(self, x: Tensor, inner: Inner) -> Tensor:
         own = self.drawn() if self.training else self.made_of()
-        if inner.dense is not None:
-            weight, bias = inner.dense
+        if inner.writable is not None:
+            weight, bias = inner.writable
             y = multiply_by_rows(x, self._with_weight, (*own, weight), self.shape[0])
             return y if bias is None else y + bias
         y = inner.call(x)

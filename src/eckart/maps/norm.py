@@ -19,7 +19,7 @@ def row_norms(map_: LinearMap) -> Tensor:
 
     |row i of U V|^2 = u_i (V V^T) u_i^T; |a W| = |a| |W|; |row of W + U V|^2 adds the cross term 2 u_i . (W V^T)_i
     (the factored norm of Scaling DoRA); |row of W R| = |row of W| for an orthogonal R. Anything else is formed densely,
-    with a `CostWarning`. Sums are float32 or wider, and W + U V may be of two dtypes: no copy of W is made.
+    with a `CostWarning`. Of a W in half precision no wide copy is made, and W + U V may be of two dtypes.
     """
     return squared_row_norms(map_).clamp_min(0).sqrt()
 
