@@ -31,7 +31,11 @@ class _Distances(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, y, out = ctx.saved_tensors
         least = out.new_tensor(torch.finfo(out.dtype).tiny)  # q is 0 where d is
-        shares = gradients[0] * (out / torch.addcmul(least, out, out))
+        shares = torch.addcmul(least, out, out)
+        if torch.is_grad_enabled():  # derivatives of this derivative are wanted
+            shares = gradients[0] * (out / shares)
+        else:
+            torch.div(out, shares, out=shares).mul_(gradients[0])
         wants = ctx.needs_input_grad
         of_x = x * shares.sum(-1, keepdim=True) - shares @ y if wants[0] else None
         of_y = y * shares.sum(-2)[..., None] - shares.mT @ x if wants[1] else None
