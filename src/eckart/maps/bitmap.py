@@ -152,7 +152,8 @@ def unpacked(bits: Tensor, width: int, dtype: torch.dtype = torch.bool) -> Tenso
     """Return bits (m, bytes) uint8 as booleans (m, width), or as ones and zeros of another dtype."""
     each = torch.arange(256, device=bits.device)[:, None] >> torch.arange(8, device=bits.device) & 1
     table = each.to(dtype)  # what eight bits look like, for every byte there is
-    return table.index_select(0, bits.flatten().int()).view(*bits.shape[:-1], -1)[..., :width]
+    rows = table.index_select(0, bits.flatten().int())
+    return rows.view(*bits.shape[:-1], 8 * bits.shape[-1])[..., :width]
 
 
 def compressed_rows(bits: Tensor, width: int) -> tuple[Tensor, Tensor]:
