@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from eckart.maps import factored, multiply_by_rows, rows_of, sparse, tensor_train
+from eckart.maps import factored, multiply_by_rows, rows_of, sparse, support, tensor_train
+from eckart.maps.support import multiply_sum
 from eckart.testing.cases import MAKERS, cases
 
 
@@ -43,6 +44,38 @@ def test_a_trained_sparse_matrix_has_the_derivatives_of_the_dense_one(share: flo
     assert gradcheck(product, (x, values), fast_mode=True)
     assert gradgradcheck(product, (x, values), fast_mode=True)
     assert max(held_sizes(lambda: product(x, values))) < matrix.numel()
+
+
+@pytest.mark.parametrize("entries", [1 << 20, 200])  # in one block of rows, and in several
+@pytest.mark.parametrize("share", [0.05, 0.5])
+def test_sparse_matrices_added_to_a_dense_one_have_the_derivatives_of_the_sum(
+    share: float, entries: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(support, "ENTRIES", entries)
+    weight, drawn = normal(30, 40, seed=4), torch.Generator().manual_seed(1)
+    kept = [normal(30, 40, seed=i) * (torch.rand(30, 40, generator=drawn) < share) for i in range(2)]
+    maps = [sparse(matrix) for matrix in kept]
+
+    def product(x: Tensor, *values: Tensor) -> Tensor:
+        terms = [(s, v, m.columns, m.starts) for s, v, m in zip((2.0, -0.5), values, maps, strict=True)]
+        return multiply_sum(x, weight, terms)
+
+    x, values = normal(2, 3, 40, seed=2).requires_grad_(), [m.values.clone().requires_grad_() for m in maps]
+    y, weights, whole = product(x, *values), normal(2, 3, 30, seed=3), weight + 2 * kept[0] - 0.5 * kept[1]
+    torch.testing.assert_close(y, x @ whole.mT)
+    found = torch.autograd.grad(y, (x, *values), weights, retain_graph=True)
+    torch.testing.assert_close(found[0], weights @ whole)
+    for s, matrix, of_values in zip((2.0, -0.5), kept, found[1:], strict=True):
+        dense = s * weights.flatten(0, 1).mT @ x.detach().flatten(0, 1)
+        torch.testing.assert_close(of_values, dense[matrix.nonzero(as_tuple=True)])
+    assert gradcheck(product, (x, *values), fast_mode=True)
+    assert gradgradcheck(product, (x, *values), fast_mode=True)
+    with torch.no_grad():
+        assert torch.equal(product(x, *values), y)
+    y.add_(1.0).sum().backward()  # what comes out may be written over
+    assert max(held_sizes(lambda: product(x, values[0], values[1].detach()))) <= weight.numel()
+    few = multiply_sum(x.float(), weight.float(), [(1.0, values[0].bfloat16(), maps[0].columns, maps[0].starts)])
+    torch.testing.assert_close(few, x.float() @ (weight + kept[0]).float().mT, atol=0.1, rtol=0.0)
 
 
 @pytest.mark.parametrize("step", [None, 1, 3, 7])

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import eckart
 from eckart.errors import EckartError
 from eckart.hosts import AdaptedHost, map_of
 from eckart.hosts.adapter import Inner
+from eckart.maps import in_one_dtype
 
 HIDDEN, INNER = 32, 48
 
@@ -536,6 +539,70 @@ def test_what_reads_an_adapted_weight_reads_one_in_half_precision(first: str, se
         handle.merge()
         assert (net(x) - y).float().norm() < 0.05 * y.float().norm()
         handle.unmerge()
+
+
+@pytest.mark.parametrize("method", ["lors", "lift", "spp", "hira", "sara"])
+def test_small_changes_of_a_weight_in_half_precision_are_not_rounded_away(method: str):
+    """Each is far below half of the last bit of its weight, and together they are what the output is."""
+    net = nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16()
+    with torch.no_grad():
+        net[0].weight.fill_(1.0)
+    settings = {"sara": {"threshold": 2.0}, "lift": {"rank": 2, "budget": 32}, "hira": {"rank": 1}}
+    eckart.adapt(net, method, targets=["0"], **settings.get(method, {"rank": 1, "alpha": 1.0}))
+    signs = torch.ones(64).index_fill(0, torch.arange(0, 64, 2), -1.0)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if name.endswith("values"):
+                columns = net.get_buffer(name.replace("values", "columns"))
+                parameter.copy_(1e-3 * signs[columns.long()])
+            elif parameter.requires_grad:
+                parameter.copy_(signs if "down" in name or "columns" in name else torch.full_like(parameter, 1e-3))
+        matrix = in_one_dtype(net[0].held_map()).dense()
+        assert (matrix - 1.0).abs().max() < 1.1e-3
+        torch.testing.assert_close(net(signs.bfloat16()).float(), matrix @ signs, atol=1e-3, rtol=0.02)
+        assert (matrix @ signs).abs().min() > 0.03
+
+
+class Wide(TorchDispatchMode):
+    """Notes the largest tensor of float32 that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.dtype == torch.float32]
+        self.most = max([self.most, *(t.numel() for t in made)])
+        return out
+
+
+@pytest.mark.parametrize("how", ["dropout", "weight", "second", "before"])
+def test_rescaled_rows_of_half_precision_make_no_wide_copy_of_the_weight(how: str):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 96, bias=False)).bfloat16()
+    for name, method in (("a", "dora"), ("b", "lora")):
+        dropout = {"dropout": 0.5} if how == "dropout" and method == "dora" else {}
+        eckart.adapt(net, method, name=name, rank=4, targets=["0"], **dropout)
+    layer, handle = net[0], eckart.adapters(net)
+    with torch.no_grad():
+        for parameter in (p for name in "ab" for p in layer.adapter(name).trained()):
+            parameter += 0.1 * torch.randn_like(parameter)
+    weights = {
+        "dropout": {"a": 1},
+        "weight": {"b": 0.7, "a": 0.5},
+        "second": {"a": 1, "b": 1},
+        "before": {"b": 1, "a": 1},
+    }
+    handle.use(**weights[how])
+    x = torch.randn(3, 64).bfloat16().requires_grad_()
+    net.train(how == "dropout")
+    with Wide() as seen:
+        net(x).float().square().sum().backward()
+    assert 0 < seen.most < 64 * 96
+    with torch.no_grad():
+        dense = in_one_dtype(layer.held_map()).dense()
+        torch.testing.assert_close(net.eval()(x).float(), x.float() @ dense.mT, atol=0.05, rtol=0.02)
 
 
 def test_rescaled_rows_of_half_precision_train_with_dropout_and_weights():

@@ -15,6 +15,7 @@ import eckart
 from eckart.errors import EckartError
 from eckart.hosts import map_of
 from eckart.maps import Dense, LowRank, Sparse
+from eckart.methods.adapt import between as following
 from eckart.methods.adapt import tune as tuning
 
 DEMO = Path(eckart.__file__).parent / "demo"
@@ -415,3 +416,20 @@ def test_sara_trains_what_is_still_small_after_half(nuclear: float):
         moved = (now - half[at]).abs() > 1e-7
         assert moved.any()
         assert (half[at].abs()[moved] < 5e-3).all()
+
+
+@every
+def test_the_short_runs_that_a_rate_is_chosen_by_move_too_and_leave_no_trace(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The rate that was swept for ends in the bytes of a run that was told it."""
+    moved: list[int] = []
+    behind = following.Behind
+    monkeypatch.setattr(following, "Behind", lambda *args: moved.append(args[1]) or behind(*args))
+    options = {"method": method, "settings": MOVING[method], "steps": 12, "batch": 2, "length": 16}
+    found = eckart.tune(DEMO / "stories260k", DEMO / "train.txt", tmp_path / "auto", rate="auto", **options)
+    assert {10, 12} == set(moved)
+    assert moved.count(10) > moved.count(12)
+    eckart.tune(DEMO / "stories260k", DEMO / "train.txt", tmp_path / "told", rate=found.rate, **options)
+    for name in ("adapter.safetensors", "eckart_adapter.json", "report.json"):
+        assert (tmp_path / "auto" / name).read_bytes() == (tmp_path / "told" / name).read_bytes()

@@ -216,6 +216,27 @@ def test_tokens_that_the_loss_is_taken_at_compute_everything():
     torch.testing.assert_close(seen[-1][1], masked_mlp(mlp, seen[-1][0], 12), atol=1e-5, rtol=1e-5)
 
 
+def test_tokens_that_the_loss_is_taken_at_compute_everything_for_requests_as_well():
+    """Sequences that ask for an adapter are a part of the batch, and so are their labels."""
+    model = adapted(units=0.75, heads=0.5, outputs="dense").train()
+    disturb(model)
+    plain = eckart.adapt(llama(), "lora", rank=4)
+    disturb(plain)
+    wanted = ["default", None, "default"]
+    with eckart.adapters(model).requests(wanted), eckart.adapters(plain).requests(wanted):
+        assert torch.equal(loss(model), loss(plain))  # every token is labelled
+        labels = IDS.clone()
+        labels[1:] = -100  # none of the last sequence, all of the first
+        mlp = model.model.layers[0].mlp
+        seen: list[tuple[Tensor, Tensor]] = []
+        mlp.register_forward_hook(lambda m, a, out: seen.append((a[0], out)))
+        loss(model, labels=labels).backward()
+        x, y = seen[-1]
+        dense = plain.model.layers[0].mlp(x)
+        torch.testing.assert_close(y[:2], dense[:2], atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(y[2], dense[2], atol=1e-3)
+
+
 def test_which_blocks_skip_follows_the_shares():
     model = adapted(llama(), units_from=0.5, heads_from=0.0, until=1.0)
     skipping = {

@@ -11,6 +11,7 @@ from eckart.errors import EckartError
 from eckart.hosts.adapter import Adapter, Inner
 from eckart.hosts.anatomy import NARROW
 from eckart.hosts.base import Host
+from eckart.hosts.decoding import is_plain
 from eckart.hosts.factored import factored_rescale
 from eckart.hosts.host import host, is_convolution, is_linear, map_of, offset_of
 from eckart.maps import LinearMap
@@ -85,8 +86,14 @@ class AdaptedHost(Host):
             return self._by_request(x, self.requests)
         return self.with_adapters(x, self.active)
 
-    def with_adapters(self, x: Tensor, weights: Mapping[str, float]) -> Tensor:
-        """Apply with adapters of those weights, composed in that order, whichever are active."""
+    def with_adapters(self, x: Tensor, weights: Mapping[str, float], sequences: Tensor | None = None) -> Tensor:
+        """Apply with adapters of those weights, composed in that order, whichever are active.
+
+        Args:
+            x: inputs, of all sequences of the batch or of some.
+            weights: by name.
+            sequences: which sequences of the batch they are, or None for all.
+        """
         if not weights:
             return cast(Tensor, self.base(x))
         chain = [(self.adapter(name), weight) for name, weight in weights.items()]
@@ -95,11 +102,24 @@ class AdaptedHost(Host):
             if y is not None:
                 return y
         keeps_bias = all(adapter.keeps_bias for adapter, _ in chain)
-        current = Inner(self.base if keeps_bias else self._without_bias, lambda: map_of(self.base))
+        call = self.base if keeps_bias else self._without_bias
+        current = Inner(call, lambda: map_of(self.base), self._dense(x, keeps_bias), sequences)
         for adapter, weight in chain:
             current = adapter.within(current, weight)
         y, offset = current.call(x), None if keeps_bias else self.offset
         return y if offset is None else y + offset
+
+    def _dense(self, x: Tensor, keeps_bias: bool) -> tuple[Tensor, Tensor | None] | None:
+        """Return weight and bias of a frozen base that is one product in the dtype of x, None for any other."""
+        if type(self.base) is not nn.Linear or not is_plain(self.base):
+            return None
+        weight, bias = self.base.weight, self.base.bias
+        learns = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if learns or weight.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
+            return None
+        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return None
+        return weight, bias if keeps_bias else None
 
     def _without_bias(self, x: Tensor) -> Tensor:
         if type(self.base) is nn.Linear:
@@ -117,7 +137,7 @@ class AdaptedHost(Host):
         for name in dict.fromkeys(requests):
             rows = torch.tensor([i for i, wanted in enumerate(requests) if wanted == name], device=x.device)
             weights = {} if name is None or name not in self.adapters else {name: 1.0}
-            part = self.with_adapters(x.index_select(0, rows), weights).to(x.dtype)
+            part = self.with_adapters(x.index_select(0, rows), weights, rows).to(x.dtype)
             y = x.new_empty(len(requests), *part.shape[1:]) if y is None else y
             y = y.index_copy(0, rows, part)
         return cast(Tensor, y)

@@ -11,7 +11,6 @@ inner map than these two.
 Legend: W the map so far (m, n); x (..., n) inputs; D, L, R the change's own maps, whose parameters train unless frozen.
 """
 
-import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,15 +19,30 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
 from eckart.errors import EckartError
 from eckart.hosts.decoding import is_plain
 from eckart.hosts.host import LowRankHost, host, map_of
-from eckart.maps import Dense, Diagonal, LinearMap, LowRank, Product, RowNormalized, Scaled, Sum, row_norms
+from eckart.linalg import factored_sum
+from eckart.maps import (
+    LinearMap,
+    LowRank,
+    Product,
+    RowNormalized,
+    Scaled,
+    Sparse,
+    Sum,
+    difference_of_vectors,
+    fixed_vectors,
+    row_norms,
+    thin,
+)
+from eckart.maps.support import Term, multiply_sum
 
 # Stands between two trained factors and their use: returns them, and what it does to their gradients on the way back.
 GradientRule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# A factor and what is added to a weight: low-rank or sparse.
+Addend = tuple[float, LowRank | Sparse]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +52,20 @@ class Inner:
     Attributes:
         call: x (..., n) -> W x (..., m).
         map: returns W.
+        dense: weight and bias where `call` is one product with them and nothing besides; None elsewhere.
+        sequences: which sequences of the batch the inputs are, or None for all of them.
     """
 
     call: Callable[[Tensor], Tensor]
     map: Callable[[], LinearMap]
+    dense: tuple[Tensor, Tensor | None] | None = None
+    sequences: Tensor | None = None
+
+    @property
+    def writable(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias where changes may be written into the weight: half precision would round small ones away."""
+        wide = self.dense is not None and self.dense[0].dtype in (torch.float32, torch.float64)
+        return self.dense if wide else None
 
 
 class Change(nn.Module):
@@ -91,12 +115,16 @@ class Plus(Change):
         up, down = factors  # what is thin is cast, never x
         return add_product(y, F.linear(x, down.to(x.dtype)), up.to(x.dtype), self.scale)
 
-    def scaled_factors(self) -> tuple[Tensor, Tensor] | None:
-        """Return s U and V of a low-rank D whose inputs are not dropped, behind the gradient rule; None otherwise."""
+    def addend(self) -> Addend | None:
+        """Return s and D if D is low-rank, behind the gradient rule, or sparse, and its inputs are not dropped."""
         if self.dropout is not None and self.training:
             return None
-        factors = self.factors() or selected_factors(map_of(self.delta))
-        return None if factors is None else (factors[0] * self.scale if self.scale != 1.0 else factors[0], factors[1])
+        factors = self.factors()
+        if factors is not None:
+            return self.scale, LowRank(*factors)
+        held = map_of(self.delta)
+        found = held if isinstance(held, Sparse) else thin(held)
+        return None if found is None else (self.scale, found)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """Return U and V of a low-rank D behind the gradient rule; None if D is no plain pair of linear layers."""
@@ -156,7 +184,7 @@ class Rescaled(Change):
 
     def call(self, x: Tensor, inner: Inner) -> Tensor:
         with torch.no_grad():
-            norms = row_norms(in_one_dtype(inner.map()))
+            norms = row_norms(inner.map())
         return inner.call(x) * (self.magnitude / norms.where(norms > 0, 1.0)).to(x.dtype)
 
 
@@ -178,10 +206,11 @@ class Adapter(nn.Module):
     """
 
     shortcut: Shortcut | None
+    _compared: tuple[tuple[tuple[int, int], ...], bool] | None
 
     def __init__(self, changes: Iterable[Change]) -> None:
         super().__init__()
-        self.changes, self.shortcut = nn.ModuleList(changes), None
+        self.changes, self.shortcut, self._compared = nn.ModuleList(changes), None, None
         for parameter in self.parameters():  # as it is when loaded, which has to compute the same bits
             parameter.data = parameter.data.contiguous()
         self._fixed = {name for name, p in self.named_parameters() if not p.requires_grad}
@@ -225,55 +254,99 @@ class Adapter(nn.Module):
 
     def of(self, inner: LinearMap, weight: float = 1.0) -> LinearMap:
         """Return W + w (f(W) - W)."""
-        out = inner
+        out, added = inner, [change for change in self.chain() if isinstance(change, Plus)]
+        if len(added) == len(self.changes):  # W + w s D: W is there once, which row norms and merging look for
+            for plus in added:
+                out = Sum((out, scaled(map_of(plus.delta), weight * plus.scale)))
+            return out
         for change in self.chain():
             out = change.of(out)
         return out if weight == 1.0 else Sum((scaled(inner, 1.0 - weight), scaled(out, weight)))
 
     def within(self, inner: Inner, weight: float = 1.0) -> Inner:
         """Return the adapted map as what a further adapter is composed with."""
-        return Inner(lambda x: self.call(x, inner, weight), lambda: self.of(inner.map(), weight))
+
+        def adapted() -> LinearMap:
+            return self.of(inner.map(), weight)
+
+        return Inner(lambda x: self.call(x, inner, weight), adapted, sequences=inner.sequences)
 
     def call(self, x: Tensor, inner: Inner, weight: float = 1.0) -> Tensor:
         """Return (W + w (f(W) - W)) x."""
         if self.training and self.shortcut is not None:
             inner = self.shortcut.around(inner)
-        current, run = inner, list[tuple[Tensor, Tensor]]()
-        for change in self.chain():
-            pair = change.scaled_factors() if isinstance(change, Plus) else None
-            if pair is not None:
-                run.append(pair)
+        current, run = inner, list[Addend]()
+        for change in self._steps():
+            addend = change.addend() if isinstance(change, Plus | _Difference) else None
+            if addend is not None and (isinstance(addend[1], LowRank) or current.writable is not None):
+                run.append(addend)
                 continue
-            current, run = _composed(change, _with_products(current, run)), []
+            current, run = _composed(cast(Change, change), _with_addends(current, run)), []
         if weight == 1.0:
-            return _with_products(current, run).call(x)
-        if current is inner:  # nothing but products: no second pass through W
-            return _with_products(inner, [(weight * up, down) for up, down in run]).call(x)
-        current = _with_products(current, run)
+            return _with_addends(current, run).call(x)
+        if current is inner:  # nothing but sums: no second pass through W
+            return _with_addends(inner, [(weight * scale, map_) for scale, map_ in run]).call(x)
+        current = _with_addends(current, run)
         return torch.lerp(inner.call(x), current.call(x), weight)
 
+    def _steps(self) -> list["Change | _Difference"]:
+        """Return the changes, those that subtract what the next one started from together with that one."""
+        out = list[Change | _Difference]()
+        for change in self.chain():
+            before = out[-1] if out else None
+            if isinstance(before, Plus) and isinstance(change, Plus) and self._is_difference(before, change):
+                out[-1] = _Difference(before, change)
+            else:
+                out.append(change)
+        return out
 
-def selected_factors(map_: LinearMap) -> tuple[Tensor, Tensor] | None:
-    """Return U diag(s) and V of U diag(s) V; None for any other map."""
-    match map_:
-        case Product(maps=(Dense(weight=up), Diagonal(scale=selector), Dense(weight=down))):
-            return up * selector, down
-        case _:
-            return None
+    def _is_difference(self, before: Plus, change: Plus) -> bool:
+        """Tell whether a change subtracts what the next one, thin vectors besides, adds; neither drops inputs."""
+        if before.scale != -change.scale or before.dropout is not None or change.dropout is not None:
+            return False
+        pairs = fixed_vectors(map_of(before.delta), map_of(change.delta))
+        if pairs is None:
+            return False
+        if torch.compiler.is_compiling() or any(t.is_inference() for pair in pairs for t in pair):
+            return False
+        state = tuple((t.data_ptr(), t._version) for pair in pairs for t in pair)
+        if self._compared is None or self._compared[0] != state:  # once, while nobody writes into them
+            self._compared = state, all(torch.equal(*pair) for pair in pairs)
+        return self._compared[1]
 
 
-def _with_products(inner: Inner, pairs: Sequence[tuple[Tensor, Tensor]]) -> Inner:
-    """Return W + U_1 V_1 + U_2 V_2 + ...: side by side, so that what is as large as the output is made once."""
-    if not pairs:
+@dataclass(frozen=True, slots=True)
+class _Difference:
+    """-s L S R + s (L + A B) S (R + C D)."""
+
+    start: Plus
+    moved: Plus
+
+    def addend(self) -> Addend:
+        return self.moved.scale, difference_of_vectors(cast(Product, map_of(self.moved.delta)))
+
+
+def _with_addends(inner: Inner, addends: Sequence[Addend]) -> Inner:
+    """Return W + s_1 D_1 + s_2 D_2 + ...: low-rank ones side by side, sparse ones written into W."""
+    if not addends:
         return inner
-    up, down = pairs[0]
-    if len(pairs) > 1:
-        up, down = torch.cat([u for u, _ in pairs], dim=1), torch.cat([v for _, v in pairs], dim=0)
+    pairs = [(scale, map_.up, map_.down) for scale, map_ in addends if isinstance(map_, LowRank)]
+    terms = [(s, m.values, m.columns, m.starts) for s, m in addends if isinstance(m, Sparse)]
 
     def call(x: Tensor) -> Tensor:
-        return add_product(inner.call(x), F.linear(x, down.to(x.dtype)), up.to(x.dtype), 1.0)
+        if inner.dense is not None and not terms:
+            return factored_sum(x, *inner.dense, pairs)
+        y = _scattered(x, *inner.writable, terms) if inner.writable is not None and terms else inner.call(x)
+        for scale, up, down in pairs:
+            y = add_product(y, F.linear(x, down.to(x.dtype)), up.to(x.dtype), scale)
+        return y
 
-    return Inner(call, lambda: Sum((inner.map(), *(LowRank(u, v) for u, v in pairs))))
+    return Inner(call, lambda: Sum((inner.map(), *(scaled(map_, scale) for scale, map_ in addends))))
+
+
+def _scattered(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
+    y = multiply_sum(x, weight, terms)
+    return y if bias is None else y + bias
 
 
 def _composed(change: Change, inner: Inner) -> Inner:
@@ -285,12 +358,6 @@ def applied(module: nn.Module, x: Tensor) -> Tensor:
     parameter = next(module.parameters(), x)
     y: Tensor = module(x.to(parameter.dtype))
     return y.to(x.dtype)
-
-
-def in_one_dtype(map_: LinearMap) -> LinearMap:
-    """Return a map in the widest dtype among its tensors: those of a narrow base and of its adapters must agree."""
-    found = {tensor.dtype for tensor in pytree.tree_leaves(map_) if tensor.is_floating_point()}
-    return map_ if len(found) < 2 else map_.to(functools.reduce(torch.promote_types, found))
 
 
 def scaled(map_: LinearMap, scale: float) -> LinearMap:

@@ -109,21 +109,28 @@ class Choice(nn.Module):
         """Return the channels each layer computes, ascending, by its name, from the inputs of those that write them."""
 
     @torch.no_grad()
-    def at(self, layer: str, x: Tensor) -> Tensor | None:
+    def at(self, layer: str, x: Tensor, sequences: Tensor | None) -> Tensor | None:
         """Return the channels that a layer computes: rows of one that writes, columns of the one that reads.
 
         None stands for all. A pass is counted as the reader's inputs are differentiated.
+
+        Args:
+            layer: its name.
+            x: its inputs.
+            sequences: which sequences of the batch they are, or None for all.
         """
         if layer != self.reader and self._seen() is not x:
             self._seen = weakref.ref(x)
-            whole = self.whole_of(x)
+            whole = self.whole_of(x, sequences)
             skips = int(self.passes) >= self.dense and (whole is None or not bool(whole.all()))
             self._chosen = self.choose(x) if skips else {}
         return self._chosen.get(layer)
 
-    def whole_of(self, x: Tensor) -> Tensor | None:
-        """Return where inputs (..., n) compute all channels, (...) bool, or None for nowhere."""
+    def whole_of(self, x: Tensor, sequences: Tensor | None) -> Tensor | None:
+        """Return where inputs (..., n) of these sequences compute all channels, (...) bool, or None for nowhere."""
         places = None if self.whole is None else self.whole.places
+        if places is not None and sequences is not None:
+            places = places[sequences.to(places.device)]
         return places if places is not None and places.shape == x.shape[:-1] else None
 
     def train(self, mode: bool = True) -> "Choice":
@@ -218,11 +225,11 @@ class Sliced(Shortcut):
         self.layer, self.choice = layer, choice
 
     def around(self, inner: Inner) -> Inner:
-        return Inner(lambda x: self.multiply(x, inner), inner.map)
+        return Inner(lambda x: self.multiply(x, inner), inner.map, sequences=inner.sequences)
 
     def multiply(self, x: Tensor, inner: Inner) -> Tensor:
         """Return W x (..., m) with the channels that are left out of W being zero: x (..., n)."""
-        places, writes = self.choice.at(self.layer, x), self.layer != self.choice.reader
+        places, writes = self.choice.at(self.layer, x, inner.sequences), self.layer != self.choice.reader
         if not writes and torch.is_grad_enabled() and x.requires_grad:
             x = cast(Callable[..., Tensor], _Counted.apply)(x, self.choice.passes)
         if places is None:
@@ -237,7 +244,7 @@ class Sliced(Shortcut):
             y = part(x)
             return y.new_zeros(*y.shape[:-1], map_.shape[0]).index_add(-1, places, y)
 
-        whole = self.choice.whole_of(x)
+        whole = self.choice.whole_of(x, inner.sequences)
         if whole is None:
             return multiply_part(x)
         rows, others = (tokens.flatten().nonzero().flatten() for tokens in (whole, ~whole))

@@ -37,7 +37,7 @@ class AdaptedConvolution(AdaptedHost):
             new[id(base.bias)] = nn.Parameter(offset.clone())
         return copy.deepcopy(base, new)
 
-    def with_adapters(self, x: Tensor, weights: Mapping[str, float]) -> Tensor:
+    def with_adapters(self, x: Tensor, weights: Mapping[str, float], sequences: Tensor | None = None) -> Tensor:
         if not weights:
             return cast(Tensor, self.base(x))
         chain = [(self.adapter(name), weight) for name, weight in weights.items()]
@@ -48,7 +48,7 @@ class AdaptedConvolution(AdaptedHost):
                 y = y + weight * self._added(cast(Plus, change), x)
             return y
         base = map_of(self.base)
-        current = Inner(base, lambda: base)
+        current = Inner(base, lambda: base, sequences=sequences)
         for adapter, weight in chain:
             current = adapter.within(current, weight)
         y = current.call(patches(x, self.base))

@@ -4,6 +4,8 @@
 
 No structure of the factors survives an entrywise mask or product, so D has to be written out. It is written a block of
 rows at a time, once for the product and once more in backward, and never kept: autograd holds x and what D is made of.
+Where W is a matrix in float32 or wider it is added to the block, so that one product serves both: forward and backward
+cost one dense product more than W alone, that of D's gradient.
 
 Legend: W (m, n), D (m, n), x (t, n).
 """
@@ -15,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from eckart.hosts.adapter import Change, Inner, in_one_dtype, scaled
+from eckart.hosts.adapter import Change, Inner, scaled
 from eckart.hosts.host import host, map_of
-from eckart.maps import Dense, LinearMap, Sum, multiply_by_rows, rows_of, unpacked
+from eckart.linalg import distances, kth_smallest
+from eckart.maps import Dense, LinearMap, Sum, in_one_dtype, multiply_by_rows, rows_of, unpacked
 
 
 class Entrywise(Change):
@@ -44,14 +47,22 @@ class Entrywise(Change):
 
     @abstractmethod
     def rows(self, start: int, stop: int, own: Sequence[Tensor], weight: Tensor | None) -> Tensor:
-        """Return rows of D, (stop - start, n), from the change's own tensors and the same rows of W if it reads it."""
+        """Return rows of D, (stop - start, n), from the change's own tensors and the same rows of W if it reads it.
+
+        What is returned may be written over.
+        """
 
     def of(self, inner: LinearMap) -> LinearMap:
         weight = in_one_dtype(inner).dense() if self.reads_weight else None
         return Sum((inner, scaled(Dense(self.rows(0, self.shape[0], self.made_of(), weight)), self.scale)))
 
     def call(self, x: Tensor, inner: Inner) -> Tensor:
-        y, own = inner.call(x), self.drawn() if self.training else self.made_of()
+        own = self.drawn() if self.training else self.made_of()
+        if inner.writable is not None:
+            weight, bias = inner.writable
+            y = multiply_by_rows(x, self._with_weight, (*own, weight), self.shape[0])
+            return y if bias is None else y + bias
+        y = inner.call(x)
         leaves, tree = pytree.tree_flatten(in_one_dtype(inner.map())) if self.reads_weight else ([], None)
 
         def rows(start: int, stop: int, tensors: Sequence[Tensor]) -> Tensor:
@@ -62,6 +73,15 @@ class Entrywise(Change):
 
         product = multiply_by_rows(x, rows, (*own, *leaves), self.shape[0])
         return y + (self.scale * product).to(y.dtype)
+
+    def _with_weight(self, start: int, stop: int, tensors: Sequence[Tensor]) -> Tensor:
+        """Return rows of W + s D, W the last of the tensors."""
+        *own, weight = tensors
+        part = weight[start:stop]
+        change = self.rows(start, stop, own, part if self.reads_weight else None)
+        if change.dtype != torch.promote_types(change.dtype, part.dtype):
+            return part + self.scale * change
+        return (change if self.scale == 1.0 else change.mul_(self.scale)).add_(part)
 
 
 class MaskedFactors(Entrywise):
@@ -87,7 +107,7 @@ class MaskedFactors(Entrywise):
     def rows(self, start: int, stop: int, own: Sequence[Tensor], weight: Tensor | None) -> Tensor:
         up, down, bits = own
         product: Tensor = up[start:stop] @ down
-        return product * unpacked(bits[start:stop], self.shape[1])
+        return product.mul_(unpacked(bits[start:stop], self.shape[1], product.dtype))
 
 
 class ElasticFactors(MaskedFactors):
@@ -120,7 +140,7 @@ class Multiplied(Entrywise):
     def rows(self, start: int, stop: int, own: Sequence[Tensor], weight: Tensor | None) -> Tensor:
         factor = pytree.tree_unflatten(list(own), pytree.tree_structure(map_of(self.factor)))
         product = rows_of(factor, start, stop)
-        return product if weight is None else product * weight
+        return product.clone() if weight is None else product * weight
 
 
 class Grouped(Entrywise):
@@ -144,7 +164,11 @@ class Grouped(Entrywise):
     def rows(self, start: int, stop: int, own: Sequence[Tensor], weight: Tensor | None) -> Tensor:
         of_columns, of_rows = own
         group = torch.arange(start, stop, device=of_rows.device) * of_columns.shape[0] // self.shape[0]
-        product: Tensor = of_columns[group] * of_rows[start:stop, None]
+        # as a product of matrices, whose derivative is one as well
+        spread = of_rows.new_zeros(stop - start, of_columns.shape[0]).scatter(
+            1, group[:, None], of_rows[start:stop, None]
+        )
+        product: Tensor = spread @ of_columns
         return product if weight is None else product * weight
 
 
@@ -163,19 +187,19 @@ class Kernel(Entrywise):
 
     def made_of(self) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            sizes = _kernel(self.inputs, self.outputs).abs().flatten()
+            sizes = _kernel(self.inputs, self.outputs).abs_().flatten()
             dropped = sizes.numel() - max(1, round(self.density * sizes.numel()))
-            least = sizes.kthvalue(dropped + 1).values
+            least = kth_smallest(sizes, dropped + 1)
         return self.inputs, self.outputs, least
 
     def rows(self, start: int, stop: int, own: Sequence[Tensor], weight: Tensor | None) -> Tensor:
         inputs, outputs, least = own
         kernel = _kernel(inputs, outputs[:, start:stop])
         size = kernel.detach().abs()
-        return kernel * size.where(size >= least, 0.0)
+        return kernel * size.mul_(size.clone().ge_(least))
 
 
 def _kernel(inputs: Tensor, outputs: Tensor) -> Tensor:
     """Return K (m, n) of vectors (2, n, h) of the inputs and (2, m, h) of the outputs."""
-    distances = torch.cdist(outputs, inputs, compute_mode="donot_use_mm_for_euclid_dist")
-    return 0.1 * (distances[0] - distances[1])
+    (a, c), (b, d) = 0.1 * inputs, 0.1 * outputs
+    return distances(b, a) - distances(d, c)

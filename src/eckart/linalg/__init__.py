@@ -1,10 +1,12 @@
 """Numerics on plain tensors: eigen-decompositions, truncated SVDs and pivot rows; knows no maps and no networks."""
 
+from eckart.linalg.distances import distances as distances
 from eckart.linalg.eigen import TopEigen as TopEigen
 from eckart.linalg.eigen import psd_roots as psd_roots
 from eckart.linalg.eigen import regular_cholesky as regular_cholesky
 from eckart.linalg.eigen import shrink as shrink
 from eckart.linalg.eigen import top_eigen as top_eigen
+from eckart.linalg.factored import factored_sum as factored_sum
 from eckart.linalg.filtered import filtered_svd as filtered_svd
 from eckart.linalg.finite import all_finite as all_finite
 from eckart.linalg.gram import add_upper_gram as add_upper_gram
@@ -20,6 +22,7 @@ from eckart.linalg.rescaled import factored_row_norms as factored_row_norms
 from eckart.linalg.rescaled import rescaled_gradients as rescaled_gradients
 from eckart.linalg.rescaled import rescaled_sum as rescaled_sum
 from eckart.linalg.scores import score_errors as score_errors
+from eckart.linalg.selection import kth_smallest as kth_smallest
 from eckart.linalg.stacked import Sketch as Sketch
 from eckart.linalg.stacked import growth_bound as growth_bound
 from eckart.linalg.stacked import lower_bound as lower_bound

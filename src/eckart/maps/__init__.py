@@ -6,6 +6,7 @@ from eckart.maps.base import Product as Product
 from eckart.maps.base import Scaled as Scaled
 from eckart.maps.base import Spec as Spec
 from eckart.maps.base import Sum as Sum
+from eckart.maps.base import in_one_dtype as in_one_dtype
 from eckart.maps.base import linear_map as linear_map
 from eckart.maps.base import require as require
 from eckart.maps.base import require_shape as require_shape
@@ -70,6 +71,9 @@ from eckart.maps.storage import stored as stored
 from eckart.maps.tensor_train import TensorTrain as TensorTrain
 from eckart.maps.tensor_train import factored as factored
 from eckart.maps.tensor_train import tensor_train as tensor_train
+from eckart.maps.thin import difference_of_vectors as difference_of_vectors
+from eckart.maps.thin import fixed_vectors as fixed_vectors
+from eckart.maps.thin import thin as thin
 from eckart.maps.tiled import Tiled as Tiled
 from eckart.maps.tucker import Tucker as Tucker
 from eckart.maps.tucker import tucker_numbers as tucker_numbers

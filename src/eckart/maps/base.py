@@ -271,6 +271,12 @@ def require_shape(name: str, tensor: Tensor, *sizes: int) -> None:
     require(tuple(tensor.shape) == sizes, name, f"a tensor of shape {tuple(tensor.shape)}", f"shape {sizes}")
 
 
+def in_one_dtype(map_: LinearMap) -> LinearMap:
+    """Return a map in the widest dtype among its tensors: those of a narrow base and of its adapters must agree."""
+    found = {tensor.dtype for tensor in pytree.tree_leaves(map_) if tensor.is_floating_point()}
+    return map_ if len(found) < 2 else map_.to(functools.reduce(torch.promote_types, found))
+
+
 @linear_map
 class Sum(LinearMap):
     """W = W_1 + ... + W_p.

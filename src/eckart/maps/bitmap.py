@@ -148,10 +148,12 @@ def packed(present: Tensor) -> Tensor:
     return (padded * weights).sum(2, dtype=torch.uint8)
 
 
-def unpacked(bits: Tensor, width: int) -> Tensor:
-    """Return bits (m, bytes) uint8 as booleans (m, width)."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return ((bits.unsqueeze(2) >> shifts) & 1).flatten(1)[:, :width].bool()
+def unpacked(bits: Tensor, width: int, dtype: torch.dtype = torch.bool) -> Tensor:
+    """Return bits (m, bytes) uint8 as booleans (m, width), or as ones and zeros of another dtype."""
+    each = torch.arange(256, device=bits.device)[:, None] >> torch.arange(8, device=bits.device) & 1
+    table = each.to(dtype)  # what eight bits look like, for every byte there is
+    rows = table.index_select(0, bits.flatten().int())
+    return rows.view(*bits.shape[:-1], 8 * bits.shape[-1])[..., :width]
 
 
 def compressed_rows(bits: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,8 @@
 """Sums of Kronecker products: a matrix of blocks that are all combinations of a few."""
 
+import math
+
+import torch
 from torch import Tensor
 
 from eckart.maps.base import LinearMap, linear_map, require
@@ -31,12 +34,12 @@ class Kronecker(LinearMap):
     def __call__(self, x: Tensor) -> Tensor:
         terms, m_a, n_a = self.left.shape
         m_b, n_b = self.right.shape[1:]
-        lead = x.shape[:-1]
-        # (..., n_A, n_B) -> (..., n_A, m_B r) -> (..., m_B, n_A r) -> (..., m_B, m_A)
-        inner = x.reshape(*lead, n_a, n_b) @ self.right.permute(2, 1, 0).reshape(n_b, m_b * terms)
-        turned = inner.reshape(*lead, n_a, m_b, terms).transpose(-3, -2).reshape(*lead, m_b, n_a * terms)
-        y = turned @ self.left.permute(2, 0, 1).reshape(n_a * terms, m_a)
-        return y.transpose(-1, -2).reshape(*lead, m_a * m_b)
+        vectors = math.prod(x.shape[:-1])
+        # (t n_A, n_B) -> (t n_A, r m_B), seen as (t, n_A r, m_B) -> (t, m_A, m_B): nothing as large as x is transposed
+        inner = x.reshape(vectors * n_a, n_b) @ self.right.reshape(terms * m_b, n_b).mT
+        left = self.left.permute(1, 2, 0).reshape(m_a, n_a * terms)
+        y = torch.bmm(left.expand(vectors, -1, -1), inner.view(vectors, n_a * terms, m_b))
+        return y.view(*x.shape[:-1], m_a * m_b)
 
     @property
     def T(self) -> LinearMap:

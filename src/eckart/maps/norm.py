@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from eckart.errors import CostWarning
-from eckart.maps.base import LinearMap, Product, Scaled, Sum
+from eckart.maps.base import LinearMap, Product, Scaled, Sum, in_one_dtype
 from eckart.maps.dense import Dense, Diagonal
-from eckart.maps.lowrank import LowRank
+from eckart.maps.lowrank import LowRank, random_lowrank
 from eckart.maps.orthogonal import Cayley, Householder
 from eckart.maps.permutation import Permutation
 from eckart.maps.pivoted import Pivoted
@@ -19,7 +19,7 @@ def row_norms(map_: LinearMap) -> Tensor:
 
     |row i of U V|^2 = u_i (V V^T) u_i^T; |a W| = |a| |W|; |row of W + U V|^2 adds the cross term 2 u_i . (W V^T)_i
     (the factored norm of Scaling DoRA); |row of W R| = |row of W| for an orthogonal R. Anything else is formed densely,
-    with a `CostWarning`.
+    with a `CostWarning`. Of a W in half precision no wide copy is made, and W + U V may be of two dtypes.
     """
     return squared_row_norms(map_).clamp_min(0).sqrt()
 
@@ -28,7 +28,10 @@ def squared_row_norms(map_: LinearMap) -> Tensor:
     """Return the squared Euclidean length of every row of W, (m,)."""
     match map_:
         case Dense(weight):
-            return weight.square().sum(1)
+            if weight.dtype == torch.promote_types(weight.dtype, torch.float32):
+                return weight.square().sum(1)
+            lengths: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)  # makes no wide copy
+            return lengths.square()
         case Diagonal(scale):
             return scale.square()
         case Permutation(order):
@@ -41,13 +44,23 @@ def squared_row_norms(map_: LinearMap) -> Tensor:
             return scale**2 * squared_row_norms(inner)
         case Product((*rest, Permutation() | Householder() | Cayley())) if rest:
             return squared_row_norms(rest[0] if len(rest) == 1 else Product(tuple(rest)))
-        case Sum((first, LowRank(up, down))):
-            cross = (first(down).mT * up).sum(1)  # first applied to the rows of down: (k, m)
+        case Sum((Sum((first, *inner)), *rest)):
+            return squared_row_norms(Sum((first, *inner, *rest)))
+        case Sum((first, *rest)) if rest and all(isinstance(term, LowRank) for term in rest):
+            pairs = [(term.up, term.down) for term in rest if isinstance(term, LowRank)]
+            up, down = torch.cat([u for u, _ in pairs], dim=1), torch.cat([v for _, v in pairs])
+            cross = (_applied(first, down).mT * up).sum(1)  # first applied to the rows of down: (k, m)
             return squared_row_norms(first) + 2 * cross + squared_row_norms(LowRank(up, down))
         case _:
             what = f"row norms of {type(map_).__name__} {map_.shape}"
             warnings.warn(f"{what} need the dense matrix", CostWarning, stacklevel=2)
-            return map_.dense().square().sum(1)
+            return in_one_dtype(map_).dense().square().sum(1)
+
+
+def _applied(map_: LinearMap, x: Tensor) -> Tensor:
+    """Return a map of any dtypes applied to x."""
+    alike = in_one_dtype(map_)
+    return alike(x.to(alike.dtype))
 
 
 def squared_row_norms_flops(map_: LinearMap) -> int:
@@ -67,8 +80,11 @@ def squared_row_norms_flops(map_: LinearMap) -> int:
             return squared_row_norms_flops(inner) + m
         case Product((*rest, Permutation() | Householder() | Cayley())) if rest:
             return squared_row_norms_flops(rest[0] if len(rest) == 1 else Product(tuple(rest)))
-        case Sum((first, LowRank() as second)):
-            k = second.rank
+        case Sum((Sum((first, *inner)), *terms)):
+            return squared_row_norms_flops(Sum((first, *inner, *terms)))
+        case Sum((first, *terms)) if terms and all(isinstance(term, LowRank) for term in terms):
+            k = sum(term.rank for term in terms if isinstance(term, LowRank))
+            second = random_lowrank(map_.shape, k, torch.device("meta"))
             cross = first.flops(k) + 2 * m * k
             return squared_row_norms_flops(first) + cross + squared_row_norms_flops(second) + 3 * m
         case _:

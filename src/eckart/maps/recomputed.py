@@ -5,7 +5,7 @@
 Legend: D (m, n), x (t, n), y (t, m).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -53,15 +53,28 @@ def _spans(m: int, step: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, m)) for start in range(0, m, step)]
 
 
+def multiply_blocks(x: Tensor, blocks: Iterable[tuple[slice, Tensor]], m: int) -> Tensor:
+    """Return x D^T from blocks of rows of D (m, n) and which rows they are, each product written where it belongs.
+
+    What is returned is no view, so that it may be written over behind an autograd function; without gradients.
+    """
+    y, inputs = x.new_empty(*x.shape[:-1], m), x.reshape(-1, x.shape[-1])
+    flat = y.view(-1, m)
+    for span, block in blocks:
+        if torch.is_autocast_enabled(x.device.type):
+            flat[:, span] = F.linear(inputs, block.to(x.dtype))
+        else:
+            torch.mm(inputs, block.to(x.dtype).mT, out=flat[:, span])
+    return y
+
+
 class _ByRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Rows, m: int, step: int, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(x, *tensors)
         ctx.rows, ctx.m, ctx.spans = rows, m, _spans(m, step)
-        y = x.new_empty(*x.shape[:-1], m)
-        for start, stop in ctx.spans:
-            y[..., start:stop] = F.linear(x, rows(start, stop, tensors).to(x.dtype))
-        return y
+        written = ((slice(start, stop), rows(start, stop, tensors)) for start, stop in ctx.spans)
+        return multiply_blocks(x, written, m)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -71,14 +84,18 @@ class _ByRows(torch.autograd.Function):
         wanted = [i for i, needs in enumerate(ctx.needs_input_grad[4:]) if needs]
         if not again:
             tensors = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
-        of_x = torch.zeros_like(flat) if ctx.needs_input_grad[0] else None
+        of_x: Tensor | None = None
         of_tensors: list[Tensor | None] = [None] * len(tensors)
         for start, stop in ctx.spans:
             part = gradient[:, start:stop]
             with torch.enable_grad():
                 block = ctx.rows(start, stop, tensors)
-            if of_x is not None:
-                of_x = of_x + part @ block.to(x.dtype) if again else of_x.addmm_(part, block.detach().to(x.dtype))
+            if ctx.needs_input_grad[0]:
+                written = block.to(x.dtype) if again else block.detach().to(x.dtype)
+                if of_x is None:
+                    of_x = part @ written
+                else:
+                    of_x = of_x + part @ written if again else of_x.addmm_(part, written)
             if wanted:
                 of_block = (part.mT @ flat).to(block.dtype)
                 leaves = [tensors[i] for i in wanted]

@@ -1,8 +1,6 @@
 """Maps with few non-zero entries: unstructured (compressed rows) and N of every M along a row."""
 
-import functools
 import math
-import warnings
 
 import torch
 from torch import Tensor
@@ -10,7 +8,7 @@ from torch.nn import functional as F
 
 from eckart.maps.base import LinearMap, linear_map, require, require_shape
 from eckart.maps.recomputed import is_recorded
-from eckart.maps.support import multiply_trained, row_of_each
+from eckart.maps.support import multiply_trained, quiet, row_of_each
 
 # With more vectors than this, a half-full matrix is written out and multiplied densely (benchmarks/constants.py).
 ROWS_TOKENS = 128
@@ -45,7 +43,6 @@ class Sparse(LinearMap):
         if by_compressed_rows(x, self.values):
             return multiply_compressed_rows(x, self.values, self.columns, self.starts)
         if x.dtype == self.values.dtype and x.shape[-1] > 0 and is_recorded(x, self.values):
-            quiet()
             return multiply_trained(x, self.values, self.columns, self.starts)
         return F.linear(x, self.dense())
 
@@ -106,14 +103,6 @@ def multiply_compressed_rows(x: Tensor, values: Tensor, columns: Tensor, starts:
     matrix = torch.sparse_csr_tensor(starts, columns, values, (m, flat.shape[1]), check_invariants=False)
     product: Tensor = (matrix @ flat.mT).mT
     return product.reshape(*x.shape[:-1], m)
-
-
-@functools.cache
-def quiet() -> None:
-    """Have torch's one warning of the process, that its sparse tensors are in beta, appear here and unseen."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
 
 
 def sparse_of(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Sparse:

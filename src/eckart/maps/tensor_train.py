@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from eckart.maps.base import LinearMap, linear_map, require
+from eckart.maps.lowrank import LowRank
 from eckart.maps.recomputed import multiply_by_rows
 
 # An operation in the chain of small products takes as long as about this many in one large product, with gradients, on
@@ -79,6 +80,19 @@ class TensorTrain(LinearMap):
 
     def _rows(self, start: int, stop: int, entries: Sequence[Tensor]) -> Tensor:
         return TensorTrain(entries[0], self.heights, self.widths, self.ranks).dense()[start:stop]
+
+    def lowrank(self) -> LowRank | None:
+        """Return a train that runs through all rows first and then through all columns as two thin matrices."""
+        bond = next((k for k, n in enumerate(self.widths) if n > 1), len(self.widths))
+        if max(self.heights[bond:], default=1) > 1:
+            return None
+        up, down = self.entries.new_ones(1, 1), self.entries.new_ones(1, 1)
+        cores = self.cores()
+        for core in cores[:bond]:
+            up = (up @ core.flatten(1)).reshape(-1, core.shape[3])
+        for core in reversed(cores[bond:]):
+            down = (core.flatten(0, 2) @ down).reshape(core.shape[0], -1)
+        return LowRank(up, down)
 
     @property
     def T(self) -> LinearMap:

@@ -2,8 +2,8 @@
 
     W' = W + (alpha / D) G_1[i_1] ... G_a[i_a] H_1[j_1] ... H_b[j_b],    i = (i_1, ..., i_a),  j = (j_1, ..., j_b)
 
-Outputs and inputs are numbered by several indices each, and neighbours share a bond of D. Applied core by core, inputs
-first (maps/tensor_train.py).
+Outputs and inputs are numbered by several indices each, and neighbours share a bond of D. In every step the cores G
+become one thin matrix and the cores H another (maps/tensor_train.py).
 
 Structure: tensor train added. Start: W. Trained: cores; sum of D_(k-1) d_k D_k numbers, d_k the sizes of the indices.
 

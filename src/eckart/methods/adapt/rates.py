@@ -6,18 +6,21 @@ loss is then lowest is taken. A rate that diverges is out. The same seed gives t
 Source: the grid as in "LoRAFactory: A Unified Study of LoRA Variants", which tunes the rate of every method.
 """
 
+import copy
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from eckart.errors import EckartError
+from eckart.hosts import AdaptedHost, Adapter
 from eckart.methods.adapt.curvature import BATCHES, SHARE_OF_EDGE, WARM, edge_rate
-from eckart.methods.training import Course, DivergedError, Step, StepLoss, train
+from eckart.methods.training import Course, DivergedError, Follow, Step, StepLoss, train
 from eckart.progress import Progress
 
 # Times the method's own rate.
@@ -32,6 +35,7 @@ def find_rate(
     measure: Callable[[], float],
     *,
     share: Callable[[str], float],
+    follow: Follow,
     seed: int,
     grid: Sequence[float],
     progress: Progress,
@@ -45,6 +49,7 @@ def find_rate(
         loss: of a step.
         measure: returns the held-out loss of the model as it is.
         share: of the rate that a parameter of that name has.
+        follow: has each run's optimizer followed by methods that move between steps.
         seed: seed of order and draws.
         grid: multiples of the rate.
         progress: told of the stage "rates".
@@ -58,7 +63,7 @@ def find_rate(
         each = replace(course, rate=course.rate * factor)
         with _as_before(model):
             try:
-                _short_run(model, rows, each, loss, share, seed)
+                _short_run(model, rows, each, loss, share, seed, follow)
                 found[each.rate] = measure()
             except DivergedError:
                 found[each.rate] = float("inf")
@@ -102,7 +107,7 @@ def curvature_rate(
         return loss(Step(0, batch, torch.Generator().manual_seed(seed), course.rate))[0]
 
     with _as_before(model):
-        _short_run(model, rows, few, loss, share, seed)
+        _short_run(model, rows, few, loss, share, seed, lambda optimizer: ())  # nothing has moved yet
         training = model.training
         model.eval()
         edge = edge_rate(model, batches, of_batch, rate=course.rate, share=share, seed=seed)
@@ -113,26 +118,39 @@ def curvature_rate(
 
 @contextmanager
 def _as_before(model: nn.Module) -> Iterator[None]:
-    """Put what trains, and the buffers, back to where they are now."""
-    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    """Put what trains, and the buffers, back to where they are now; of adapters, which may move, copies train."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    start = [(tensor, tensor.detach().clone()) for tensor in (*trained, *model.buffers())]
+    layers = [module for module in model.modules() if isinstance(module, AdaptedHost)]
+    kept = [layer.adapters for layer in layers]
+    # what chooses channels is shared by layers and known to the model's hooks: no copies of it
+    held = [adapter for each in kept for adapter in cast(Iterable[Adapter], each.values())]
+    shared: dict[int, Any] = {id(adapter.shortcut): adapter.shortcut for adapter in held}
+    for layer, copied in zip(layers, copy.deepcopy(kept, shared), strict=True):
+        layer.adapters = copied
     try:
         yield
     finally:
+        for layer, own in zip(layers, kept, strict=True):
+            layer.adapters = own
         with torch.no_grad():
-            for name, value in start.items():
-                model.get_parameter(name).copy_(value)
-            for name, value in buffers.items():
-                model.get_buffer(name).copy_(value)
+            for tensor, value in start:
+                tensor.copy_(value)
 
 
 def _short_run(
-    model: nn.Module, rows: Tensor, course: Course, loss: StepLoss, share: Callable[[str], float], seed: int
+    model: nn.Module,
+    rows: Tensor,
+    course: Course,
+    loss: StepLoss,
+    share: Callable[[str], float],
+    seed: int,
+    follow: Follow,
 ) -> None:
     """Train for a while, its state kept nowhere."""
     with tempfile.TemporaryDirectory(prefix="eckart-") as scratch:
         state = Path(scratch) / "state.safetensors"
-        train(model, rows, course, loss, state=state, seed=seed, share=share, progress=_silent)
+        train(model, rows, course, loss, state=state, seed=seed, follow=follow, share=share, progress=_silent)
 
 
 def _silent(stage: str, done: int, total: int) -> None:

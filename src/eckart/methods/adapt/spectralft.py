@@ -2,7 +2,8 @@
 
     W' = W - U S V^T + (U + A_u B_u) S (V + A_v B_v)^T,    U S V^T the p largest singular triplets of W
 
-The rest of the spectrum is kept; the published code drops it.
+The rest of the spectrum is kept; the published code drops it. Both large products cancel: what is computed is the
+difference [U S B_v^T, A_u] [A_v^T; B_u S (V + A_v B_v)^T] of rank 2 r (maps/thin.py).
 
 Structure: product of changed singular vectors. Start: W. Trained: A_u (m, r), A_v (n, r), B_u, B_v (r, p) = 0 at the
 start; r (m + n + 2 p) numbers.

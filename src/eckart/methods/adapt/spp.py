@@ -2,7 +2,7 @@
 
     W'_ij = W_ij (1 + s b_i a_p(i)j),    p(i) = floor(i r / m): r groups of rows, each with a vector a of its own
 
-The product with W is written out a block of rows at a time and never kept (hosts/entrywise.py).
+W' is written out a block of rows at a time, again in backward, and never kept (hosts/entrywise.py).
 
 Structure: entrywise product. Start: W. Trained: a (r, n) uniform in +-1/sqrt(n), b (m) = 0; r n + m numbers.
 

@@ -321,13 +321,18 @@ class _Run:
         model, few = self.handle.model.train(), replace(self.held_out, rows=self.held_out.rows[:START])
         found = find_rate(
             model, self._rows(), short, self._loss, lambda: measured(model, few)["loss"],
-            share=self._shares(), seed=self.seed, grid=GRID, progress=self.progress,
+            share=self._shares(), follow=lambda optimizer: self._followed(optimizer, short.steps),
+            seed=self.seed, grid=GRID, progress=self.progress,
         )  # fmt: skip
         return list(found)
 
     def _follow(self, optimizer: Any, steps: int) -> Iterable[str]:
-        self.handle.follow(optimizer, steps)
+        moving = self._followed(optimizer, steps)
         self._check_format()  # what moves has got all of its changes now
+        return moving
+
+    def _followed(self, optimizer: Any, steps: int) -> Iterable[str]:
+        self.handle.follow(optimizer, steps)
         return self.handle.moving()
 
     def _task(self, step: Step) -> tuple[Tensor, Tensor]:
