@@ -90,7 +90,6 @@ def test_what_is_clipped_apart_is_clipped(tmp_path):
     torch.testing.assert_close(gate(lambda index: 100.0 * 3**index), gate(lambda index: 100.0), rtol=1e-5, atol=0)
 
 
-
 @pytest.mark.parametrize("until", [0, 4, 6, 11, 18])
 def test_a_run_that_was_stopped_ends_in_the_same_bits(until, tmp_path):
     whole = run(tmp_path / "whole.safetensors")

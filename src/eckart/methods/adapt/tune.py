@@ -131,8 +131,8 @@ def tune(
     given, course = described.settings, Course(steps, _starting_rate(rate, described.recipe().rate), batch)
     fields = {"length": length, "text_field": text_field, "label_field": label_field}
     base, heads, examples, held_out = _task(Path(model), Path(data), validation, fields, seed)
-    before, data = measured(base, held_out), _batches(examples, batch)
-    how = {"after": after, "targets": targets, "data": data, "trained": heads, "seed": seed, **given}
+    before, start = measured(base, held_out), _batches(examples, batch)
+    how = {"after": after, "targets": targets, "data": start, "trained": heads, "seed": seed, **given}
     decides = str(model), method, given, seed, rate, asdict(course), list(targets or ()), fields, probe, probe_rate
     run = _Run(base, method, how, examples, held_out, _partial(target, examples, decides, after), format, progress)
     course = run.train(course, rate, Course(probe, probe_rate, batch) if probe else None)
