@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from eckart.budget import (
@@ -407,6 +407,9 @@ def test_removed_shares_are_proportional_until_a_layer_is_used_up(weights, kept)
 
 
 @given(st.dictionaries(st.sampled_from("abcdef"), st.floats(0, 1e7), min_size=1))
+@example({"b": 3.0, "c": 3_000_004.0})
+@example({"a": 2.2e-311})
+@example({"b": 1e-290, "c": 0.0, "d": 1e-289})
 def test_weights_by_loss_are_those_of_the_paper_where_its_formula_is_defined(losses):
     groups = {name: "vowel" if name in "ae" else "consonant" for name in losses}
     weights = weights_by_loss(losses, groups)

@@ -14,6 +14,8 @@ from eckart.budget.uniform import filled, largest_share, within
 
 # Losses below this share of the largest in their group count as that: the logarithm of none is minus infinity.
 SMALLEST_LOSS = 1e-6
+# Where the largest is below this, a group has lost nothing: smaller shares of it are no normal numbers.
+NO_LOSS = 1e-290
 # A layer of no weight would never be touched, even if the others alone cannot meet the budget.
 SMALLEST_WEIGHT = 1e-6
 
@@ -77,8 +79,9 @@ def weights_by_loss(losses: Mapping[str, float], groups: Mapping[str, str]) -> d
     out = {}
     for names in members.values():
         largest = max(losses[name] for name in names)
-        values = [max(losses[name], SMALLEST_LOSS * largest) if largest > 0 else math.e for name in names]
-        unit = max(1.0, math.e / min(values))
-        scores = [1 / math.log(value * unit) for value in values]
+        least = min(SMALLEST_LOSS * largest, math.e)  # a loss for which the formula holds is taken as it is
+        values = [max(losses[name], least) if largest > NO_LOSS else math.e for name in names]
+        shift = max(0.0, 1 - math.log(min(values)))
+        scores = [1 / (math.log(value) + shift) for value in values]
         out.update({name: len(names) * s / sum(scores) for name, s in zip(names, scores, strict=True)})
     return out
