@@ -41,6 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "oft": {"block": 32},
     "svfit": {"rank": 64},
     "soka": {"rank": 1},
+    "ia3": {},
 }
 
 
@@ -77,6 +78,11 @@ def peft_config(method: str) -> Any:
         "hra": lambda: peft.HRAConfig(**common, r=r),
         "oft": lambda: peft.OFTConfig(**common, r=0, oft_block_size=32, use_cayley_neumann=False),
         "soka": lambda: peft.LoKrConfig(**common, r=r, alpha=r, decompose_both=False, rank_dropout=0.0),
+        "lokr": lambda: peft.LoKrConfig(**common, r=r, alpha=r),
+        "loha": lambda: peft.LoHaConfig(**common, r=r, alpha=r),
+        "hira": lambda: peft.HiraConfig(**common, r=r),
+        "vera": lambda: peft.VeraConfig(**common, r=r),
+        "ia3": lambda: peft.IA3Config(**common, feedforward_modules=["down_proj"]),
     }.get(method, lambda: None)()
 
 
