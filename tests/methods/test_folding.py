@@ -120,6 +120,27 @@ def test_a_compressed_model_stays_compressed(tmp_path: Path, method: str, settin
         assert len(windows) > 64 * 64  # enough text for the windows that layers are fitted on
 
 
+def test_a_fold_on_a_text_is_nearer_there_than_one_without(tmp_path: Path):
+    small, text = tmp_path / "small", tmp_path / "some.txt"
+    eckart.compress(MODEL, small, method="svd-llm", keep=0.6, calibration=TEXT, samples=8, check=False)
+    saved(small, tmp_path / "a", rank=4)
+    text.write_text(TEXT.read_text()[:20_000])
+    lost, away = [], []
+    for name, calibration in (("plain", None), ("near", text)):
+        done = eckart.fold_adapters(small, tmp_path / "a", tmp_path / name, calibration=calibration, length=64)
+        lost.append(done.lost)
+        away.append(logits(eckart.load(tmp_path / name).eval()))
+    assert lost[0] != lost[1]
+    assert (away[0] - away[1]).abs().max() > 1e-3
+    model = eckart.adapters(eckart.load_adapter(eckart.load(small).eval(), tmp_path / "a"))
+    rows = torch.tensor(PreTrainedTokenizerFast.from_pretrained(MODEL)(text.read_text())["input_ids"])[: 64 * 16]
+    ids = rows.reshape(16, 64)
+    with torch.no_grad():
+        full = model.model(ids).logits
+        errors = [(eckart.load(tmp_path / n).eval()(ids).logits - full).square().mean() for n in ("plain", "near")]
+    assert errors[1] < errors[0]
+
+
 @pytest.fixture
 def encoder(tmp_path: Path) -> tuple[Path, Path]:
     """A DistilBERT without a head, whose classifier has two new layers, and labelled rows."""

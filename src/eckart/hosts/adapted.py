@@ -78,6 +78,11 @@ class AdaptedHost(Host):
         """Whether a merged module stands for the layer."""
         return bool(self._merged)
 
+    @property
+    def computing(self) -> nn.Module:
+        """What the layer is without its adapters: the merged module if there is one, the base otherwise."""
+        return self._merged[0] if self._merged else self.base
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply to the last axis: x (..., n) -> (..., m)."""
         if self._merged:

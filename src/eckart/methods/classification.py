@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eckart.errors import EckartError
 from eckart.files.folder import check_model_folder
 from eckart.files.huggingface import register
-from eckart.files.text import load_tokenizer
 from eckart.methods.adapt.calibration import calibration_error
 from eckart.methods.adapt.folding import class_names
 from eckart.methods.adapt.tasks import Examples, answers, load_task_model, read_examples
@@ -44,7 +43,7 @@ def load_classifier(folder: Path, adapters: Sequence[Path] = ()) -> PreTrainedMo
 
 def labelled_rows(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase,
     path: Path,
     text_field: str,
     label_field: str,
@@ -63,10 +62,10 @@ def labelled_rows(
         raise EckartError(f"{type(model).__name__} has no classes; give text or pairs instead of labelled rows")
     unnamed = all(name == f"LABEL_{i}" for i, name in enumerate(names))
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST
-    longest = min(n for n in (context, getattr(tokenizer, "model_max_length", None), LONGEST) if n)
+    longest = min(n for n in (context, tokenizer.model_max_length, LONGEST) if n)
     rows = read_examples(
-        tokenizer or load_tokenizer(Path(model.name_or_path)), path, length=length or longest, text_field=text_field,
-        label_field=label_field, labels=() if unnamed else names,
+        tokenizer, path, length=length or longest, text_field=text_field, label_field=label_field,
+        labels=() if unnamed else names,
     )  # fmt: skip
     if len(rows.labels) != len(names):
         raise EckartError(f"{path} has the labels {', '.join(rows.labels)}, but the model has {len(names)} classes")

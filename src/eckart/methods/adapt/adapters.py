@@ -139,12 +139,10 @@ class Adapters:
             layer.unmerge()
 
     def fold(self, data: Iterable[Batch] | None = None) -> nn.Module:
-        """Merge for good, as `merge` does, and return the model without a trace of adapters."""
-        wanted = {name: layer for name, layer in self.layers.items() if layer.active}
-        seen = self._seen(wanted, data)
-        made = {n: merged(layer, seen.get(n))[0] if n in wanted else layer.base for n, layer in self.layers.items()}
-        for name, module in made.items():
-            replace(self.model, name, module)
+        """Merge for good, as `merge` does, what is not merged yet; return the model without a trace of adapters."""
+        self.merge(data)
+        for name, layer in self.layers.items():
+            replace(self.model, name, layer.computing)
         self._forget()
         return self.model
 

@@ -10,18 +10,18 @@ from transformers import PreTrainedModel
 
 from eckart.atomic import appearing, check_output, read_json
 from eckart.errors import EckartError
-from eckart.files.adapters import SPEC, read_adapter
+from eckart.files.adapters import read_adapter
 from eckart.files.entries import EckartConfig, sentinel_name
 from eckart.files.folder import check_model_folder, copy_companions, quiet
 from eckart.files.huggingface import localized, register
 from eckart.files.inspect import show
 from eckart.files.loading import load
-from eckart.files.peft import CONFIG, read_peft
+from eckart.files.peft import read_peft
 from eckart.files.sharing import SHARED, tied_keys
 from eckart.files.text import load_tokenizer
 from eckart.hosts import Host, map_of, offset_of
 from eckart.methods.adapt.adapt import adapters as adapters_of
-from eckart.methods.adapt.loading import load_adapter
+from eckart.methods.adapt.loading import is_own, load_adapter
 from eckart.methods.adapt.tasks import load_task_model, read_examples
 from eckart.progress import Progress, silent
 
@@ -153,17 +153,13 @@ def class_names(folders: Sequence[Path]) -> tuple[str, ...]:
 
 def _head(folder: Path) -> Mapping[str, Tensor] | None:
     """Return the tensors of an adapter's head, if it trains one."""
-    if (folder / SPEC).is_file():
+    states: dict[str, dict[str, Tensor]] = {}
+    if is_own(folder):
         states = read_adapter(folder).trained
-    elif (folder / CONFIG).is_file():
-        states = {}
-        for full, tensor in read_peft(folder).trained.items():
-            head, key = next(
-                ((h, full.removeprefix(f"{h}.")) for h in CLASSIFIERS if full.startswith(f"{h}.")), ("", "")
-            )
-            states.setdefault(head, {})[key] = tensor
     else:
-        raise EckartError(f"{folder} holds no adapter: neither {SPEC} nor PEFT's {CONFIG} is there")
+        for full, tensor in read_peft(folder).trained.items():
+            head, _, key = full.partition(".")
+            states.setdefault(head, {})[key] = tensor
     return next((state for name, state in states.items() if name in CLASSIFIERS), None)
 
 

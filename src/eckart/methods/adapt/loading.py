@@ -41,12 +41,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str | None = None) 
             taken; the model is as it was then.
     """
     folder = Path(folder)
-    if (folder / SPEC).is_file():
-        saved = _own(model, folder)
-    elif (folder / CONFIG).is_file():
-        saved = _from_peft(model, folder)
-    else:
-        raise EckartError(f"{folder} holds no adapter: neither {SPEC} nor PEFT's {CONFIG} is there")
+    saved = _own(model, folder) if is_own(folder) else _from_peft(model, folder)
     recipe, chosen = saved.described.recipe(), saved.name if name is None else name
     check_name(model, chosen)
     _check_trained(model, saved.trained)
@@ -56,6 +51,19 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str | None = None) 
     for head, state in saved.trained.items():
         model.get_submodule(head).load_state_dict(dict(state))
     return model
+
+
+def is_own(folder: Path) -> bool:
+    """Tell whether an adapter's folder is eckart's own, or PEFT's.
+
+    Raises:
+        EckartError: if it is neither.
+    """
+    if (folder / SPEC).is_file():
+        return True
+    if (folder / CONFIG).is_file():
+        return False
+    raise EckartError(f"{folder} holds no adapter: neither {SPEC} nor PEFT's {CONFIG} is there")
 
 
 @dataclass(frozen=True, slots=True)
