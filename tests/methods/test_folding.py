@@ -120,6 +120,29 @@ def test_a_compressed_model_stays_compressed(tmp_path: Path, method: str, settin
         assert len(windows) > 64 * 64  # enough text for the windows that layers are fitted on
 
 
+@pytest.mark.parametrize("block", [0, 1])
+def test_what_is_shared_and_not_folded_is_still_stored_once(tmp_path: Path, block: int):
+    small = tmp_path / "small"
+    eckart.compress(MODEL, small, method="basis-sharing", keep=0.7, calibration=TEXT, samples=8, check=False)
+    before = json.loads((small / "config.json").read_text())["quantization_config"]["layers"]
+    owner, taking = (
+        f"model.layers.{block}.self_attn.q_proj",
+        {k: v["shared"] for k, v in before.items() if "shared" in v},
+    )
+    model = moved(eckart.adapt(eckart.load(small).eval(), "lora", rank=2, targets=[owner]))
+    eckart.adapters(model).save(tmp_path / "a")
+    wanted = logits(eckart.adapters(model).fold())
+    eckart.fold_adapters(small, tmp_path / "a", tmp_path / "whole")
+    whole = eckart.load(tmp_path / "whole").eval()
+    assert torch.equal(logits(whole), wanted)
+    after = json.loads((tmp_path / "whole/config.json").read_text())["quantization_config"]["layers"]
+    changed = {name for name, taken in taking.items() if after[name].get("shared") != taken}
+    assert changed  # the folded layer, or the one that took from it
+    assert all(name == owner or owner in taking[name].values() for name in changed)
+    whole.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(eckart.load(tmp_path / "again").eval()), wanted)
+
+
 def test_a_fold_on_a_text_is_nearer_there_than_one_without(tmp_path: Path):
     small, text = tmp_path / "small", tmp_path / "some.txt"
     eckart.compress(MODEL, small, method="svd-llm", keep=0.6, calibration=TEXT, samples=8, check=False)
