@@ -189,13 +189,16 @@ def sentences(
 ) -> Samples:
     """Encode lines one by one, each a sample cut at `length` tokens, for sentence encoders; batches hold equal lengths.
 
+    The lines are drawn from the whole text without replacement, since collections of sentences are often sorted by where
+    they come from. The same text gives the same lines, and a smaller number the first of those of a larger one.
+
     Args:
         tokenizer: encodes each line with its own special tokens.
-        documents: the texts; every non-empty line is a sample, used in order.
+        documents: the texts; every non-empty line is a sample.
         samples: number of lines for calibration; None for `LINES`, or fewer if the text is shorter.
         length: longest sample in tokens.
         tokens_per_batch: bound on the tokens of a batch.
-        held_out: lines after those, for measuring.
+        held_out: lines drawn besides those, for measuring.
 
     Raises:
         EckartError: if there are fewer lines than asked for.
@@ -207,7 +210,8 @@ def sentences(
             f"use --samples {len(lines)}"
         )
     count = samples or _share(len(lines), LINES, held_out)
-    encoded = [encode_document(tokenizer, line)[:length] for line in lines[: count + held_out]]
+    drawn = torch.randperm(len(lines), generator=torch.Generator().manual_seed(0))[: count + held_out].tolist()
+    encoded = [encode_document(tokenizer, lines[at])[:length] for at in drawn]
     left = encoded[count:]
     return Samples(
         _by_length(encoded[:count], tokens_per_batch),
