@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 
@@ -137,7 +138,7 @@ def test_too_little_text_for_windows(tokenizer):
 def test_sentences_are_lines_in_batches_of_equal_length(words):
     lines = ["a", "a b c", "b", "a b c d e", "", "c c c"]
     found = sentences(words, ["\n".join(lines[:3]), "\n".join(lines[3:])], samples=5, length=5, tokens_per_batch=8)
-    assert [batch.tolist() for batch in found.batches] == [
+    assert sorted(sorted(batch.tolist()) for batch in found.batches) == [
         [[2, 5, 3], [2, 6, 3]],
         [[2, 5, 6, 7, 3]],
         [[2, 5, 6, 7, 8]],  # cut
@@ -148,11 +149,33 @@ def test_sentences_are_lines_in_batches_of_equal_length(words):
     assert sorted(map(tuple, torch.cat([b[:, :1] for b in found.held_out]).tolist())) == [(2,)] * 5
 
 
-def test_held_out_sentences_follow_the_calibration(words):
-    found = sentences(words, ["a\nb\nc\nd"], samples=2, length=8, tokens_per_batch=64, held_out=1)
-    assert torch.cat(found.batches)[:, 1].tolist() == [5, 6]
-    assert torch.cat(found.held_out)[:, 1].tolist() == [7]
+def firsts(batches: list[torch.Tensor]) -> list[int]:
+    return [row[1] for batch in batches for row in batch.tolist()]
+
+
+def test_sentences_are_drawn_from_the_whole_text(words):
+    sorted_text = "a\n" * 300 + "b\n" * 300 + "c\n" * 300
+    found = sentences(words, [sorted_text], samples=90, length=8, tokens_per_batch=64, held_out=30)
     assert found.disjoint
+    for batches, count in ((found.batches, 90), (found.held_out, 30)):
+        drawn = Counter(firsts(batches))
+        assert sum(drawn.values()) == count
+        assert set(drawn) == {5, 6, 7}
+        assert min(drawn.values()) >= count // 6
+
+
+def test_no_sentence_is_drawn_twice(words):
+    lines = ["a " * length for length in range(1, 41)]
+    found = sentences(words, ["\n".join(lines)], samples=25, length=64, tokens_per_batch=64, held_out=10)
+    lengths = [batch.shape[1] for batch in found.batches + found.held_out for _ in batch]
+    assert len(lengths) == len(set(lengths)) == 35
+    fewer = sentences(words, ["\n".join(lines)], samples=10, length=64, tokens_per_batch=64, held_out=0)
+    assert {b.shape[1] for b in fewer.batches} < {b.shape[1] for b in found.batches}
+    again = sentences(words, ["\n".join(lines)], samples=25, length=64, tokens_per_batch=64, held_out=10)
+    assert [b.tolist() for b in again.batches + again.held_out] == [b.tolist() for b in found.batches + found.held_out]
+
+
+def test_how_many_sentences_are_drawn_by_default(words):
     by_default = sentences(words, ["a\n" * 5000], samples=None, length=8, tokens_per_batch=4096)
     assert sum(b.shape[0] for b in by_default.batches) == LINES
     assert sum(b.shape[0] for b in by_default.held_out) == 128

@@ -477,6 +477,35 @@ def test_loha_hira_ia3_and_vera_are_their_formulas():
             assert (made - weight).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("method", ["loha", "hira"])
+def test_an_entrywise_product_trains_as_written_out_and_is_not_kept(method: str, bias: bool):
+    torch.manual_seed(0)
+    m, n, t = 48, 40, 6
+    model = eckart.adapt(nn.Sequential(nn.Linear(n, m, bias=bias)), method, targets=["0"], rank=2).double()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.data.normal_()
+    x = torch.randn(2, t // 2, n, dtype=torch.float64, requires_grad=True)
+    held: list[int] = []
+    keep = {id(p) for p in model.parameters()} | {p.data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda kept: held.append(0 if kept.data_ptr() in keep else kept.numel()) or kept, lambda kept: kept
+    ):
+        got = model(x)
+    assert max(held) < m * n / 2
+    layer = layers(model)["0"]
+    written = layer.held_map().dense()
+    assert written.requires_grad
+    offset = layer.base.bias
+    plain = x @ written.mT if offset is None else x @ written.mT + offset
+    torch.testing.assert_close(got, plain, atol=1e-10, rtol=0)
+    seed = torch.randn_like(got)
+    found = torch.autograd.grad(got, [x, *parameters], seed)
+    for one, other in zip(found, torch.autograd.grad(plain, [x, *parameters], seed), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=0)
+
+
 def test_a_matrix_product_state_of_two_sites_is_lora():
     adapter = next(iter(layers(eckart.adapt(base(), "mps", rank=3, sites=1)).values())).adapter("default")
     held = map_of(adapter.chain()[0].delta)

@@ -189,8 +189,8 @@ def sentences(
 ) -> Samples:
     """Encode lines one by one, each a sample cut at `length` tokens, for sentence encoders; batches hold equal lengths.
 
-    The lines are drawn from the whole text without replacement, since collections of sentences are often sorted by where
-    they come from. The same text gives the same lines, and a smaller number the first of those of a larger one.
+    The lines are drawn from the whole text without replacement, since collections of sentences are often sorted by
+    where they come from. The same text gives the same lines, and a smaller number the first of those of a larger one.
 
     Args:
         tokenizer: encodes each line with its own special tokens.

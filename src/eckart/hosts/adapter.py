@@ -19,12 +19,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from eckart.errors import EckartError
 from eckart.hosts.decoding import is_plain
 from eckart.hosts.host import LowRankHost, host, map_of
 from eckart.linalg import factored_sum
 from eckart.maps import (
+    Hadamard,
     LinearMap,
     LowRank,
     Product,
@@ -34,6 +36,7 @@ from eckart.maps import (
     Sum,
     difference_of_vectors,
     fixed_vectors,
+    multiply_by_rows,
     row_norms,
     thin,
 )
@@ -66,6 +69,29 @@ class Inner:
         """Weight and bias where changes may be written into the weight: half precision would round small ones away."""
         wide = self.dense is not None and self.dense[0].dtype in (torch.float32, torch.float64)
         return self.dense if wide else None
+
+
+def multiply_written(
+    x: Tensor,
+    writable: tuple[Tensor, Tensor | None],
+    changed: Callable[[int, int, Sequence[Tensor], Tensor], Tensor],
+    own: Sequence[Tensor],
+) -> Tensor:
+    """Return x (W + s D)^T + b by one product with the sum, written out a block of rows at a time and never kept.
+
+    Args:
+        x: inputs (..., n).
+        writable: W (m, n) and b.
+        changed: returns rows of W + s D from what D is made of and the same rows of W.
+        own: what D is made of.
+    """
+    weight, bias = writable
+
+    def rows(start: int, stop: int, tensors: Sequence[Tensor]) -> Tensor:
+        return changed(start, stop, tensors[:-1], tensors[-1][start:stop])
+
+    y = multiply_by_rows(x, rows, (*own, weight), weight.shape[0])
+    return y if bias is None else y + bias
 
 
 class Change(nn.Module):
@@ -106,14 +132,28 @@ class Plus(Change):
         return Sum((inner, scaled(map_of(self.delta), self.scale)))
 
     def call(self, x: Tensor, inner: Inner) -> Tensor:
+        dropping = self.dropout is not None and self.training
+        factors, writable = self.factors(), inner.writable
+        if factors is None and writable is not None and not dropping:
+            held = map_of(self.delta)
+            if isinstance(held, Hadamard):
+                return self._written(x, writable, held)
         y = inner.call(x)
-        if self.dropout is not None and self.training:
+        if self.dropout is not None and dropping:
             x = self.dropout(x)
-        factors = self.factors()
         if factors is None:
             return y.add_(applied(self.delta, x), alpha=self.scale)
         up, down = factors  # what is thin is cast, never x
         return add_product(y, F.linear(x, down.to(x.dtype)), up.to(x.dtype), self.scale)
+
+    def _written(self, x: Tensor, writable: tuple[Tensor, Tensor | None], held: Hadamard) -> Tensor:
+        leaves, tree = pytree.tree_flatten(held)
+
+        def changed(start: int, stop: int, own: Sequence[Tensor], weight: Tensor) -> Tensor:
+            factors = cast(Hadamard, pytree.tree_unflatten(list(own), tree)).rows(start, stop)
+            return torch.addcmul(weight, *factors, value=self.scale)
+
+        return multiply_written(x, writable, changed, leaves)
 
     def addend(self) -> Addend | None:
         """Return s and D if D is low-rank, behind the gradient rule, or sparse, and its inputs are not dropped."""

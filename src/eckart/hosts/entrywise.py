@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from eckart.hosts.adapter import Change, Inner, scaled
+from eckart.hosts.adapter import Change, Inner, multiply_written, scaled
 from eckart.hosts.host import host, map_of
 from eckart.linalg import distances, kth_smallest
 from eckart.maps import Dense, LinearMap, Sum, in_one_dtype, multiply_by_rows, rows_of, unpacked
@@ -59,9 +59,7 @@ class Entrywise(Change):
     def call(self, x: Tensor, inner: Inner) -> Tensor:
         own = self.drawn() if self.training else self.made_of()
         if inner.writable is not None:
-            weight, bias = inner.writable
-            y = multiply_by_rows(x, self._with_weight, (*own, weight), self.shape[0])
-            return y if bias is None else y + bias
+            return multiply_written(x, inner.writable, self.changed, own)
         y = inner.call(x)
         leaves, tree = pytree.tree_flatten(in_one_dtype(inner.map())) if self.reads_weight else ([], None)
 
@@ -74,14 +72,12 @@ class Entrywise(Change):
         product = multiply_by_rows(x, rows, (*own, *leaves), self.shape[0])
         return y + (self.scale * product).to(y.dtype)
 
-    def _with_weight(self, start: int, stop: int, tensors: Sequence[Tensor]) -> Tensor:
-        """Return rows of W + s D, W the last of the tensors."""
-        *own, weight = tensors
-        part = weight[start:stop]
-        change = self.rows(start, stop, own, part if self.reads_weight else None)
-        if change.dtype != torch.promote_types(change.dtype, part.dtype):
-            return part + self.scale * change
-        return (change if self.scale == 1.0 else change.mul_(self.scale)).add_(part)
+    def changed(self, start: int, stop: int, own: Sequence[Tensor], weight: Tensor) -> Tensor:
+        """Return rows of W + s D from the change's own tensors and the same rows of W, dense."""
+        change = self.rows(start, stop, own, weight if self.reads_weight else None)
+        if change.dtype != torch.promote_types(change.dtype, weight.dtype):
+            return weight + self.scale * change
+        return (change if self.scale == 1.0 else change.mul_(self.scale)).add_(weight)
 
 
 class MaskedFactors(Entrywise):
@@ -138,9 +134,15 @@ class Multiplied(Entrywise):
         return tuple(pytree.tree_leaves(map_of(self.factor)))
 
     def rows(self, start: int, stop: int, own: Sequence[Tensor], weight: Tensor | None) -> Tensor:
-        factor = pytree.tree_unflatten(list(own), pytree.tree_structure(map_of(self.factor)))
-        product = rows_of(factor, start, stop)
+        product = self._factor(start, stop, own)
         return product.clone() if weight is None else product * weight
+
+    def _factor(self, start: int, stop: int, own: Sequence[Tensor]) -> Tensor:
+        factor = pytree.tree_unflatten(list(own), pytree.tree_structure(map_of(self.factor)))
+        return rows_of(factor, start, stop)
+
+    def changed(self, start: int, stop: int, own: Sequence[Tensor], weight: Tensor) -> Tensor:
+        return torch.addcmul(weight, self._factor(start, stop, own), weight, value=self.scale)
 
 
 class Grouped(Entrywise):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -40,11 +41,13 @@ class Hadamard(LinearMap):
         leaves, tree = pytree.tree_flatten(self)
 
         def rows(start: int, stop: int, tensors: Sequence[Tensor]) -> Tensor:
-            held = pytree.tree_unflatten(list(tensors), tree)
-            product: Tensor = rows_of(held.left, start, stop) * rows_of(held.right, start, stop)
-            return product
+            return torch.mul(*cast(Hadamard, pytree.tree_unflatten(list(tensors), tree)).rows(start, stop))
 
         return multiply_by_rows(x, rows, leaves, self.shape[0])
+
+    def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return some rows of A and of B, (stop - start, n) each, without the others wherever that is possible."""
+        return rows_of(self.left, start, stop), rows_of(self.right, start, stop)
 
     @property
     def T(self) -> LinearMap:
