@@ -224,3 +224,27 @@ def test_what_does_not_train_is_refused():
     handle.use(*handle.combine("default", "other", how="sum"))
     with pytest.raises(EckartError, match="nothing of the adapter 'combined' trains"):
         eckart.federate(model, CLIENTS, rounds=1, losses=losses)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("switchlora", {"rank": 3}), ("lift", {"rank": 3, "budget": 2}), ("sara", {"threshold": 0.05})],
+)
+def test_what_moves_between_steps_is_refused(method: str, settings: dict):
+    model = eckart.adapt(Network(), method, targets=["first", "second"], trained=(), **settings)
+    before = state(model)
+    with pytest.raises(EckartError, match=f"{method} with these settings changes between steps what it trains"):
+        eckart.federate(model, CLIENTS, rounds=1, losses=losses)
+    assert same(before, model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("lift", {"rank": 3, "budget": 2, "refresh": 0}), ("sara", {"threshold": 0.05, "progressive": 0.0})],
+)
+def test_what_stays_trains_at_clients(method: str, settings: dict):
+    model = eckart.adapt(Network(), method, targets=["first", "second"], trained=(), **settings)
+    before = state(model)
+    eckart.federate(model, CLIENTS, rounds=1, losses=losses)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert len(changed) == 2

@@ -102,10 +102,15 @@ def federate(
         EckartError: for bad input, a method that cannot train so, or numbers that are no longer finite.
     """
     handle, name = Adapters(model), _active(model)
-    recipe = handle.state.described[name].recipe()
+    method, recipe = handle.state.described[name].method, handle.state.described[name].recipe()
     _check(clients, rounds, steps, batch, rate, chosen, noise, clip)
+    if recipe.between is not None:
+        raise EckartError(
+            f"{method} with these settings changes between steps what it trains, differently at every client, so "
+            "nothing can be averaged; give lift refresh=0 or sara progressive=0, or take lora or fedsvd"
+        )
     if noise and recipe.penalty is not None:
-        raise EckartError(f"{handle.state.described[name].method} adds a penalty to the loss; train it without noise")
+        raise EckartError(f"{method} adds a penalty to the loss; train it without noise")
     local = _Local(steps, batch, rate, clip, noise, losses or example_losses)
     taken = [0] * len(clients)
     with _mode_kept(model):
