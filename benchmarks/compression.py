@@ -14,6 +14,7 @@ import importlib.util
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +128,10 @@ def trec_accuracy(data: Path) -> Callable[[Path], float]:
 def distance_from(dense: Path, pairs: Path) -> Callable[[Path], float]:
     """Return a measure: the squared distance of sentences' embeddings from those of the dense model, their mean."""
     texts = [row[key] for row in _tsv(pairs) for key in ("sentence1", "sentence2")]
+    wanted = cache(lambda: embedded(dense, texts))
 
     def measure(folder: Path) -> float:
-        return float((embedded(folder, texts) - embedded(dense, texts)).square().sum(-1).mean())
+        return float((embedded(folder, texts) - wanted()).square().sum(-1).mean())
 
     return measure
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,9 @@ from transformers import (
 
 import eckart
 from eckart.errors import EckartError
-from eckart.files.elastic import ElasticLayer, coded_downs, nearest, read_order
+from eckart.files.elastic import ElasticLayer, coded_downs, fitted_for, read_order
 from eckart.fit import metric, regress
-from eckart.fit.refit import refit_down
+from eckart.fit.refit import refit_down, refit_shared_up, shared_up
 from eckart.maps import LowRank
 
 KEEPS = (0.9, 0.83, 0.7, 0.66, 0.5)
@@ -91,6 +92,45 @@ def test_refitted_down_factors_are_the_least_squares_solution_and_nested(m, n, s
     expected = torch.linalg.solve(up.mT @ b @ up, up.mT @ b @ weight @ other.cross @ other.shifted.inverse())
     torch.testing.assert_close(down, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(refit_down(weight, up[:, :1], other), down[:1])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(2, 9), st.integers(2, 9), st.lists(st.integers(0, 6), min_size=1, max_size=4), st.integers(0, 1 << 16)
+)
+def test_a_shared_up_factor_is_the_least_squares_solution(m, n, wanted, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(m, n, dtype=torch.float64, generator=generator)
+    root = torch.randn(m, 2 * m, dtype=torch.float64, generator=generator)
+    most = min(m, n)
+    ranks = [min(most, rank) for rank in wanted] + [most]
+    metrics = [random_metric(generator, m, n, root @ root.mT) for _ in ranks]
+    b = metrics[0].outputs
+    start = regress(weight, metrics[0]).factors(most).up
+
+    def error(up, downs) -> float:
+        out = 0.0
+        for down, at, rank in zip(downs, metrics, ranks, strict=True):
+            map_ = up[:, :rank] @ down
+            products = weight @ at.inputs @ weight.mT + map_ @ at.shifted @ map_.mT - 2 * weight @ at.cross @ map_.mT
+            out += float((b * products.mT).sum())
+        return out
+
+    downs = [refit_down(weight, start[:, :rank], at) for rank, at in zip(ranks, metrics, strict=True)]
+    up = refit_shared_up(weight, start, downs, metrics)
+    # the normal equations of all entries of U at once, with B, which cancels
+    left, right = torch.zeros(most, most).double(), torch.zeros(m, most).double()
+    for down, at in zip(downs, metrics, strict=True):
+        whole = torch.cat([down, torch.zeros(most - len(down), n).double()])
+        left, right = left + whole @ at.shifted @ whole.mT, right + weight @ at.cross @ whole.mT
+    system = torch.kron(b, left)
+    expected = torch.linalg.solve(system, (b @ right).flatten()).view(m, most)
+    torch.testing.assert_close(up.mT @ b @ up, torch.eye(most).double(), rtol=1e-6, atol=1e-6)
+    for rank in range(1, most + 1):  # the first columns span what those of the solution span
+        inside = up[:, :rank] @ (up[:, :rank].mT @ b @ expected[:, :rank])
+        torch.testing.assert_close(inside, expected[:, :rank], rtol=1e-5, atol=1e-5)
+    errors = [error(*shared_up(weight, start, ranks, metrics, rounds=rounds)) for rounds in range(4)]
+    assert all(after <= before + 1e-9 * errors[0] for before, after in pairwise(errors))
 
 
 @settings(max_examples=25, deadline=None)
@@ -259,8 +299,9 @@ def test_heads_biases_and_encoders(architecture, largest, tmp_path, demo, quick)
         assert torch.equal(logits(cls.from_pretrained(tmp_path / "e")), logits(dense))
 
 
-def test_nearest_size():
-    assert [nearest((0.5, 0.7, 0.9), keep) for keep in (0.5, 0.59, 0.6, 0.61, 0.9)] == [0, 0, 0, 1, 2]
+def test_which_size_a_cut_between_two_takes_its_down_factors_from():
+    keeps = (0.5, 0.6, 0.65, 0.651, 0.7, 0.85, 0.86, 0.9)
+    assert [fitted_for((0.5, 0.7, 0.9), keep) for keep in keeps] == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("keep", [0.49, 0.91, math.nan, "half", True])

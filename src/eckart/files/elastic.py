@@ -13,8 +13,9 @@ left dense where r is 0; the first step of every layer is its least rank, and th
 predicted loss they save per number, over all layers. A size is the longest prefix of the steps that fits.
 
 The up factors are shared by all sizes. The down factors also undo what the layers before have lost, which differs from
-size to size; a size uses those fitted at the nearest one. They differ little from one fitted size to the next, so only
-the difference is held, in codes of six bits (packed as in `eckart.maps.Quantized`):
+size to size; a cut between two fitted sizes takes those of the smaller one, of the larger only in the last quarter of
+the way. They differ little from one fitted size to the next, so only the difference is held, in codes of six bits
+(packed as in `eckart.maps.Quantized`):
 
     V_i = V_(i+1) + scale_i (codes_i - 32),    with the first k_i rows of V_(i+1)
 
@@ -26,8 +27,10 @@ factor is stored as it is looked up, a row per token, and cut to its first colum
 
 import json
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,9 @@ FOLDER, ORDER, KEY = "elastic", "order", "eckart_elastic"
 LAYOUT, CODED_LAYOUT = 2, 3
 # Bits of a difference between two sizes: eight lose no more than six, four up to a tenth of a percent (docs/LOG.md).
 BITS = 6
+# How far towards a larger size a cut still takes the down factors of the smaller one: undoing too much of what earlier
+# layers have lost does less harm than undoing what they have not lost (docs/LOG.md).
+SWITCH = 0.75
 SCALE = torch.float32
 
 
@@ -175,7 +181,7 @@ class Elastic:
             EckartError: if the folder does not hold that size.
         """
         self.check(keep)
-        near = nearest(self.sizes, keep)
+        near = fitted_for(self.sizes, keep)
         left = math.floor(keep * self.parameters + 1e-9) - self.fixed
         at: dict[int, Slice] = {}
         stopped: set[int] = set()
@@ -229,7 +235,7 @@ class Elastic:
     def map(self, name: str, rank: int, keep: float) -> LinearMap:
         """Return the map of a layer at a rank, in the dtype it is stored in."""
         layer = self.layer(name)
-        near = nearest(self.sizes, keep)
+        near = fitted_for(self.sizes, keep)
         path = self.folder / FOLDER / f"{layer.part}.safetensors"
         if self.codes is not None:
             return self._coded_map(layer, rank, near, path, self.codes)
@@ -364,9 +370,14 @@ def resized(name: str, old: nn.Module, map_: LinearMap, layer: ElasticLayer) -> 
     return module_of(map_.to(parameter.dtype, parameter.device), layer, bias)
 
 
-def nearest(sizes: tuple[float, ...], keep: float) -> int:
-    """Return the index of the size nearest to a given one; of two, the smaller size."""
-    return min(range(len(sizes)), key=lambda i: (round(abs(sizes[i] - keep), 9), i))
+def switches(sizes: tuple[float, ...]) -> list[float]:
+    """Return between which sizes down factors change hands: up to the i-th, a cut takes those of size i or smaller."""
+    return [(1 - SWITCH) * small + SWITCH * large for small, large in pairwise(sizes)]
+
+
+def fitted_for(sizes: tuple[float, ...], keep: float) -> int:
+    """Return the index of the size whose down factors a cut to a given size takes."""
+    return bisect_left([round(each, 9) for each in switches(sizes)], round(keep, 9))
 
 
 def write_order(elastic: Elastic, path: Path) -> None:

@@ -1,12 +1,13 @@
 """Elastic folders: components in order of importance, so that one folder gives every size without data.
 
-All sizes are compressed side by side, block by block. A layer's up factors are fitted once, on what it sees at all the
-sizes together:
+All sizes are compressed side by side, block by block. A layer has one up factor U and a down factor V_s for every size
+s, of which its rank k_s takes the first columns and rows:
 
-    min over rank W' <= k of  sum over sizes s  E | T (W z_s - W' x^_s) |^2,    W' = U V, columns of U B-orthogonal
+    min over U and V_s of  sum over sizes s  E | T (W x_s - U_s V_s x^_s) |^2,    columns of U B-orthogonal
 
-and its down factors once more for every size: V_s = (U^T B U)^-1 U^T B W C_s G^_s^-1. Rank k is the first k components
-of either. The order over all layers is that of the knapsack: the loss predicted to be saved per number.
+U starts as the best of rank k for one V, on what the layer sees at all the sizes together; then the V_s = (U^T B U)^-1
+U^T B W C_s G^_s^-1 and U (fit/refit.py) take turns. The order over all layers is that of the knapsack: the loss
+predicted to be saved per number.
 """
 
 import copy
@@ -30,14 +31,15 @@ from eckart.files.elastic import (
     built_map,
     coded_downs,
     read_order_file,
+    switches,
     write_order,
 )
 from eckart.files.writing import LayerRecord, Partial
 from eckart.fit import Metric, coded, regress
 from eckart.fit.components import down_codes, up_codes
-from eckart.fit.refit import refit_down
+from eckart.fit.refit import shared_up
 from eckart.hosts import EmbeddingHost, embedding_host, host, offset_of, replace
-from eckart.maps import Dense, LinearMap
+from eckart.maps import Dense, LinearMap, LowRank
 from eckart.methods.compress.allocate import Allocation, budget_of, plan_of
 from eckart.methods.compress.costs import stored
 from eckart.methods.compress.job import Job
@@ -51,6 +53,8 @@ from eckart.stats import CrossMoments, CrossSum, Stream, advance, enter, load_hi
 # Components are fitted at sizes of about this ratio, so more closely where the same share is more of what is left: with
 # equal steps of 0.05, sizes between the smallest two lost 4 % more than direct compression (docs/LOG.md).
 RATIO = 1.05
+# How often up and down factors take turns: the second time still gains at the smallest sizes (docs/LOG.md).
+ROUNDS = 2
 
 
 def sizes_of(limit: Limit, least: float) -> tuple[float, ...]:
@@ -129,7 +133,7 @@ def order_of(job: Job, layers: Sequence[Layer], table: Sequence[Candidates]) -> 
     )
     largest = first.plan(sizes[-1])
     last = {name: option.rank for name, option in steps if option is not table[at[name]].dense}
-    bounds = [(sizes[max(i - 1, 0)] + s) / 2 for i, s in enumerate(sizes)] + [sizes[-1]]
+    bounds = [sizes[0], *switches(sizes), sizes[-1]]
     ranks: dict[str, list[int]] = {layer.name: [] for layer in layers}
     for i, size in enumerate(sizes):
         plans = [first.plan(each) for each in (bounds[i], size, bounds[i + 1])]
@@ -238,10 +242,9 @@ class ElasticSweep(Sweep):
             held[f"{name}.down"] = down = factors.down.to(dtype)
             downs = [down] * len(self.plans)
         else:
-            downs = []
-            for cross, rank in zip(crosses[1:], described.ranks, strict=True):
-                seen = self.known.metric(layer, weight, cross) or metric
-                downs.append(refit_down(weight, factors.up[:, :rank], seen))
+            seen = [self.known.metric(layer, weight, cross) or metric for cross in crosses[1:]]
+            best, downs = shared_up(weight, factors.up, described.ranks, seen, rounds=ROUNDS)
+            held[f"{name}.up"] = up = best.mT.to(dtype)
             tensors, downs = coded_downs(described, downs, dtype)
             held |= tensors
         cuts = [plan[name].rank for plan in self.plans]
@@ -272,7 +275,11 @@ class ElasticSweep(Sweep):
         if not any(cuts):
             return [dense] * len(cuts)
         most = max(described.ranks)
-        ups = up_codes(regress(weight, metric, rank=most).factors(most), metric, coding, dtype, table=table)
+        factors = regress(weight, metric, rank=most).factors(most)
+        if not described.shared:
+            best, solved = shared_up(weight, factors.up, described.ranks, seen, rounds=ROUNDS)
+            factors = LowRank(best, max(solved, key=len))
+        ups = up_codes(factors, metric, coding, dtype, table=table)
         downs = {}
         for i in described.down_sizes:
             first, at = described.ranks[i], seen[i] if len(seen) > 1 else seen[0]
