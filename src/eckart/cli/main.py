@@ -71,7 +71,7 @@ def compress(
     method: Annotated[str, typer.Option(help="Name of a method; `eckart methods` lists them.")] = "eckart",
     calibration: Annotated[Path | None, typer.Option(help="Text the method learns the layers' inputs from.")] = None,
     samples: Annotated[
-        int | None, typer.Option(help="Calibration samples.  [default: 128 windows or 2048 lines]")
+        int | None, typer.Option(help="Calibration samples.  [default: 128 windows, or 2048 lines drawn from all]")
     ] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per sample.  [default: 256]")] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,

@@ -77,7 +77,7 @@ def compress(
         latency: instead: share of their time, measured on this device, as in "0.7x".
         calibration: text file; methods that use no data do without.
         samples: calibration samples; by default 128 windows for decoders (as many as they train on, for methods that
-            train the whole model), 2,048 lines for encoders, or what there is.
+            train the whole model), 2,048 lines drawn from the text for encoders, or what there is.
         length: tokens per sample, 256 by default.
         seed: seed of everything random.
         settings: settings of the method by name, typed.
