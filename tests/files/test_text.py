@@ -173,6 +173,8 @@ def test_no_sentence_is_drawn_twice(words):
     assert {b.shape[1] for b in fewer.batches} < {b.shape[1] for b in found.batches}
     again = sentences(words, ["\n".join(lines)], samples=25, length=64, tokens_per_batch=64, held_out=10)
     assert [b.tolist() for b in again.batches + again.held_out] == [b.tolist() for b in found.batches + found.held_out]
+    other = sentences(words, ["\n".join(lines)], samples=25, length=64, tokens_per_batch=64, held_out=10, seed=1)
+    assert {b.shape[1] for b in other.batches} != {b.shape[1] for b in found.batches}
 
 
 def test_how_many_sentences_are_drawn_by_default(words):

@@ -186,11 +186,12 @@ def sentences(
     length: int,
     tokens_per_batch: int,
     held_out: int = 128,
+    seed: int = 0,
 ) -> Samples:
     """Encode lines one by one, each a sample cut at `length` tokens, for sentence encoders; batches hold equal lengths.
 
     The lines are drawn from the whole text without replacement, since collections of sentences are often sorted by
-    where they come from. The same text gives the same lines, and a smaller number the first of those of a larger one.
+    where they come from. The same seed draws the same lines, and fewer of them where fewer are asked for.
 
     Args:
         tokenizer: encodes each line with its own special tokens.
@@ -199,6 +200,7 @@ def sentences(
         length: longest sample in tokens.
         tokens_per_batch: bound on the tokens of a batch.
         held_out: lines drawn besides those, for measuring.
+        seed: seed of the draw.
 
     Raises:
         EckartError: if there are fewer lines than asked for.
@@ -210,7 +212,7 @@ def sentences(
             f"use --samples {len(lines)}"
         )
     count = samples or _share(len(lines), LINES, held_out)
-    drawn = torch.randperm(len(lines), generator=torch.Generator().manual_seed(0))[: count + held_out].tolist()
+    drawn = torch.randperm(len(lines), generator=torch.Generator().manual_seed(seed))[: count + held_out].tolist()
     encoded = [encode_document(tokenizer, lines[at])[:length] for at in drawn]
     left = encoded[count:]
     return Samples(

@@ -233,7 +233,14 @@ def _samples(request: Request, recipe: Recipe, model: OpenModel, documents: list
         usual = WINDOWS if recipe.learner is None else max(WINDOWS, recipe.learner.windows)
         batch = max(1, TOKENS_PER_BATCH // length)
         return windows(tokenizer, documents, samples=request.samples, length=length, batch=batch, usual=usual)
-    return sentences(tokenizer, documents, samples=request.samples, length=length, tokens_per_batch=TOKENS_PER_BATCH)
+    return sentences(
+        tokenizer,
+        documents,
+        samples=request.samples,
+        length=length,
+        tokens_per_batch=TOKENS_PER_BATCH,
+        seed=request.seed,
+    )
 
 
 def cache_folder() -> Path:
