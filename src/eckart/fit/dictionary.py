@@ -19,7 +19,7 @@ from torch import Tensor
 from eckart.errors import EckartError
 from eckart.fit.metric import Metric, weighted, weighted_rows
 from eckart.fit.regression import unconstrained
-from eckart.linalg import orthogonal_matching_pursuit, polar_factor
+from eckart.linalg import largest_in_rows, orthogonal_matching_pursuit, polar_factor
 from eckart.maps import Dense, LinearMap, Product, bitmap
 
 # Relative weight of the identity in the normal equations of the atoms: an atom that no row uses stays finite.
@@ -158,8 +158,8 @@ def keep_largest(codes: Tensor, nonzeros: int, importance: Tensor | None = None)
         nonzeros: s.
         importance: (m, k), by default the magnitudes.
     """
-    chosen = (codes.abs() if importance is None else importance).topk(nonzeros, dim=1).indices
-    return torch.zeros_like(codes).scatter(1, chosen, codes.gather(1, chosen))
+    kept = largest_in_rows(codes.abs() if importance is None else importance, nonzeros)
+    return torch.where(kept, codes, 0.0)
 
 
 def _leading(signals: Tensor, atoms: int) -> Tensor:

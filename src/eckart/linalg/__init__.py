@@ -23,6 +23,7 @@ from eckart.linalg.rescaled import rescaled_gradients as rescaled_gradients
 from eckart.linalg.rescaled import rescaled_sum as rescaled_sum
 from eckart.linalg.scores import score_errors as score_errors
 from eckart.linalg.selection import kth_smallest as kth_smallest
+from eckart.linalg.selection import largest_in_rows as largest_in_rows
 from eckart.linalg.stacked import Sketch as Sketch
 from eckart.linalg.stacked import growth_bound as growth_bound
 from eckart.linalg.stacked import lower_bound as lower_bound

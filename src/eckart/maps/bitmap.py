@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eckart.linalg import largest_in_rows
 from eckart.maps.base import LinearMap, linear_map, require, require_shape
 from eckart.maps.sparse import by_compressed_rows, multiply_compressed_rows, sparse_of
 
@@ -135,9 +136,8 @@ def bitmap(matrix: Tensor, nonzeros: int) -> Bitmap:
     """
     m, n = matrix.shape
     require(0 <= nonzeros <= n, "bitmap", f"{nonzeros} of {n} entries per row", "at most all of them")
-    columns = matrix.abs().topk(nonzeros, dim=1).indices.sort(dim=1).values
-    present = torch.zeros(m, n, dtype=torch.bool, device=matrix.device).scatter(1, columns, True)
-    return Bitmap(matrix.gather(1, columns), packed(present), n, nonzeros)
+    present = largest_in_rows(matrix.abs(), nonzeros)
+    return Bitmap(matrix[present].view(m, nonzeros), packed(present), n, nonzeros)
 
 
 def packed(present: Tensor) -> Tensor:
