@@ -26,6 +26,7 @@ import eckart
 from harness import load, save
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# By row: a method, and behind a comma what is special about it.
 SETTINGS: dict[str, dict[str, Any]] = {
     **{name: {"rank": 16} for name in eckart.ADAPTERS},
     "sara": {},
@@ -42,6 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "svfit": {"rank": 64},
     "soka": {"rank": 1},
     "ia3": {},
+    "loha, rank 8": {"rank": 8},
 }
 
 
@@ -61,12 +63,17 @@ def ids(count: int = 1) -> list[torch.Tensor]:
     return [torch.randint(0, 4096, (2, 256), generator=generator) for _ in range(count)]
 
 
-def peft_config(method: str) -> Any:
+def method_of(row: str) -> str:
+    """Return the method that a row is of."""
+    return row.partition(",")[0]
+
+
+def peft_config(row: str) -> Any:
     """Return PEFT's configuration of the same adapter, or None where it has none."""
     import peft
 
     common: dict[str, Any] = {"target_modules": TARGETS}
-    r = SETTINGS[method].get("rank", 16)
+    r = SETTINGS[row].get("rank", 16)
     lora = {**common, "r": r, "lora_alpha": 16}
     return {
         "lora": lambda: peft.LoraConfig(**lora),
@@ -83,7 +90,7 @@ def peft_config(method: str) -> Any:
         "hira": lambda: peft.HiraConfig(**common, r=r),
         "vera": lambda: peft.VeraConfig(**common, r=r),
         "ia3": lambda: peft.IA3Config(**common, feedforward_modules=["down_proj"]),
-    }.get(method, lambda: None)()
+    }.get(method_of(row), lambda: None)()
 
 
 def contender(kind: str, method: str, hidden: int) -> nn.Module:
@@ -92,7 +99,7 @@ def contender(kind: str, method: str, hidden: int) -> nn.Module:
 
     model = model_of(hidden)
     if kind == "eckart":
-        eckart.adapt(model, method, data=ids(4), **SETTINGS[method])
+        eckart.adapt(model, method_of(method), data=ids(4), **SETTINGS[method])
     elif kind == "peft":
         model = peft.get_peft_model(model, peft_config(method))
     # Gradients have to flow through the whole model in every contender alike.

@@ -478,11 +478,11 @@ def test_loha_hira_ia3_and_vera_are_their_formulas():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("method", ["loha", "hira"])
-def test_an_entrywise_product_trains_as_written_out_and_is_not_kept(method: str, bias: bool):
+@pytest.mark.parametrize(("method", "rank"), [("loha", 2), ("loha", 3), ("hira", 2)])
+def test_an_entrywise_product_trains_as_written_out_and_is_not_kept(method: str, rank: int, bias: bool):
     torch.manual_seed(0)
     m, n, t = 48, 40, 6
-    model = eckart.adapt(nn.Sequential(nn.Linear(n, m, bias=bias)), method, targets=["0"], rank=2).double()
+    model = eckart.adapt(nn.Sequential(nn.Linear(n, m, bias=bias)), method, targets=["0"], rank=rank).double()
     parameters = [p for p in model.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.data.normal_()

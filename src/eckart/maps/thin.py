@@ -7,13 +7,25 @@ from torch import Tensor
 
 from eckart.maps.base import LinearMap, Product, Sum
 from eckart.maps.dense import Dense, Diagonal
+from eckart.maps.hadamard import Hadamard
 from eckart.maps.lowrank import LowRank
 from eckart.maps.tensor_train import TensorTrain
 
+# How many times fewer columns than the matrix has a product of two low ranks must need. Forward and backward its thin
+# factors take three products of their own, a matrix that is written into another's product one, for its gradient.
+NARROWER = 8
+
 
 def thin(map_: LinearMap) -> LowRank | None:
-    """Return L diag(s) R, or a tensor train through all rows and then all columns, as two thin matrices; else None."""
+    """Return a map as two thin matrices where its structure gives them; else None.
+
+    That is so for L diag(s) R, for a tensor train through all rows and then all columns, and for the product of two low
+    ranks entry by entry, (A B) * (C D) = (A . C) (B . D), where A . C is every column of A times every one of C and
+    B . D likewise by rows, if these are few.
+    """
     match map_:
+        case Hadamard(LowRank(a, b), LowRank(c, d)) if NARROWER * b.shape[0] * d.shape[0] <= min(map_.shape):
+            return LowRank((a[:, :, None] * c[:, None]).flatten(1), (b[:, None] * d).flatten(0, 1))
         case Product(maps=(Dense(weight=up), Diagonal(scale=selector), Dense(weight=down))):
             return LowRank(up * selector, down)
         case TensorTrain():
