@@ -77,6 +77,25 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 @every
+def test_a_state_that_has_moved_is_loaded_and_gone_on_from(method: str):
+    """As torch saves and loads it, the shapes of what moved being those of a later step."""
+    whole = adapted(method)
+    optimizer = optimizer_of(whole, 1e-2)
+    eckart.adapters(whole).follow(optimizer, 9)
+    run(whole, optimizer, 7)
+    state, moments_then = copy.deepcopy(whole.state_dict()), copy.deepcopy(optimizer.state_dict())
+    run(whole, optimizer, 2)
+    later = adapted(method)
+    own = optimizer_of(later, 1e-2)
+    eckart.adapters(later).follow(own, 9)
+    later.load_state_dict(state)
+    own.load_state_dict(moments_then)
+    run(later, own, 2)
+    assert whole.state_dict().keys() == later.state_dict().keys()
+    assert all(torch.equal(tensor, later.state_dict()[name]) for name, tensor in whole.state_dict().items())
+
+
+@every
 def test_what_moves_changes_no_function(method: str):
     """A rate of zero leaves what moves between the steps."""
     model = adapted(method)

@@ -4,7 +4,8 @@ principal: |W_r|, W_r the best approximation of rank r     magnitude: |W|     sm
 random: uniform
 """
 
-from typing import Literal, cast
+from collections.abc import Mapping
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +107,17 @@ def make_room(adapter: Adapter) -> None:
     if adapter.chain()[-1] is trained:
         held = cast(Sparse, map_of(trained.delta))
         none = torch.zeros(0, dtype=torch.int64, device=held.values.device)
-        adapter.fix(Plus(sparse_of(none, none, held.values.new_zeros(0), held.shape)))
+        room = Plus(sparse_of(none, none, held.values.new_zeros(0), held.shape))
+        room.delta.register_load_state_dict_pre_hook(_grow_for)
+        adapter.fix(room)
+
+
+def _grow_for(module: nn.Module, state: Mapping[str, Any], prefix: str, *_: object) -> None:
+    """Give a sparse map room for as many values as the state that is about to be loaded has."""
+    for name in ("values", "columns"):
+        own, found = cast(Tensor, getattr(module, name)), state.get(f"{prefix}{name}")
+        if isinstance(found, Tensor) and found.ndim == 1 and found.shape != own.shape:
+            own.data = own.new_zeros(found.shape)
 
 
 def trained_values(adapter: Adapter) -> Plus:
