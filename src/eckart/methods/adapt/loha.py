@@ -2,8 +2,8 @@
 
     W' = W + (alpha / r) (B1 A1) * (B2 A2)
 
-of rank up to r^2. Where r^2 is small beside m and n, it is applied as two thin matrices with r^2 columns (maps/thin.py);
-elsewhere it is written out a block of rows at a time and never kept (maps/hadamard.py).
+of rank up to r^2. Where r^2 is small beside m and n, it is applied as two thin matrices with r^2 columns
+(maps/thin.py); elsewhere it is written out a block of rows at a time and never kept (maps/hadamard.py).
 
 Structure: Hadamard product added. Start: W, with A2 = 0, the others uniform in +-1 over the root of their inputs.
 Trained: A1, B1, A2, B2; 2 r (m + n) numbers.
