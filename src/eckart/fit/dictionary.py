@@ -12,6 +12,7 @@ Legend: W (m, n), k atoms, s non-zeros per row, G = E[x x^T], W* the unconstrain
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,8 +26,24 @@ from eckart.maps import Dense, LinearMap, Product, bitmap
 # Relative weight of the identity in the normal equations of the atoms: an atom that no row uses stays finite.
 RIDGE = 1e-10
 
-# (signals W L (m, n), inverse of L, k, s) -> codes S (m, k), dense with zeros
-Learner = Callable[[Tensor, Tensor | None, int, int], Tensor]
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """What codes are learned of, the same at any size.
+
+    Attributes:
+        values: rows of W* L, (m, n), scaled by `row_weights`.
+        axes: their right singular vectors as rows, the leading first, (n, n).
+        inverse: inverse of L, (n, n), (n,) if diagonal, or None for the identity.
+    """
+
+    values: Tensor
+    axes: Tensor
+    inverse: Tensor | None
+
+
+# (signals, k, s) -> codes S (m, k), dense with zeros
+Learner = Callable[[Signals, int, int], Tensor]
 
 
 def fit_dictionary(weight: Tensor, metric: Metric, atoms: int, nonzeros: int, *, learner: Learner) -> LinearMap:
@@ -46,17 +63,29 @@ def fit_dictionary(weight: Tensor, metric: Metric, atoms: int, nonzeros: int, *,
     Raises:
         EckartError: for sizes beyond the matrix.
     """
+    return dictionary_fitter(weight, metric, learner)(atoms, nonzeros)
+
+
+def dictionary_fitter(weight: Tensor, metric: Metric, learner: Learner) -> Callable[[int, int], LinearMap]:
+    """Return `fit_dictionary` of a weight as a function of k and s, which share what does not depend on them."""
     m, n = weight.shape
-    if not 0 < atoms <= n or not 0 < nonzeros <= atoms:
-        raise EckartError(
-            f"a dictionary of {atoms} atoms with {nonzeros} non-zeros per row does not fit a {m} x {n} matrix; both "
-            f"must be positive, atoms at most {n}, non-zeros at most the atoms"
-        )
     target = unconstrained(weight.double(), metric)
     root, inverse = metric.roots("seen") or (None, None)
     rows = row_weights(metric, m)
-    codes = learner(weighted_rows(target, root) * rows, inverse, atoms, nonzeros) / rows
-    return Product((bitmap(codes, nonzeros), Dense(best_atoms(codes, target, metric.outputs))))
+    values = weighted_rows(target, root) * rows
+    axes = torch.linalg.eigh(values.mT @ values)[1].flip(1).mT.contiguous()
+    signals = Signals(values, axes, inverse)
+
+    def fit(atoms: int, nonzeros: int) -> LinearMap:
+        if not 0 < atoms <= n or not 0 < nonzeros <= atoms:
+            raise EckartError(
+                f"a dictionary of {atoms} atoms with {nonzeros} non-zeros per row does not fit a {m} x {n} matrix; "
+                f"both must be positive, atoms at most {n}, non-zeros at most the atoms"
+            )
+        codes = learner(signals, atoms, nonzeros) / rows
+        return Product((bitmap(codes, nonzeros), Dense(best_atoms(codes, target, metric.outputs))))
+
+    return fit
 
 
 def row_weights(metric: Metric, count: int) -> Tensor:
@@ -96,14 +125,14 @@ def matching_pursuit_learner(iterations: int, power_iterations: int = 1) -> Lear
     Zibulevsky and Elad 2008, section 2.2.
     """
 
-    def learn(signals: Tensor, inverse: Tensor | None, atoms: int, nonzeros: int) -> Tensor:
-        dictionary = _leading(signals, atoms)
-        codes = _coded(signals, dictionary, nonzeros)
-        best = codes, _residual(signals, codes, dictionary)
+    def learn(signals: Signals, atoms: int, nonzeros: int) -> Tensor:
+        values, dictionary = signals.values, signals.axes[:atoms]
+        codes = _coded(values, dictionary, nonzeros)
+        best = codes, _residual(values, codes, dictionary)
         for _ in range(iterations):
-            codes, dictionary = _updated(signals, codes, dictionary, power_iterations)
-            codes = _coded(signals, dictionary, nonzeros)
-            error = _residual(signals, codes, dictionary)
+            codes, dictionary = _updated(values, codes, dictionary, power_iterations)
+            codes = _coded(values, dictionary, nonzeros)
+            error = _residual(values, codes, dictionary)
             if error < best[1]:
                 best = codes, error
         return best[0]
@@ -120,12 +149,12 @@ def orthogonal_learner(iterations: int) -> Learner:
     Source: Lesage et al. 2005, "Learning unions of orthonormal bases with thresholded singular value decomposition".
     """
 
-    def learn(signals: Tensor, inverse: Tensor | None, atoms: int, nonzeros: int) -> Tensor:
-        dictionary = _leading(signals, atoms)
-        codes = keep_largest(signals @ dictionary.mT, nonzeros)
+    def learn(signals: Signals, atoms: int, nonzeros: int) -> Tensor:
+        values, dictionary = signals.values, signals.axes[:atoms]
+        codes = keep_largest(values @ dictionary.mT, nonzeros)
         for _ in range(iterations):
-            dictionary = polar_factor(codes.mT @ signals)
-            codes = keep_largest(signals @ dictionary.mT, nonzeros)
+            dictionary = polar_factor(codes.mT @ values)
+            codes = keep_largest(values @ dictionary.mT, nonzeros)
         return codes
 
     return learn
@@ -141,10 +170,10 @@ def closed_form_learner(balance: float) -> Learner:
     Source: ROCKET (mts-ai/ROCKET 2026): importance |V_ij|^(1-lambda) (|V_ij| |L^-1 u_i|)^lambda.
     """
 
-    def learn(signals: Tensor, inverse: Tensor | None, atoms: int, nonzeros: int) -> Tensor:
-        basis = _leading(signals, atoms)
-        coefficients = signals @ basis.mT
-        lengths = weighted_rows(basis, inverse).norm(dim=1)
+    def learn(signals: Signals, atoms: int, nonzeros: int) -> Tensor:
+        basis = signals.axes[:atoms]
+        coefficients = signals.values @ basis.mT
+        lengths = weighted_rows(basis, signals.inverse).norm(dim=1)
         return keep_largest(coefficients, nonzeros, importance=coefficients.abs() * lengths**balance)
 
     return learn
@@ -160,12 +189,6 @@ def keep_largest(codes: Tensor, nonzeros: int, importance: Tensor | None = None)
     """
     kept = largest_in_rows(codes.abs() if importance is None else importance, nonzeros)
     return torch.where(kept, codes, 0.0)
-
-
-def _leading(signals: Tensor, atoms: int) -> Tensor:
-    """Return the `atoms` leading right singular vectors of the signals, as rows."""
-    vectors: Tensor = torch.linalg.eigh(signals.mT @ signals)[1]
-    return vectors.flip(1)[:, :atoms].mT.contiguous()
 
 
 def _coded(signals: Tensor, dictionary: Tensor, nonzeros: int) -> Tensor:

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from eckart.fit.dictionary import Learner, fit_dictionary, keep_largest
+from eckart.fit.dictionary import Learner, dictionary_fitter, keep_largest
 from eckart.fit.kronecker import fit_kronecker
 from eckart.fit.metric import Metric
 from eckart.fit.pruned import improve_entries, pruner
@@ -110,16 +110,16 @@ def dictionary_family(learner: Learner, ratio: float = 2.0, name: str = "diction
     def largest(shape: tuple[int, int]) -> int:
         return 2 * shape[1] - max(1, round(shape[1] / ratio))
 
-    def fit(weight: Tensor, metric: Metric, size: int) -> LinearMap:
-        atoms, nonzeros = split((weight.shape[0], weight.shape[1]), size)
-        return fit_dictionary(weight, metric, atoms, nonzeros, learner=learner)
+    def fitter(weight: Tensor, metric: Metric) -> Callable[[int], LinearMap]:
+        fit, shape = dictionary_fitter(weight, metric, learner), (weight.shape[0], weight.shape[1])
+        return lambda size: fit(*split(shape, size))
 
     def example(shape: tuple[int, int], size: int, device: torch.device) -> LinearMap:
         atoms, nonzeros = split(shape, size)
         codes = bitmap(torch.randn(shape[0], atoms, device=device), nonzeros)
         return Product((codes, Dense(torch.randn(atoms, shape[1], device=device))))
 
-    return Family(name, numbers, index_bytes, largest, fitter_of(fit), example)
+    return Family(name, numbers, index_bytes, largest, fitter, example)
 
 
 def sparse_family(name: str = "sparse") -> Family:
