@@ -18,6 +18,7 @@ from transformers import (
 import eckart
 from eckart.errors import EckartError
 from eckart.methods.adapt import tune as tuning
+from eckart.methods.adapt.tasks import Examples
 
 DEMO = Path(eckart.__file__).parent / "demo"
 MODEL, TEXT = DEMO / "stories260k", DEMO / "train.txt"
@@ -125,6 +126,33 @@ def test_a_classification_trains_its_head_and_keeps_it(tmp_path: Path, rows: Pat
     ids = [tokenizer(f"the {word} ran to the sea", return_tensors="pt")["input_ids"] for word in ("cat", "dog")]
     with torch.no_grad():
         assert [int(model.eval()(one).logits.argmax()) for one in ids] == [0, 1]
+
+
+def test_a_table_sorted_by_label_is_held_out_from_all_of_it(tmp_path: Path, encoder: Path):
+    lines = [{"sentence": f"the {w} ran to the sea", "kind": w} for w in ["dog"] * 64 + ["cat"] * 6]
+    path = tmp_path / "sorted.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    done = eckart.tune(
+        encoder, path, tmp_path / "out", text_field="sentence", label_field="kind", steps=12, batch=12, length=32,
+        rate=1e-2, settings={"rank": 4},
+    )  # fmt: skip
+    assert done.after["accuracy"] > 0.5  # the last tenth has one class, which would then be in no example that trains
+
+
+def test_labelled_rows_are_drawn_and_windows_of_a_text_are_not():
+    rows = torch.stack((torch.arange(200) // 100, torch.arange(200)), 1)
+    train, held_out = Examples(rows, ("a", "b")).split(0)
+    assert len(held_out.rows) == 20
+    assert set(held_out.rows[:, 0].tolist()) == set(train.rows[:64, 0].tolist()) == {0, 1}
+    assert sorted([*train.rows[:, 1].tolist(), *held_out.rows[:, 1].tolist()]) == list(range(200))
+    assert held_out.rows.equal(Examples(rows, ("a", "b")).split(0)[1].rows)
+    assert not held_out.rows.equal(Examples(rows, ("a", "b")).split(1)[1].rows)
+    train, held_out = Examples(rows).split(0)
+    assert torch.cat((train.rows, held_out.rows)).equal(rows)
+    drawn = Examples(rows).drawn(64, 0)
+    assert len(drawn[:, 1].unique()) == 64
+    assert set(drawn[:, 0].tolist()) == {0, 1}
+    assert len(Examples(rows).drawn(999, 0)) == 200
 
 
 LABELLED = {

@@ -20,9 +20,7 @@ def adapt(
     after: Annotated[
         Path | None, typer.Option(help="Adapter of an earlier task to build on, with --method incremental.")
     ] = None,
-    validation: Annotated[
-        Path | None, typer.Option(help="What to measure on.  [default: the last tenth of the data]")
-    ] = None,
+    validation: Annotated[Path | None, typer.Option(help="What to measure on.  [default: a tenth of the data]")] = None,
     text_field: Annotated[str, typer.Option(help="Field or column of the text.")] = "text",
     label_field: Annotated[
         str | None, typer.Option(help="Field or column of the label, which makes it a classification.")

@@ -73,7 +73,7 @@ def fold_adapters(
         model: folder of the base, dense or compressed.
         adapters: folders of one or more adapters, eckart's or PEFT's, composed in this order.
         out: folder to write; must not hold anything yet.
-        calibration: text to be near on, 64 windows of it; by default the nearest weights are taken.
+        calibration: text to be near on, 64 windows drawn from it; by default the nearest weights are taken.
         text_field: its field or column of the text, if it is .jsonl or .tsv.
         length: tokens of a window.
         progress: told of the stages "adapters" and "write".
@@ -94,7 +94,7 @@ def fold_adapters(
     labels = class_names(paths)
     loaded = load_task_model(folder, labels, dtype="auto")[0] if labels else _plain(folder)
     names = put_adapters(loaded, paths, progress)
-    data = [{"input_ids": rows} for rows in texts.rows[:WINDOWS].split(BATCH)] if texts else None
+    data = [{"input_ids": rows} for rows in texts.drawn(WINDOWS, seed=0).split(BATCH)] if texts else None
     handle = adapters_of(loaded)
     lost = handle.merge(data)
     handle.fold()

@@ -38,12 +38,24 @@ class Examples:
     rows: Tensor
     labels: tuple[str, ...] = ()
 
-    def split(self) -> tuple["Examples", "Examples"]:
-        """Return the first part to train on and the last to measure on."""
+    def split(self, seed: int) -> tuple["Examples", "Examples"]:
+        """Return what to train on and what to measure on: the last part of a text, labelled rows drawn from all.
+
+        Tables are often sorted by label, and windows of a text beside one another say nearly the same.
+
+        Raises:
+            EckartError: if there is a single example.
+        """
         held = min(MOST_HELD_OUT, int(len(self.rows) * HELD_OUT)) or 1
         if len(self.rows) < 2:
             raise EckartError("the data gives a single example; give more, or a validation file")
-        return Examples(self.rows[:-held], self.labels), Examples(self.rows[-held:], self.labels)
+        rows = self.drawn(len(self.rows), seed) if self.labels else self.rows
+        return Examples(rows[:-held], self.labels), Examples(rows[-held:], self.labels)
+
+    def drawn(self, count: int, seed: int) -> Tensor:
+        """Return rows drawn from all, `count` or as many as there are; the same seed draws the same."""
+        order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(seed))
+        return self.rows[order[:count]]
 
 
 def read_examples(

@@ -107,7 +107,8 @@ def tune(
         out: folder to write; must not hold anything yet.
         method: one of `eckart.ADAPTERS`.
         after: folder of the adapter of an earlier task that this one builds on, for methods that can.
-        validation: what to measure on; by default the last tenth of the data, 512 examples at most.
+        validation: what to measure on; by default a tenth of the data, 512 examples at most: the last windows of a
+            text, labelled rows drawn from all.
         text_field: field or column of the text.
         label_field: the same of the label, which makes it a classification.
         steps: optimizer steps, of `batch` examples each.
@@ -131,7 +132,7 @@ def tune(
     given, course = described.settings, Course(steps, _starting_rate(rate, described.recipe().rate), batch)
     fields = {"length": length, "text_field": text_field, "label_field": label_field}
     base, heads, examples, held_out = _task(Path(model), Path(data), validation, fields, seed)
-    before, start = measured(base, held_out), _batches(examples, batch)
+    before, start = measured(base, held_out), _batches(examples, batch, seed)
     how = {"after": after, "targets": targets, "data": start, "trained": heads, "seed": seed, **given}
     decides = str(model), method, given, seed, rate, asdict(course), list(targets or ()), fields, probe, probe_rate
     run = _Run(base, method, how, examples, held_out, _partial(target, examples, decides, after), format, progress)
@@ -207,9 +208,9 @@ def _digest(folder: str | Path | None) -> str:
     return "" if path is None or not path.is_file() else hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _batches(examples: Examples, size: int) -> list[dict[str, Tensor]]:
-    """Return the first examples as batches that data-driven starts are made from."""
-    return [batch_of(rows, examples.labels) for rows in examples.rows[:START].split(size)]
+def _batches(examples: Examples, size: int, seed: int) -> list[dict[str, Tensor]]:
+    """Return some examples as batches that data-driven starts are made from."""
+    return [batch_of(rows, examples.labels) for rows in examples.drawn(START, seed).split(size)]
 
 
 def _task(
@@ -220,7 +221,7 @@ def _task(
     tokenizer = load_tokenizer(model)
     examples = read_examples(tokenizer, data, **fields)
     if validation is None:
-        examples, held_out = examples.split()
+        examples, held_out = examples.split(seed)
     else:
         held_out = read_examples(tokenizer, Path(validation), **fields, labels=examples.labels)
     torch.manual_seed(seed)  # a head that is new starts anew
