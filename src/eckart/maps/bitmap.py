@@ -137,7 +137,8 @@ def bitmap(matrix: Tensor, nonzeros: int) -> Bitmap:
     m, n = matrix.shape
     require(0 <= nonzeros <= n, "bitmap", f"{nonzeros} of {n} entries per row", "at most all of them")
     present = largest_in_rows(matrix.abs(), nonzeros)
-    return Bitmap(matrix[present].view(m, nonzeros), packed(present), n, nonzeros)
+    values = matrix.new_empty(m, nonzeros) if matrix.is_meta else matrix[present].view(m, nonzeros)
+    return Bitmap(values, packed(present), n, nonzeros)
 
 
 def packed(present: Tensor) -> Tensor:

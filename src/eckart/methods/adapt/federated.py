@@ -22,6 +22,7 @@ from eckart.errors import EckartError
 from eckart.linalg import all_finite
 from eckart.maps import LowRank
 from eckart.methods.adapt.adapters import Adapters
+from eckart.methods.adapt.described import Described
 from eckart.methods.adapt.fedsvd import decomposed
 from eckart.methods.training import STRIDE, seeded
 from eckart.optim import clipped_gradients, epsilon
@@ -102,15 +103,8 @@ def federate(
         EckartError: for bad input, a method that cannot train so, or numbers that are no longer finite.
     """
     handle, name = Adapters(model), _active(model)
-    method, recipe = handle.state.described[name].method, handle.state.described[name].recipe()
     _check(clients, rounds, steps, batch, rate, chosen, noise, clip)
-    if recipe.between is not None:
-        raise EckartError(
-            f"{method} with these settings changes between steps what it trains, differently at every client, so "
-            "nothing can be averaged; give lift refresh=0 or sara progressive=0, or take lora or fedsvd"
-        )
-    if noise and recipe.penalty is not None:
-        raise EckartError(f"{method} adds a penalty to the loss; train it without noise")
+    _check_method(handle.state.described[name], private=noise > 0)
     local = _Local(steps, batch, rate, clip, noise, losses or example_losses)
     taken = [0] * len(clients)
     with _mode_kept(model):
@@ -272,6 +266,18 @@ def _active(model: nn.Module) -> str:
     if not handle.count():
         raise EckartError(f"nothing of the adapter {name!r} trains, as it is of combined or earlier ones; use another")
     return name
+
+
+def _check_method(described: Described, *, private: bool) -> None:
+    """Raise an `EckartError` for an adapter that clients cannot train together."""
+    recipe = described.recipe()
+    if recipe.between is not None:
+        raise EckartError(
+            f"{described.method} with these settings changes between steps what it trains, differently at every "
+            "client, so nothing can be averaged; give lift refresh=0 or sara progressive=0, or take lora or fedsvd"
+        )
+    if private and recipe.penalty is not None:
+        raise EckartError(f"{described.method} adds a penalty to the loss; train it without noise")
 
 
 def _check(

@@ -107,8 +107,7 @@ def tune(
         out: folder to write; must not hold anything yet.
         method: one of `eckart.ADAPTERS`.
         after: folder of the adapter of an earlier task that this one builds on, for methods that can.
-        validation: what to measure on; by default a tenth of the data, 512 examples at most: the last windows of a
-            text, labelled rows drawn from all.
+        validation: what to measure on; by default a tenth of the data, 512 examples at most (`Examples.split`).
         text_field: field or column of the text.
         label_field: the same of the label, which makes it a classification.
         steps: optimizer steps, of `batch` examples each.
