@@ -168,13 +168,13 @@ def headline(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rival = at.get((model, "svd-llm", keep))
         dense = at.get((model, "dense", 1.0))
         if variant == "eckart" and rival and dense:
-            measure = "loss A" if "loss A" in row else "STS-B"
-            damage = abs(rival[measure] - dense[measure])
-            left = abs(row[measure] - dense[measure])
-            out.append({"model": model, "keep": keep, "measure": measure, "dense": dense[measure]}
-                       | {"svd-llm": rival[measure], "eckart": row[measure], "less": 1 - left / damage})  # fmt: skip
+            for measure in ("loss A",) if "loss A" in row else ("distance", "STS-B"):
+                damage = abs(rival[measure] - dense[measure])
+                left = abs(row[measure] - dense[measure])
+                at_all = {"dense": dense[measure], "svd-llm": rival[measure], "eckart": row[measure]}
+                out.append({"model": model, "keep": keep, "measure": measure, **at_all, "less": 1 - left / damage})
     models = list(dict.fromkeys(r["model"] for r in rows))
-    return sorted(out, key=lambda r: (models.index(r["model"]), -r["keep"]))
+    return sorted(out, key=lambda r: (models.index(r["model"]), r["measure"] == "STS-B", -r["keep"]))
 
 
 def pages() -> dict[Path, str]:
