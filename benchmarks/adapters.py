@@ -93,15 +93,15 @@ def peft_config(row: str) -> Any:
     }.get(method_of(row), lambda: None)()
 
 
-def contender(kind: str, method: str, hidden: int) -> nn.Module:
+def contender(kind: str, row: str, hidden: int) -> nn.Module:
     """Return the model with nothing ("frozen"), eckart's or PEFT's adapter."""
     import peft
 
     model = model_of(hidden)
     if kind == "eckart":
-        eckart.adapt(model, method_of(method), data=ids(4), **SETTINGS[method])
+        eckart.adapt(model, method_of(row), data=ids(4), **SETTINGS[row])
     elif kind == "peft":
-        model = peft.get_peft_model(model, peft_config(method))
+        model = peft.get_peft_model(model, peft_config(row))
     # Gradients have to flow through the whole model in every contender alike.
     model.get_input_embeddings().weight.requires_grad_(True)
     return model.train()

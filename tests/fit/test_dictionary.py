@@ -11,7 +11,7 @@ from eckart.fit import metric as build_metric
 from eckart.fit.dictionary import (
     best_atoms,
     closed_form_learner,
-    fit_dictionary,
+    dictionary_fitter,
     keep_largest,
     matching_pursuit_learner,
     orthogonal_learner,
@@ -74,7 +74,7 @@ def test_with_full_rows_it_is_the_truncated_svd(name):
     weight, x = normal(12, 9, seed=0), normal(50, 9, seed=1) @ normal(9, 9, seed=2)
     metric = Metric(inputs=x.mT @ x / 50)
     for k in (1, 4, 9):
-        found = error_of(weight, fit_dictionary(weight, metric, k, k, learner=LEARNERS[name]).dense(), metric)
+        found = error_of(weight, dictionary_fitter(weight, metric, LEARNERS[name])(k, k).dense(), metric)
         scale = error_of(weight, torch.zeros_like(weight), metric)
         assert found == pytest.approx(float(regress(weight, metric).errors()[k]), rel=1e-6, abs=1e-8 * scale)
 
@@ -106,7 +106,7 @@ def test_planted_codes_are_found():
         error_of(weight, map_.dense(), Metric())
         for map_ in (
             regress(weight).fit(6).map,
-            fit_dictionary(weight, Metric(), 12, 2, learner=matching_pursuit_learner(40)),
+            dictionary_fitter(weight, Metric(), matching_pursuit_learner(40))(12, 2),
         )
     )
     assert sparse < 0.5 * low  # with 840 numbers against 1,920
@@ -116,8 +116,7 @@ def test_iterations_help():
     weight = keep_largest(normal(200, 12, seed=8), 2) @ normal(12, 20, seed=9)
     for learner in (matching_pursuit_learner, orthogonal_learner):
         none, many = (
-            error_of(weight, fit_dictionary(weight, Metric(), 10, 3, learner=learner(i)).dense(), Metric())
-            for i in (0, 15)
+            error_of(weight, dictionary_fitter(weight, Metric(), learner(i))(10, 3).dense(), Metric()) for i in (0, 15)
         )
         assert many < none
 
@@ -125,14 +124,14 @@ def test_iterations_help():
 def test_zero_and_rank_deficient_weights():
     for weight in (torch.zeros(6, 5), torch.ones(6, 5), torch.eye(6)[:, :5]):
         for learner in LEARNERS.values():
-            found = fit_dictionary(weight, Metric(inputs=torch.zeros(5, 5)), 3, 2, learner=learner).dense()
+            found = dictionary_fitter(weight, Metric(inputs=torch.zeros(5, 5)), learner)(3, 2).dense()
             assert torch.isfinite(found).all()
 
 
 @pytest.mark.parametrize(("atoms", "nonzeros"), [(0, 1), (6, 1), (3, 4), (3, 0)])
 def test_sizes_beyond_the_matrix(atoms, nonzeros):
     with pytest.raises(EckartError, match=rf"a dictionary of {atoms} atoms with {nonzeros} non-zeros per row"):
-        fit_dictionary(torch.ones(4, 5), Metric(), atoms, nonzeros, learner=LEARNERS["compot"])
+        dictionary_fitter(torch.ones(4, 5), Metric(), LEARNERS["compot"])(atoms, nonzeros)
 
 
 def test_sizes_within_a_share():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from eckart.errors import EckartError
 from eckart.fit import Metric, error_of, regress
 from eckart.fit.clustering import cluster
-from eckart.fit.dictionary import fit_dictionary, orthogonal_learner
+from eckart.fit.dictionary import dictionary_fitter, orthogonal_learner
 from eckart.fit.shared import fit_shared, split_rows
 from eckart.linalg import sketch
 from eckart.maps import Diagonal, LowRank
@@ -125,7 +125,7 @@ def test_identity_and_diagonal_moments_are_added_up():
 
 def test_rows_are_split_with_one_right_factor():
     weight, sizes = torch.randn(9, 6, dtype=torch.float64), [2, 4, 3]
-    coded = fit_dictionary(weight, Metric(), 4, 2, learner=orthogonal_learner(2))
+    coded = dictionary_fitter(weight, Metric(), orthogonal_learner(2))(4, 2)
     for map_ in (LowRank(torch.randn(9, 3), torch.randn(3, 6)), coded):
         pieces = split_rows(map_, sizes)
         assert [piece.shape for piece in pieces] == [(m, 6) for m in sizes]

@@ -46,28 +46,19 @@ class Signals:
 Learner = Callable[[Signals, int, int], Tensor]
 
 
-def fit_dictionary(weight: Tensor, metric: Metric, atoms: int, nonzeros: int, *, learner: Learner) -> LinearMap:
-    """Return a sparse matrix of codes times a dense dictionary, the nearest that a learner finds.
+def dictionary_fitter(weight: Tensor, metric: Metric, learner: Learner) -> Callable[[int, int], LinearMap]:
+    """Return what gives sparse codes times a dense dictionary, the nearest that a learner finds, at any size.
 
     Args:
         weight: W (m, n).
         metric: what close means. The codes are learned under the inputs' second moment and the diagonal of the
             outputs'; the dictionary is fitted to them under all of it.
-        atoms: k.
-        nonzeros: s, codes per row of W.
         learner: `matching_pursuit_learner`, `orthogonal_learner` or `closed_form_learner`.
 
     Returns:
-        `Product(Bitmap (m, k), Dense (k, n))`, float64, in m s + k n numbers and m k bits.
-
-    Raises:
-        EckartError: for sizes beyond the matrix.
+        (k atoms, s codes per row of W) -> `Product(Bitmap (m, k), Dense (k, n))`, float64, in m s + k n numbers and m k
+        bits; it raises an `EckartError` for sizes beyond the matrix.
     """
-    return dictionary_fitter(weight, metric, learner)(atoms, nonzeros)
-
-
-def dictionary_fitter(weight: Tensor, metric: Metric, learner: Learner) -> Callable[[int, int], LinearMap]:
-    """Return `fit_dictionary` of a weight as a function of k and s, which share what does not depend on them."""
     m, n = weight.shape
     target = unconstrained(weight.double(), metric)
     root, inverse = metric.roots("seen") or (None, None)

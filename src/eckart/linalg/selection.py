@@ -1,7 +1,7 @@
 """The k-th smallest of many numbers, and the largest of every row.
 
 Of many numbers a sample brackets the k-th, so that few have to be looked at twice. In rows numpy finds it, whose
-partition uses the processor's vector instructions: two to nine times as fast as `topk` where many are kept.
+partition uses the processor's vector instructions and is several times as fast as `topk`.
 
 Source: Floyd and Rivest 1975, "Expected Time Bounds for Selection".
 """

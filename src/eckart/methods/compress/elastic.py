@@ -237,16 +237,16 @@ class ElasticSweep(Sweep):
         if self.elastic.codes is not None:
             return self._codes(layer, weight, metric, crosses, held, self.elastic.codes)
         factors = regress(weight, metric, rank=max(described.ranks)).factors(max(described.ranks))
-        held[f"{name}.up"] = up = factors.up.mT.to(dtype)
+        best = factors.up
         if described.shared:
             held[f"{name}.down"] = down = factors.down.to(dtype)
             downs = [down] * len(self.plans)
         else:
             seen = [self.known.metric(layer, weight, cross) or metric for cross in crosses[1:]]
-            best, downs = shared_up(weight, factors.up, described.ranks, seen, rounds=ROUNDS)
-            held[f"{name}.up"] = up = best.mT.to(dtype)
+            best, downs = shared_up(weight, best, described.ranks, seen, rounds=ROUNDS)
             tensors, downs = coded_downs(described, downs, dtype)
             held |= tensors
+        held[f"{name}.up"] = up = best.mT.to(dtype)
         cuts = [plan[name].rank for plan in self.plans]
         return [
             built_map(up[:k], down[:k], self.elastic.stored, table=layer.kind == EMBEDDING) if k else None
