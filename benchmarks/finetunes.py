@@ -37,7 +37,7 @@ from eckart.methods.training import Course, DivergedError, Share, Step, train
 from eckart.progress import silent
 from harness import load, require_shared, save
 
-GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SEEDS = (0, 1, 2)
 # How many parameters LoRA of this rank trains is what every method gets.
 RANK = 8
