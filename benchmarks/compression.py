@@ -82,8 +82,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dobi-svd": ("dobi-svd", {"steps": 20, "batch": 2}),
     "dobi-svd, by tokens": ("dobi-svd", {"steps": 20, "batch": 2, "components": "tokens"}),
 }
+HEALED = ("aa-svd healed", "eckart healed", "svd-llm healed")
+# Methods that train every weight inside the blocks.
+EVERYTHING = ("pela", "trp", "maestro")
 LEARNED = (
-    *("aa-svd healed", "eckart healed", "svd-llm healed", "svd-llm LoRA healed", "fusegpt trained"),
+    *HEALED,
+    *("svd-llm LoRA healed", "fusegpt trained"),
     *("svd-llm trained", "pela trained", "trp trained", "maestro trained", "acip trained", "dobi-svd"),
     *("acip trained, factors", "acip trained, factors of the outputs"),
     "dobi-svd, by tokens",
@@ -100,6 +104,8 @@ class Subject:
     # Budgets at which every method may compress the embeddings, since the rest of the model is smaller than that.
     embeddings_from: float = 0.0
     heal_samples: int | None = None
+    # Learning rate of methods that train every weight, instead of the method's.
+    rate: float | None = None
 
 
 def loss_on(text: Path, limit: int | None = None) -> Callable[[Path], float]:
@@ -187,6 +193,7 @@ def subjects(shared: Path, scratch: Path) -> dict[str, Subject]:
             {"STS-B": spearman_on(test), "TREC": trec_accuracy(data / "trec"), "distance": distance_from(dense, test)},
             embeddings_from=0.6,
             heal_samples=1024,
+            rate=1e-4,
         )
     return out
 
@@ -196,7 +203,9 @@ def row_of(model: str, subject: Subject, variant: str, keep: float, scratch: Pat
     method, settings = VARIANTS[variant]
     if keep <= subject.embeddings_from:
         settings = {**settings, "embeddings": True}
-    samples = subject.heal_samples if variant in LEARNED else None
+    if subject.rate is not None and method in EVERYTHING:
+        settings = {**settings, "rate": subject.rate}
+    samples = subject.heal_samples if variant in HEALED else None
     row: dict[str, Any] = {"model": model, "variant": variant, "keep": keep, "settings": settings}
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         out = Path(folder) / "compressed"

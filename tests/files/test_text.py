@@ -183,6 +183,22 @@ def test_how_many_sentences_are_drawn_by_default(words):
     assert sum(b.shape[0] for b in by_default.held_out) == 128
 
 
+def test_as_many_lines_as_hold_the_tokens_asked_for(words):
+    lines = ["a b c d"] * 6000
+
+    def count(samples=None, tokens=0) -> int:
+        found = sentences(words, ["\n".join(lines)], samples=samples, length=8, tokens_per_batch=64, tokens=tokens)
+        assert sum(len(batch) for batch in found.held_out) == 128
+        return sum(len(batch) for batch in found.batches)
+
+    (each,) = {len(row) for row in sentences(words, lines[:1], samples=1, length=8, tokens_per_batch=8).batches[0]}
+    assert count(tokens=each) == LINES
+    assert count(tokens=each * 3000) == 3000
+    assert count(tokens=each * 3000 - 1) == 3000
+    assert count(tokens=10**9) == 6000 - 128
+    assert count(samples=50, tokens=each * 3000) == 50
+
+
 def test_too_few_sentences(words):
     with pytest.raises(EckartError, match=r"has 2 lines, but 3 samples are asked for; use --samples 2"):
         sentences(words, ["a\nb"], samples=3, length=8, tokens_per_batch=64)

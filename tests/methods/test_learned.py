@@ -385,9 +385,84 @@ def test_transposed_layers_with_biases(demo, text, tmp_path):
         assert model.transformer.h[0].mlp.c_fc is not None
 
 
-def test_sentence_encoders_are_refused(text, tmp_path, demo):
-    config = hf.BertConfig(vocab_size=512, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
-    hf.BertModel(config).save_pretrained(tmp_path / "bert")
-    hf.AutoTokenizer.from_pretrained(demo).save_pretrained(tmp_path / "bert")
-    with pytest.raises(EckartError, match=r"acip trains on predicting the next token, which BertModel in .* does not"):
-        eckart.compress(tmp_path / "bert", tmp_path / "out", method="acip", keep=0.7, calibration=text)
+# Encoders
+
+
+def encoder(kind: str, demo, folder):
+    """Write a small encoder with layers that matter; return its folder."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = hf.BertConfig(vocab_size=512, max_position_embeddings=64, initializer_range=0.3, **sizes)
+    getattr(hf, kind)(config).save_pretrained(folder)
+    hf.AutoTokenizer.from_pretrained(demo).save_pretrained(folder)
+    return folder
+
+
+def answers(folder, lines) -> list[torch.Tensor]:
+    """Return sentence embeddings, or log-probabilities of tokens, of lines of text one by one."""
+    model = eckart.load(folder, dtype=torch.float32).eval()
+    tokenizer, out = hf.AutoTokenizer.from_pretrained(folder), []
+    for line in lines:
+        with torch.no_grad():
+            found = model(input_ids=tokenizer(line, return_tensors="pt")["input_ids"][:, :48])
+        headless = "last_hidden_state" in found
+        out.append(F.normalize(found[0].mean(1), dim=-1) if headless else found.logits.log_softmax(-1))
+    return out
+
+
+LINES = {"samples": 96, "length": 48, "keep": 0.7}
+TRAINED = [
+    ("pela", {"tune": 40}),
+    ("pela", {"tune": 40, "features": 0.0, "departure": 0.0, "storage": "pivoted"}),
+    ("maestro", {"steps": 20, "tune": 20}),
+    ("trp", {"steps": 20, "interval": 10, "tune": 20}),
+    ("acip", {"steps": 30, "tune": 40, "rate": 3e-3, "growth": 1.3, "trained": "factors"}),
+    ("dobi-svd", {"steps": 5, "tune": 30}),
+    ("svd", {"heal": 6, "heal_kind": "lora", "heal_rate": 3e-3}),
+]
+
+
+@pytest.mark.parametrize(("method", "settings"), TRAINED, ids=[f"{m}-{i}" for i, (m, _) in enumerate(TRAINED)])
+@pytest.mark.parametrize("kind", ["BertModel", "BertForMaskedLM"])
+def test_encoders_are_trained_towards_the_original(kind, method, settings, demo, text, tmp_path):
+    folder = encoder(kind, demo, tmp_path / "dense")
+    arguments = {**LINES, "calibration": text}
+    plain = eckart.compress(folder, tmp_path / "plain", method="svd", **arguments)
+    trained = eckart.compress(folder, tmp_path / "out", method=method, settings=settings, **arguments)
+    assert trained.measured.name == {"BertModel": "distance", "BertForMaskedLM": "divergence"}[kind]
+    assert trained.measured.before == 0
+    assert trained.measured.after < 0.8 * plain.measured.after
+    assert trained.plan.kept <= 0.7
+    assert trained.checked.what == {"BertModel": "hidden states", "BertForMaskedLM": "logits"}[kind]
+
+
+def test_what_an_encoder_is_measured_by(demo, tmp_path):
+    folder = encoder("BertModel", demo, tmp_path / "dense")
+    lines = [f"once there were {i} trees and {'a bird ' * (i % 5)}." for i in range(40)]
+    (tmp_path / "lines.txt").write_text("\n".join(lines))
+    arguments = {"calibration": tmp_path / "lines.txt", "samples": 40, "keep": 0.7}
+    out = eckart.compress(folder, tmp_path / "out", method="pela", settings={"tune": 3}, **arguments)
+    assert not out.measured.held_out
+    pairs = zip(answers(folder, lines), answers(out.out, lines), strict=True)
+    expected = torch.stack([(a - b).square().sum() for a, b in pairs]).mean()
+    assert out.measured.after == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_a_sentence_encoder_whose_training_was_stopped_ends_in_the_same_bytes(demo, text, tmp_path):
+    folder = encoder("BertModel", demo, tmp_path / "dense")
+    settings = {"steps": 4, "tune": 4, "interval": 2}
+    arguments = {**LINES, "method": "trp", "settings": settings, "calibration": text, "check": False, "cache": False}
+
+    class Stop(Exception):
+        pass
+
+    def stop(stage, index, of):
+        if stage == "tune" and index == 2:
+            raise Stop
+
+    whole = eckart.compress(folder, tmp_path / "whole", **arguments)
+    with pytest.raises(Stop):
+        eckart.compress(folder, tmp_path / "stopped", progress=stop, **arguments)
+    again = eckart.compress(folder, tmp_path / "stopped", **arguments)
+    files = [(out.out / "model.safetensors").read_bytes() for out in (whole, again)]
+    assert files[0] == files[1]

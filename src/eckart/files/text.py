@@ -5,6 +5,7 @@ file holds one document per line under "text". Every document is encoded alone, 
 """
 
 import gzip
+import itertools
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ SEPARATOR = "<|endoftext|>"
 # Calibration samples where no number is asked for: windows of running text, lines for sentence encoders.
 WINDOWS = 128
 LINES = 2048
+# Tokens of a window where no number is asked for.
+LENGTH = 256
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -186,6 +189,7 @@ def sentences(
     length: int,
     tokens_per_batch: int,
     held_out: int = 128,
+    tokens: int = 0,
     seed: int = 0,
 ) -> Samples:
     """Encode lines one by one, each a sample cut at `length` tokens, for sentence encoders; batches hold equal lengths.
@@ -196,10 +200,11 @@ def sentences(
     Args:
         tokenizer: encodes each line with its own special tokens.
         documents: the texts; every non-empty line is a sample.
-        samples: number of lines for calibration; None for `LINES`, or fewer if the text is shorter.
+        samples: number of lines for calibration; None for `LINES` (or `tokens`), or fewer if the text is shorter.
         length: longest sample in tokens.
         tokens_per_batch: bound on the tokens of a batch.
         held_out: lines drawn besides those, for measuring.
+        tokens: that are to be had where no number of lines is asked for, which then are at least `LINES`.
         seed: seed of the draw.
 
     Raises:
@@ -211,9 +216,15 @@ def sentences(
             f"the calibration text has {len(lines)} lines, but {samples} samples are asked for; "
             f"use --samples {len(lines)}"
         )
-    count = samples or _share(len(lines), LINES, held_out)
-    drawn = torch.randperm(len(lines), generator=torch.Generator().manual_seed(seed))[: count + held_out].tolist()
-    encoded = [encode_document(tokenizer, lines[at])[:length] for at in drawn]
+    order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(seed)).tolist()
+    drawn = (encode_document(tokenizer, lines[at])[:length] for at in order)
+    encoded: list[list[int]] = []
+    most, total = samples or _share(len(lines), len(lines) if tokens else LINES, held_out), 0
+    while len(encoded) < most and (samples or len(encoded) < LINES or total < tokens):
+        encoded.append(next(drawn))
+        total += len(encoded[-1])
+    count = len(encoded)
+    encoded += itertools.islice(drawn, held_out)
     left = encoded[count:]
     return Samples(
         _by_length(encoded[:count], tokens_per_batch),

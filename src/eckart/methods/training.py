@@ -6,7 +6,7 @@ safetensors file written atomically; a run that was killed goes on from the last
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +105,7 @@ Apart = Callable[[str], bool]
 
 def train(
     trained: nn.Module,
-    samples: Tensor,
+    samples: Tensor | Sequence[Tensor],
     course: Course,
     loss: StepLoss,
     *,
@@ -122,7 +122,7 @@ def train(
 
     Args:
         trained: holds every parameter that is trained (those that require gradients) and every buffer that changes.
-        samples: windows of text, (count, ...).
+        samples: windows of text, (count, ...), `course.batch` of them a step; or those of a step each, (b, ...).
         course: how long and how fast.
         loss: the loss of a step.
         state: file of the run's state.
@@ -137,7 +137,8 @@ def train(
     Raises:
         DivergedError: if the loss becomes NaN, Inf or far larger than it was at first; the last good state is kept.
     """
-    accelerator = _accelerator(samples.device)
+    device = samples[0].device
+    accelerator = _accelerator(device)
     parameters = {name: p for name, p in trained.named_parameters() if p.requires_grad}
     optimizer = accelerator.prepare(torch.optim.AdamW(_groups(parameters, share), lr=course.rate, weight_decay=0.0))
     run = _Run(trained, parameters, optimizer, state, tuple(follow(optimizer)))
@@ -147,7 +148,7 @@ def train(
         step = _step(samples, course, index, seed)
         for group in optimizer.param_groups:
             group["lr"] = step.rate * group["share"]
-        with torch.enable_grad(), seeded(samples.device, seed * STRIDE + index):
+        with torch.enable_grad(), seeded(device, seed * STRIDE + index):
             total, task = loss(step)
         value = float(task.detach())
         first = value if first is None else first
@@ -209,18 +210,20 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
         yield
 
 
-def _step(samples: Tensor, course: Course, index: int, seed: int) -> Step:
+def _step(samples: Tensor | Sequence[Tensor], course: Course, index: int, seed: int) -> Step:
     """Return a step with its windows: every epoch in an order of its own, batches across epochs' ends."""
-    count, at = samples.shape[0], index * course.batch
+    batch = course.batch if isinstance(samples, Tensor) else 1
+    count, at = len(samples), index * batch
     orders: dict[int, Tensor] = {}
     rows = []
-    for i in range(at, at + course.batch):
+    for i in range(at, at + batch):
         epoch = i // count
         if epoch not in orders:
             orders[epoch] = torch.randperm(count, generator=torch.Generator().manual_seed(seed * STRIDE + epoch))
         rows.append(int(orders[epoch][i % count]))
     generator = torch.Generator().manual_seed(seed * STRIDE + index)
-    return Step(index, samples[rows], generator, course.rate_at(index))
+    drawn = samples[rows] if isinstance(samples, Tensor) else samples[rows[0]]
+    return Step(index, drawn, generator, course.rate_at(index))
 
 
 @dataclass(slots=True)

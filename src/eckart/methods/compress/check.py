@@ -79,7 +79,7 @@ def expectation(
     chosen, positions = _spread(len(rows)), _positions(job)
     samples, states = [rows[i][0] for i in chosen], [rows[i][1] for i in chosen]
     found = [answers_of(output, positions) for _, output in outputs(job.runner, samples, states, heads)]
-    return Expected("hidden states" if job.parts.head is None else "logits", samples, found, positions)
+    return Expected(_kind(job), samples, found, positions)
 
 
 @torch.no_grad()
@@ -87,14 +87,19 @@ def expectation_of(job: Job, batches: Sequence[Tensor], model: nn.Module) -> Exp
     """Return what a few samples give in a compressed model that is in memory as a whole.
 
     Args:
-        job: the job, of a decoder.
+        job: the job.
         batches: token ids (b, t).
         model: the model, with its rounded numbers.
     """
     rows, positions = [ids[j : j + 1] for ids in batches for j in range(len(ids))], _positions(job)
     samples = [rows[i] for i in _spread(len(rows))]
     found = [answers_of(model(input_ids=ids.to(job.runner.device)), positions) for ids in samples]
-    return Expected("logits", samples, found, positions)
+    return Expected(_kind(job), samples, found, positions)
+
+
+def _kind(job: Job) -> str:
+    """Return what the model answers."""
+    return "hidden states" if job.parts.head is None else "logits"
 
 
 def _spread(count: int) -> list[int]:

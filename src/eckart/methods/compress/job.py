@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from eckart.budget import BYTES
 from eckart.errors import EckartError
 from eckart.files.folder import OpenModel, check_finite, check_model_folder, open_model
-from eckart.files.text import WINDOWS, Samples, load_tokenizer, read_documents, sentences, windows
+from eckart.files.text import LENGTH, WINDOWS, Samples, load_tokenizer, read_documents, sentences, windows
 from eckart.fit.families import Family
 from eckart.hosts import Anatomy, Blockwise, anatomy
 from eckart.methods.compress.limits import Limit, limit_of
@@ -160,16 +160,6 @@ def open_job(request: Request, progress: Progress) -> Job:
     model = open_model(request.model)
     parts = anatomy(model.model)
     causal = type(model.model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    if recipe.learner is not None and not causal:
-        raise EckartError(
-            f"{request.method} trains on predicting the next token, which {type(model.model).__name__} in "
-            f"{request.model} does not do; choose a method that is not trained"
-        )
-    if recipe.heals_by_lora and not causal:
-        raise EckartError(
-            f"heal_kind=lora trains on predicting the next token, which {type(model.model).__name__} in "
-            f"{request.model} does not do; leave heal_kind=blockwise"
-        )
     samples = None if documents is None else _samples(request, recipe, model, documents, causal)
     labels = recipe.labels if recipe.uses_gradients or recipe.uses_weight_gradients else "sampled"
     goal = objective(labels, parts.head is not None, causal)
@@ -228,10 +218,10 @@ def _samples(request: Request, recipe: Recipe, model: OpenModel, documents: list
     context = int(getattr(model.config, "max_position_embeddings", None) or request.length or 256)
     if request.length is not None and request.length > context:
         raise EckartError(f"length {request.length} exceeds the model's context of {context} tokens; give at most that")
-    length = min(request.length or 256, context)
+    length = min(request.length or LENGTH, context)
+    trained = 0 if recipe.learner is None else recipe.learner.windows
     if causal:
-        usual = WINDOWS if recipe.learner is None else max(WINDOWS, recipe.learner.windows)
-        batch = max(1, TOKENS_PER_BATCH // length)
+        batch, usual = max(1, TOKENS_PER_BATCH // length), max(WINDOWS, trained)
         return windows(tokenizer, documents, samples=request.samples, length=length, batch=batch, usual=usual)
     return sentences(
         tokenizer,
@@ -239,6 +229,7 @@ def _samples(request: Request, recipe: Recipe, model: OpenModel, documents: list
         samples=request.samples,
         length=length,
         tokens_per_batch=TOKENS_PER_BATCH,
+        tokens=trained * LENGTH,
         seed=request.seed,
     )
 

@@ -5,15 +5,13 @@ distils from it). Both runs keep their state on disk (methods/training.py); what
 run that was stopped ends in the same bytes as one that was not.
 """
 
-import copy
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from eckart.budget import Candidates, Option
 from eckart.files.writing import TRAINING, LayerRecord, Partial
@@ -24,10 +22,10 @@ from eckart.maps import LinearMap, storage
 from eckart.methods.compress.allocate import Allocation, allocate, budget_of, choose, is_dense
 from eckart.methods.compress.check import Expected, expectation_of
 from eckart.methods.compress.fitting import fit_layer, loss_of, structure_name
+from eckart.methods.compress.goal import Goal
 from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import Known, Layer, layer_candidates, weights
 from eckart.methods.compress.learner import LearnedLayer, Learner
-from eckart.methods.compress.measure import whole_losses
 from eckart.methods.compress.outcome import Measured
 from eckart.methods.compress.recipe import LayerData
 from eckart.methods.compress.sweep import rounded
@@ -56,11 +54,8 @@ class Learning:
             raise AssertionError("a recipe without a learner is not learned")
         self.job, self.known, self.layers, self.folder, self.progress = job, known, layers, folder, progress
         self.learner: Learner = job.recipe.learner
-        if job.samples is None:
-            raise AssertionError("a job that learns has a text")
-        self.text, self.samples = job.samples, torch.cat(job.samples.batches).to(job.runner.device)
+        self.device = job.runner.device
         self.blocks = nn.ModuleList()
-        self.teacher: nn.Module | None = None
 
     def plan(self) -> Allocation:
         """Return what every layer would become; the search is done for it."""
@@ -84,8 +79,8 @@ class Learning:
             found = allocate(self.job, self.layers, self.known, predict=False, progress=self.progress)
             maps = self._closed_form(found.chosen)
         with self.job.runner.whole() as model:
-            before = whole_losses(model, self.text.held_out)
             self._enter(model)
+            before = self.goal.value(model) if self.job.causal else 0.0
             if searches:
                 found, maps = self._searched(model)
             originals = {name: map_of(model.get_submodule(name)).dense() for name in maps if self.learner.departure}
@@ -100,12 +95,10 @@ class Learning:
                     dense.setdefault(name, last)
             losses = {name: loss for name, (_, _, loss) in maps.items()}
             self._write(model, found.chosen, losses, partial)
-            held_out = self.text.held_out
-            after, expected = whole_losses(model, held_out), expectation_of(self.job, held_out, model)
+            after, expected = self.goal.value(model), expectation_of(self.job, self.goal.text.held_out, model)
             for name, module in dense.items():  # the skeleton is what everybody else goes by
                 replace(model, name, module)
-        tokens = sum(batch.numel() for batch in self.text.held_out)
-        return found, Measured("loss", before, after, tokens, self.text.disjoint), expected
+        return found, self.goal.measured(before, after), expected
 
     @torch.no_grad()
     def _coded(self, model: nn.Module, maps: Maps, coding: Coding) -> Maps:
@@ -125,8 +118,7 @@ class Learning:
 
     def _enter(self, model: nn.Module) -> None:
         self.blocks = nn.ModuleList(model.get_submodule(name) for name in self.job.parts.blocks)
-        if self.learner.features:
-            self.teacher = copy.deepcopy(model)
+        self.goal = Goal(self.job, model, features=bool(self.learner.features))
 
     def _closed_form(self, chosen: dict[str, Option]) -> Maps:
         """Return the recipe's own maps of the layers that do not stay dense, in numbers that can be trained."""
@@ -164,12 +156,12 @@ class Learning:
 
         def loss(step: Step) -> tuple[Tensor, Tensor]:
             learner.prepare(layers, step)
-            task, features = self._losses(model, step.samples)
+            task, features = self.goal.losses(model, step.samples)
             return learner.objective(task, layers, step) + learner.features * features, task
 
         self._trainable(list(layers.values()))
         train(
-            self.blocks, self.samples, course, loss,
+            self.blocks, self.goal.samples(course.batch), course, loss,
             state=self._state(), seed=job.request.seed, after=lambda step: learner.after(layers, step),
             apart=learner.apart, progress=self.progress,
         )  # fmt: skip
@@ -222,21 +214,17 @@ class Learning:
         """Return what the leading outputs of all samples have in common, for layers that do not stay dense."""
         inside = {layer.name: layer for layer in self.layers if not is_dense(chosen[layer.name])}
         modules = {name: model.get_submodule(name) for name in inside}
-        sums = {
-            name: SubspaceSum(layer.shape[0], chosen[name].rank, self.samples.device) for name, layer in inside.items()
-        }
+        sums = {name: SubspaceSum(layer.shape[0], chosen[name].rank, self.device) for name, layer in inside.items()}
         with torch.no_grad(), hooked(modules, lambda name, x: sums[name].add(map_of(modules[name])(x))):
-            for batch in self.text.batches:
-                model(input_ids=batch.to(self.samples.device), use_cache=False)
+            self.goal.read(model)
         return sums
 
     def _moments(self, model: nn.Module) -> dict[str, Moments]:
         """Return the moments of all layers' inputs in the model as it is."""
-        sums = {layer.name: MomentSum(layer.shape[1], self.samples.device) for layer in self.layers}
+        sums = {layer.name: MomentSum(layer.shape[1], self.device) for layer in self.layers}
         modules = {layer.name: model.get_submodule(layer.name) for layer in self.layers}
         with torch.no_grad(), hooked(modules, lambda name, x: sums[name].add(x)):
-            for batch in self.text.batches:
-                model(input_ids=batch.to(self.samples.device), use_cache=False)
+            self.goal.read(model)
         return {name: total.result(name) for name, total in sums.items()}
 
     def _trainable(self, layers: Sequence[nn.Module]) -> None:
@@ -259,7 +247,7 @@ class Learning:
         self._trainable(layers)
 
         def loss(step: Step) -> tuple[Tensor, Tensor]:
-            task, features = self._losses(model, step.samples)
+            task, features = self.goal.losses(model, step.samples)
             return task + learner.features * features + learner.departure * departure(), task
 
         def departure() -> Tensor | float:
@@ -271,22 +259,9 @@ class Learning:
 
         state = self.folder / f"{TUNE}.safetensors"
         train(
-            self.blocks, self.samples, course, loss,
+            self.blocks, self.goal.samples(course.batch), course, loss,
             state=state, seed=self.job.request.seed, stage="tune", progress=self.progress,
         )  # fmt: skip
-
-    def _losses(self, model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor | float]:
-        """Return the next-token loss, and the distance of the blocks' outputs from the original model's."""
-        outputs: Any = model(input_ids=ids, use_cache=False, output_hidden_states=self.teacher is not None)
-        logits = outputs.logits[:, :-1].flatten(0, 1).float()
-        task = F.cross_entropy(logits, ids[:, 1:].flatten())
-        if self.teacher is None:
-            return task, 0.0
-        with torch.no_grad():
-            wanted = cast(Any, self.teacher(input_ids=ids, use_cache=False, output_hidden_states=True)).hidden_states
-        pairs = list(zip(outputs.hidden_states, wanted, strict=True))[1:]
-        far = [(got - want).square().sum() / want.square().sum() for got, want in pairs]
-        return task, torch.stack(far).mean()
 
     def _write(self, model: nn.Module, chosen: dict[str, Option], losses: dict[str, float], partial: Partial) -> None:
         """Round everything to the dtypes it is stored in, and write the blocks."""

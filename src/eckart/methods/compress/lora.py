@@ -12,6 +12,7 @@ on disk.
 
 import dataclasses
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -23,15 +24,15 @@ from eckart.files.loading import load
 from eckart.files.writing import HEALED, Partial
 from eckart.hosts.host import LowRankHost, PivotedHost
 from eckart.methods.compress.check import Expected, expectation_of
+from eckart.methods.compress.goal import Goal
 from eckart.methods.compress.job import Job
-from eckart.methods.compress.measure import whole_loss, whole_losses
 from eckart.methods.compress.outcome import Measured
 from eckart.methods.compress.updates import LowRankUpdate, changed, fold
 from eckart.methods.training import Course, Step, train
 from eckart.progress import Progress, later
 
 ALPHA = 16.0
-# Windows of text per step.
+# Windows of text per step, or sentences with as many tokens.
 BATCH = 4
 
 
@@ -41,7 +42,7 @@ def heal_by_lora(
     """Train the factors of a compressed model and keep what they become as the part `HEALED`.
 
     Args:
-        job: the job, of a decoder.
+        job: the job.
         partial: its finished parts.
         folder: the compressed model as a folder made of them.
         before: the loss before and after compression.
@@ -53,16 +54,16 @@ def heal_by_lora(
     Raises:
         EckartError: if the loss diverges; the last good state is kept.
     """
-    if job.samples is None:
-        raise AssertionError("a job that heals has a text")
     with quiet():
         model = load(folder, dtype=torch.float32).to(job.runner.device).eval().requires_grad_(False)
-    windows = torch.cat(job.samples.batches).to(job.runner.device)
-    steps = job.recipe.heal * -(-len(windows) // BATCH)
+    with nullcontext() if job.causal else job.runner.whole() as original:
+        goal = Goal(job, original)
+    samples = goal.samples(BATCH)
+    steps = job.recipe.heal * (-(-len(samples) // BATCH) if isinstance(samples, Tensor) else len(samples))
     sides = sides_of(model, job.parts.blocks)
 
     def loss(step: Step) -> tuple[Tensor, Tensor]:
-        found = whole_loss(model, step.samples)
+        found, _ = goal.losses(model, step.samples)
         return found, found
 
     for number, leaves in enumerate(sides):
@@ -74,7 +75,7 @@ def heal_by_lora(
             changed(leaf, "weight", LowRankUpdate(leaf.get_parameter("weight"), rank, ALPHA / rank, generator))
         train(
             nn.ModuleList(leaves.values()),
-            windows,
+            samples,
             Course(steps, job.recipe.heal_rate, BATCH),
             loss,
             state=partial.path(f"lora-{number}"),
@@ -85,8 +86,8 @@ def heal_by_lora(
         fold(leaves.values())
     healed = _rounded(folder, {name: leaf for leaves in sides for name, leaf in leaves.items()})
     write_tensors(partial.path(HEALED), healed)
-    after = whole_losses(model, job.samples.held_out)
-    return dataclasses.replace(before, after=after), expectation_of(job, job.samples.held_out, model)
+    after = dataclasses.replace(before, after=goal.value(model))
+    return after, expectation_of(job, goal.text.held_out, model)
 
 
 def sides_of(model: nn.Module, blocks: tuple[str, ...]) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:

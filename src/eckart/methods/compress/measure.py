@@ -62,31 +62,19 @@ def divergence(
     """
     total, count = 0.0, 0
     pairs = zip(outputs(runner, samples, original), outputs(runner, samples, hidden, head), strict=True)
-    for (ids, before), (_, after) in pairs:
-        if runner.parts.head is None:
-            moved = (sentence_embedding(before) - sentence_embedding(after)).square().sum(-1)
-            total, count = total + float(moved.sum()), count + ids.shape[0]
-        else:
-            p, q = (o.logits.float().log_softmax(-1) for o in (before, after))
-            total += float((p.exp() * (p - q)).sum(-1).sum(dtype=torch.float64))
-            count += ids.numel()
+    for (_, before), (_, after) in pairs:
+        far = moved(before, after)
+        total, count = total + float(far.sum(dtype=torch.float64)), count + far.numel()
     return total / max(count, 1)
 
 
-def whole_loss(model: nn.Module, ids: Tensor) -> Tensor:
-    """Return the mean loss of predicting each next token, in nats, of a decoder in memory; ids (b, t)."""
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-    return F.cross_entropy(logits, ids[:, 1:].flatten())
-
-
-@torch.no_grad()
-def whole_losses(model: Any, samples: Sequence[Tensor]) -> float:
-    """Return the mean loss of predicting each next token of all samples, in nats, of a decoder in memory."""
-    total, count = 0.0, 0
-    for batch in samples:
-        step = max(1, LOGITS // (batch.shape[1] * int(model.config.vocab_size)))
-        for ids in batch.to(model.device).split(step):
-            logits = model(input_ids=ids, use_cache=False).logits.float()[:, :-1].flatten(0, 1)
-            each = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
-            total, count = total + float(each.sum(dtype=torch.float64)), count + each.numel()
-    return total / max(count, 1)
+def moved(before: Any, after: Any) -> Tensor:
+    """Return how far a model's output moved: the divergence of every predicted token, (b, t), or the squared distance
+    between sentence embeddings of an encoder without a head, (b,).
+    """
+    if "logits" not in before:
+        far: Tensor = sentence_embedding(before) - sentence_embedding(after)
+        return far.square().sum(-1)
+    p, q = (o.logits.float().log_softmax(-1) for o in (before, after))
+    divergences: Tensor = (p.exp() * (p - q)).sum(-1)
+    return divergences

@@ -76,8 +76,8 @@ def compress(
         flops: instead: share of the operations of the linear layers and the head for one token, as in "0.6x".
         latency: instead: share of their time, measured on this device, as in "0.7x".
         calibration: text file; methods that use no data do without.
-        samples: calibration samples; by default 128 windows for decoders (as many as they train on, for methods that
-            train the whole model), 2,048 lines drawn from the text for encoders, or what there is.
+        samples: calibration samples; by default 128 windows for decoders, 2,048 lines drawn from the text for encoders
+            (as many as they train on, for methods that train the whole model), or what there is.
         length: tokens per sample, 256 by default.
         seed: seed of everything random.
         settings: settings of the method by name, typed.
