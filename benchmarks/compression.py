@@ -24,6 +24,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import eckart
 from eckart.files.folder import quiet
+from eckart.methods.compress.table import recipe_of
 from eckart.stats import sentence_embedding
 from harness import compress_apart, load, require_shared, save
 
@@ -101,7 +102,7 @@ class Subject:
     folder: Path
     calibration: Path
     measures: dict[str, Callable[[Path], float]]
-    # Budgets at which every method may compress the embeddings, since the rest of the model is smaller than that.
+    # Budgets from which every method that can may compress the embeddings, since the rest of the model is little more.
     embeddings_from: float = 0.0
     heal_samples: int | None = None
     # Learning rate of methods that train every weight, instead of the method's.
@@ -202,7 +203,7 @@ def row_of(model: str, subject: Subject, variant: str, keep: float, scratch: Pat
     """Compress, reload and measure."""
     method, settings = VARIANTS[variant]
     if keep <= subject.embeddings_from:
-        settings = {**settings, "embeddings": True}
+        settings = with_embeddings(method, settings)
     if subject.rate is not None and method in EVERYTHING:
         settings = {**settings, "rate": subject.rate}
     samples = subject.heal_samples if variant in HEALED else None
@@ -235,6 +236,15 @@ def row_of(model: str, subject: Subject, variant: str, keep: float, scratch: Pat
         "unit": plan["unit"],
         "samples": done["settings"]["samples"],
     }
+
+
+def with_embeddings(method: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with embeddings among the layers, or as they are for a method of linear layers only."""
+    try:
+        recipe_of(method, {**settings, "embeddings": True})
+    except eckart.EckartError:
+        return settings
+    return {**settings, "embeddings": True}
 
 
 def key(row: dict[str, Any]) -> tuple[str, str, float]:
