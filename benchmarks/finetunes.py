@@ -72,6 +72,8 @@ SIZES: dict[str, tuple[str, tuple[float, ...], dict[str, Any]]] = {
     "fedsvd": ("rank", tuple(range(2, 49, 2)), {}),
 }
 BASELINES = ("nothing", "full")
+# Steps of full fine-tuning that every method's process takes besides, to time its own against.
+REFERENCE = 30
 
 
 @dataclass(frozen=True)
@@ -264,6 +266,7 @@ def tuned(name: str, method: str) -> dict[str, Any]:
         parts = examples_of(task)
         base, _ = load_task_model(task.model, parts[0].labels)
         settings = settings_of(base, method, parts[0])
+        full = fitted(replace(task, steps=REFERENCE), parts[0], base, "full", {}, 1e-5, 0)[1]["seconds"]
         at = min(range(len(GRID)), key=lambda i: abs(math.log(GRID[i] / starting_rate(method, settings))))
         found: dict[int, Any] = {}
         best, first = -1, None
@@ -283,6 +286,7 @@ def tuned(name: str, method: str) -> dict[str, Any]:
             "method": method,
             "settings": settings,
             "trained": count(model, bool(parts[0].labels)),
+            "full seconds": full,
             "rate": GRID[at],
             "rates": {str(GRID[i]): each["validation"] for i, each in sorted(found.items())},
             "seeds": seeds,

@@ -57,8 +57,8 @@ def medians(contenders: Mapping[str, Callable[[], Any]], *, runs: int = 5, warm_
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def machine() -> dict[str, Any]:
-    """Return what the figures depend on."""
+def machine() -> str:
+    """Return what the figures depend on, in words."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -66,26 +66,23 @@ def machine() -> dict[str, Any]:
             line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
         ]
         model = names[0] if names else model
-    return {
-        "processor": model,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": sys.version.split()[0],
-        "date": datetime.date.today().isoformat(),
-    }
+    threads = torch.get_num_threads()
+    return f"{model}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}"
 
 
 def load(name: str) -> dict[str, Any]:
     """Return earlier results of a benchmark, or an empty record."""
     path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.is_file() else {"machine": machine(), "rows": []}
+    return json.loads(path.read_text()) if path.is_file() else {"rows": []}
 
 
 def save(name: str, rows: list[dict[str, Any]]) -> None:
-    """Write results as JSON."""
+    """Write results as JSON; rows that are new say on what machine and when they were measured."""
     RESULTS.mkdir(exist_ok=True)
+    stamp = {"machine": machine(), "date": datetime.date.today().isoformat()}
+    stamped = [row if "machine" in row else {**row, **stamp} for row in rows]
     temporary = RESULTS / f"{name}.json.tmp"
-    temporary.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    temporary.write_text(json.dumps({"rows": stamped}, indent=1) + "\n")
     temporary.replace(RESULTS / f"{name}.json")
 
 

@@ -26,7 +26,7 @@ RESULTS = ROOT / "benchmarks/results"
 # What a row of the compression benchmark says beside what it measured.
 NOT_MEASURES = {
     *("model", "variant", "keep", "settings", "kept", "bytes", "seconds", "predicted", "unit", "samples", "error"),
-    *("peak", "speeds"),
+    *("peak", "speeds", "machine", "date"),
 }
 
 
@@ -68,7 +68,7 @@ def _described(name: str, summary: str, page: str, settings: Mapping[str, Settin
 def results(name: str) -> dict[str, Any]:
     """Return measured results, or none."""
     path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.is_file() else {"machine": {}, "rows": []}
+    return json.loads(path.read_text()) if path.is_file() else {"rows": []}
 
 
 def tables(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -49,8 +49,7 @@ def finetunes(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         mine = [row for row in rows if row["task"] == task and "error" not in row]
         if not mine:
             continue
-        full = next((statistics.median(s["seconds"] for s in r["seeds"]) for r in mine if r["method"] == "full"), None)
-        lines = [_line(row, measure, full) for row in mine]
+        lines = [_line(row, measure) for row in mine]
         sign = -1 if measure == "accuracy" else 1
         lines.sort(key=lambda line: (line["method"] not in BASELINES, sign * line["mean"]))
         out.append({"title": title, "short": short, "measure": measure, "lines": lines, "bests": _bests(lines, sign)})
@@ -69,7 +68,7 @@ def claims(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def _line(row: dict[str, Any], measure: str, full: float | None) -> dict[str, Any]:
+def _line(row: dict[str, Any], measure: str) -> dict[str, Any]:
     values = [seed[measure] for seed in row["seeds"] if measure in seed]
     seconds = statistics.median(seed["seconds"] for seed in row["seeds"] if "seconds" in seed)
     edge = len(row["rates"]) > 1 and row["rate"] in (min(map(float, row["rates"])), max(map(float, row["rates"])))
@@ -80,7 +79,7 @@ def _line(row: dict[str, Any], measure: str, full: float | None) -> dict[str, An
         "edge": edge,
         "mean": statistics.mean(values),
         "spread": max(values) - min(values),
-        "seconds": seconds / full if full else None,
+        "seconds": seconds / row["full seconds"],
         "bytes": row["bytes"],
     }
 
