@@ -12,6 +12,8 @@ from eckart.fit.subspace import SubspaceSum
 from eckart.hosts import map_of
 from eckart.methods.compress.acip import MaskedSVD, MaskLearner, acip
 from eckart.methods.compress.dobi_svd import CutOutputs
+from eckart.methods.compress.goal import Goal
+from eckart.methods.compress.job import Request, open_job
 from eckart.methods.compress.maestro import OrderedFactors
 from eckart.methods.compress.trp import Truncated
 from eckart.methods.training import Course, train
@@ -466,3 +468,16 @@ def test_a_sentence_encoder_whose_training_was_stopped_ends_in_the_same_bytes(de
     again = eckart.compress(folder, tmp_path / "stopped", **arguments)
     files = [(out.out / "model.safetensors").read_bytes() for out in (whole, again)]
     assert files[0] == files[1]
+
+
+def test_a_step_of_an_encoder_has_the_tokens_of_a_decoders(demo, text, tmp_path):
+    folder = encoder("BertModel", demo, tmp_path / "dense")
+    request = Request(folder, "pela", 0.7, text, 300, 12, 0, {})
+    goal = Goal(open_job(request, silent), None)
+    found = goal.samples(8)
+    assert sum(len(ids) for ids in found) == 300
+    for length in {ids.shape[1] for ids in found}:
+        sizes = [len(ids) for ids in found if ids.shape[1] == length]
+        room = 8 * 256 // length
+        assert sizes == [room] * (sum(sizes) // room) + [sum(sizes) % room] * (sum(sizes) % room > 0), length
+    assert max(ids.numel() for ids in found) > 1024

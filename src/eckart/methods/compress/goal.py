@@ -78,9 +78,8 @@ class Goal:
 
     def measured(self, before: float, after: float) -> Measured:
         """Return the loss before and after compression as part of the outcome."""
-        kind = "distance" if self.job.parts.head is None else "divergence"
         tokens = sum(batch.numel() for batch in self.text.held_out)
-        return Measured("loss" if self.job.causal else kind, before, after, tokens, self.text.disjoint)
+        return Measured(self.job.measure, before, after, tokens, self.text.disjoint)
 
     def samples(self, batch: int) -> Tensor | list[Tensor]:
         """Return what `train` draws from: a decoder's windows (count, t), or the sentences of a step each, (b, t), of
@@ -92,7 +91,9 @@ class Goal:
         batches = [ids.to(self.job.runner.device) for ids in self.text.batches]
         if self.job.causal:
             return torch.cat(batches)
-        return [part for ids in batches for part in ids.split(max(1, batch * LENGTH // ids.shape[1]))]
+        lengths = dict.fromkeys(ids.shape[1] for ids in batches)
+        alike = [torch.cat([ids for ids in batches if ids.shape[1] == length]) for length in lengths]
+        return [part for ids in alike for part in ids.split(max(1, batch * LENGTH // ids.shape[1]))]
 
     def _each(self, found: Any, wanted: Any, ids: Tensor) -> Tensor:
         """Return the loss of every token or sentence."""

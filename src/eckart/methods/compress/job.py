@@ -112,6 +112,13 @@ class Job:
         return self.recipe.coding is not None or any(family.code_bytes for family in self.families)
 
     @property
+    def measure(self) -> str:
+        """What a model is measured by before and after: a decoder by its loss, everything else by how far its answers
+        move: "distance" of sentence embeddings, "divergence" of predicted tokens.
+        """
+        return "loss" if self.causal else "distance" if self.parts.head is None else "divergence"
+
+    @property
     def key(self) -> str:
         """A name for everything that decides the result."""
         r = self.request

@@ -370,10 +370,10 @@ def measured(
     runner, batches = job.runner, samples.held_out
     tokens = sum(batch.numel() for batch in batches)
     if job.causal:
-        before = next_token_loss(runner, batches, original)
-        return Measured("loss", before, next_token_loss(runner, batches, compressed, heads), tokens, samples.disjoint)
-    moved = divergence(runner, batches, original, compressed, heads)
-    return Measured("distance" if job.parts.head is None else "divergence", 0.0, moved, tokens, samples.disjoint)
+        before, after = next_token_loss(runner, batches, original), next_token_loss(runner, batches, compressed, heads)
+    else:
+        before, after = 0.0, divergence(runner, batches, original, compressed, heads)
+    return Measured(job.measure, before, after, tokens, samples.disjoint)
 
 
 @torch.no_grad()
