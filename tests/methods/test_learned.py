@@ -387,6 +387,35 @@ def test_transposed_layers_with_biases(demo, text, tmp_path):
         assert model.transformer.h[0].mlp.c_fc is not None
 
 
+# Embeddings
+
+EMBEDDED = [
+    ("pela", {"tune": 2}),
+    ("pela", {"tune": 2, "start": "inputs", "storage": "pivoted", "allocation": "knapsack"}),
+    ("trp", {"steps": 4, "interval": 2, "tune": 2}),
+    ("maestro", {"steps": 2, "tune": 2}),
+    ("acip", {"steps": 4, "tune": 2, "rate": 3e-3}),
+    ("dobi-svd", {"steps": 2, "bits": 8}),
+]
+
+
+@pytest.mark.parametrize(("method", "settings"), EMBEDDED, ids=[f"{m}-{i}" for i, (m, _) in enumerate(EMBEDDED)])
+@pytest.mark.parametrize("kind", ["decoder", "BertModel", "BertForMaskedLM"])
+def test_an_embedding_gets_the_share_of_all_layers(kind, method, settings, demo, text, tmp_path):
+    folder = demo if kind == "decoder" else encoder(kind, demo, tmp_path / "dense")
+    arguments = {"samples": 8, "length": 48, "keep": 0.6, "calibration": text, "method": method}
+    arguments["settings"] = {**settings, "embeddings": True}
+    planned = eckart.plan(folder, **arguments)
+    out = eckart.compress(folder, tmp_path / "out", **arguments)
+    assert 0.58 <= out.plan.kept <= 0.6
+    assert [(layer.name, layer.rank) for layer in planned.layers] == [(x.name, x.rank) for x in out.plan.layers]
+    table = next(layer for layer in out.plan.layers if layer.kind == "embedding")
+    whole = sum(layer.numbers for layer in out.plan.layers) / sum(layer.dense_numbers for layer in out.plan.layers)
+    if "knapsack" not in settings.values():
+        assert abs(table.numbers - whole * table.dense_numbers) < 2 * sum(table.shape)  # but for whole ranks
+    assert out.checked.difference < 1e-3  # the folder answers as the model in memory did, with the embedding in place
+
+
 # Encoders
 
 
@@ -438,12 +467,14 @@ def test_encoders_are_trained_towards_the_original(kind, method, settings, demo,
     assert trained.checked.what == {"BertModel": "hidden states", "BertForMaskedLM": "logits"}[kind]
 
 
-def test_what_an_encoder_is_measured_by(demo, tmp_path):
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_what_an_encoder_is_measured_by(embeddings, demo, tmp_path):
     folder = encoder("BertModel", demo, tmp_path / "dense")
     lines = [f"once there were {i} trees and {'a bird ' * (i % 5)}." for i in range(40)]
     (tmp_path / "lines.txt").write_text("\n".join(lines))
     arguments = {"calibration": tmp_path / "lines.txt", "samples": 40, "keep": 0.7}
-    out = eckart.compress(folder, tmp_path / "out", method="pela", settings={"tune": 3}, **arguments)
+    settings = {"tune": 3, "embeddings": embeddings}
+    out = eckart.compress(folder, tmp_path / "out", method="pela", settings=settings, **arguments)
     assert not out.measured.held_out
     pairs = zip(answers(folder, lines), answers(out.out, lines), strict=True)
     expected = torch.stack([(a - b).square().sum() for a, b in pairs]).mean()

@@ -117,7 +117,6 @@ def test_published_defaults():
         ("concatenated-svd", {"algorithm": "greedy"}, "must be one of union, residual, incremental, got 'greedy'"),
         ("cospadi", {"group": 0}, "group must be at least 1, got 0"),
         ("cospadi", {"group": 2, "allocation": "threshold"}, "allocation=threshold knows low-rank maps only"),
-        ("acip", {"embeddings": True}, "embeddings=true does not go with this method, which trains linear layers only"),
         ("maestro", {"heal": 1}, "heal does not go with this method, which trains the whole model"),
         ("acip", {"allocation": "knapsack"}, "allocation=knapsack does not go with this method; choose one of uniform"),
         ("pela", {"allocation": "threshold"}, "allocation=threshold does not go with this method; choose one of unif"),

@@ -46,7 +46,7 @@ from eckart.methods.compress.job import Job
 from eckart.methods.compress.layers import EMBEDDING, HEAD, LINEAR, Known, Layer, bias_of, unit_of, weights
 from eckart.methods.compress.limits import Limit
 from eckart.methods.compress.outcome import Plan, SizePlan
-from eckart.methods.compress.sweep import Pair, Sweep
+from eckart.methods.compress.sweep import Pair, Sweep, stored_tensors
 from eckart.progress import Progress
 from eckart.stats import CrossMoments, CrossSum, Stream, advance, enter, load_hidden, save_hidden
 
@@ -296,7 +296,7 @@ class ElasticSweep(Sweep):
         planned = None if self.elastic.codes is None else (self.elastic.structure(cut), cut.rank or min(layer.shape))
         return LayerRecord.of(layer.name, map_, bias, cut.loss, kind=kind, padding_idx=padding_idx, planned=planned)
 
-    def _embedding(self) -> dict[str, nn.Module]:
+    def _embedding(self) -> dict[str, EmbeddingHost]:
         for layer, weight in weights(self.job, [layer for layer in self.layers if layer.kind == EMBEDDING]):
             held: dict[str, Tensor] = {}
             maps = self._fitted(layer, weight, [], held)
@@ -308,7 +308,7 @@ class ElasticSweep(Sweep):
                 return {}
             if not self.partial.has(EMBEDDING):
                 record = self._record(layer, last, None, padding)
-                self.partial.save(EMBEDDING, self._stored(layer.name, module), [record])
+                self.partial.save(EMBEDDING, stored_tensors(self.job, layer.name, module), [record])
             return {layer.name: module}
         return {}
 
@@ -370,7 +370,7 @@ class ElasticSweep(Sweep):
         last = pairs["calibration"]
         return [*(Pair(last.original, stream) for stream in self.followers), last]
 
-    def _heads(self, swaps: dict[str, nn.Module], pairs: dict[str, Pair]) -> dict[str, nn.Module]:
+    def _heads(self, swaps: dict[str, EmbeddingHost], pairs: dict[str, Pair]) -> dict[str, nn.Module]:
         for layer, weight in weights(self.job, [layer for layer in self.layers if layer.kind == HEAD]):
             bias = bias_of(self.job, layer.name)
             each = self._pairs(pairs) if self._needs_cross else []
@@ -383,7 +383,9 @@ class ElasticSweep(Sweep):
             module = host(map_.to(torch.float32), bias)
             if not self.partial.has(HEAD):
                 own = None if bias is None else bias.to(map_.dtype)
-                self.partial.save(HEAD, self._stored(layer.name, module), [self._record(layer, map_, own, None)])
+                self.partial.save(
+                    HEAD, stored_tensors(self.job, layer.name, module), [self._record(layer, map_, own, None)]
+                )
             return {layer.name: module}
         return super()._heads(swaps, pairs)
 

@@ -110,7 +110,7 @@ def _single_layers(job: Job) -> list[Layer]:
     for index, block in enumerate(parts.blocks):
         inside = linear_layers(model.get_submodule(block), block)
         out.extend(_layer(name, LINEAR, module, index) for name, module in inside.items())
-    if job.recipe.embeddings and parts.head is not None and not parts.tied:
+    if job.recipe.embeddings and parts.head is not None and not parts.tied and job.recipe.learner is None:
         out.append(_layer(parts.head, HEAD, model.get_submodule(parts.head), len(parts.blocks)))
     return out
 
@@ -227,7 +227,7 @@ class Known:
         """Return the metric of a token embedding, and of the head tied to it."""
         recipe, vocabulary = self.job.recipe, layer.shape[0]
         if not recipe.output_metric:
-            return Metric(outputs=self._frequencies(vocabulary)) if recipe.uses_inputs else Metric()
+            return Metric(outputs=self._frequencies(vocabulary)) if recipe.weighs_tokens else Metric()
         ends = self.store.load(f"ends-{self.job.objective.name}", 0)
         counts, second = ends["embedding"]["counts"], ends["embedding"]["second"]
         frequencies = counts / counts.sum()

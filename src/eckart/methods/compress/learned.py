@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from eckart.budget import Candidates, Option
+from eckart.budget import Candidates, Option, uniform
 from eckart.files.writing import TRAINING, LayerRecord, Partial
 from eckart.fit import Coding, Metric, coded, error_of
 from eckart.fit.subspace import SubspaceSum
@@ -21,14 +21,14 @@ from eckart.hosts import host, is_conv1d, map_of, offset_of, replace
 from eckart.maps import LinearMap, storage
 from eckart.methods.compress.allocate import Allocation, allocate, budget_of, choose, is_dense
 from eckart.methods.compress.check import Expected, expectation_of
-from eckart.methods.compress.fitting import fit_layer, loss_of, structure_name
+from eckart.methods.compress.fitting import fit_layer, loss_of, structure_name, tied_head
 from eckart.methods.compress.goal import Goal
 from eckart.methods.compress.job import Job
-from eckart.methods.compress.layers import Known, Layer, layer_candidates, weights
+from eckart.methods.compress.layers import EMBEDDING, Known, Layer, layer_candidates, weights
 from eckart.methods.compress.learner import LearnedLayer, Learner
 from eckart.methods.compress.outcome import Measured
 from eckart.methods.compress.recipe import LayerData
-from eckart.methods.compress.sweep import rounded
+from eckart.methods.compress.sweep import compressed_embedding, rounded
 from eckart.methods.training import Step, train
 from eckart.progress import Progress
 from eckart.stats import Moments, MomentSum, content_key, hooked
@@ -52,7 +52,9 @@ class Learning:
     def __init__(self, job: Job, known: Known, layers: list[Layer], folder: Path, progress: Progress) -> None:
         if job.recipe.learner is None:
             raise AssertionError("a recipe without a learner is not learned")
-        self.job, self.known, self.layers, self.folder, self.progress = job, known, layers, folder, progress
+        self.job, self.known, self.folder, self.progress = job, known, folder, progress
+        self.everything = layers
+        self.layers = [layer for layer in layers if layer.kind != EMBEDDING]  # what can be trained
         self.learner: Learner = job.recipe.learner
         self.device = job.runner.device
         self.blocks = nn.ModuleList()
@@ -60,10 +62,10 @@ class Learning:
     def plan(self) -> Allocation:
         """Return what every layer would become; the search is done for it."""
         if self.learner.search is None:
-            return allocate(self.job, self.layers, self.known, predict=True, progress=self.progress)
+            return allocate(self.job, self.everything, self.known, predict=True, progress=self.progress)
         with self.job.runner.whole() as model:
             self._enter(model)
-            found, _ = self._searched(model, tunes=False)
+            found, _, _ = self._searched(model, None)
         chosen = {name: dataclasses.replace(option, loss=0.0) for name, option in found.chosen.items()}
         return dataclasses.replace(found, chosen=chosen)
 
@@ -76,13 +78,15 @@ class Learning:
         maps: Maps = {}
         searches = self.learner.search is not None
         if not searches:
-            found = allocate(self.job, self.layers, self.known, predict=False, progress=self.progress)
+            found = allocate(self.job, self.everything, self.known, predict=False, progress=self.progress)
             maps = self._closed_form(found.chosen)
         with self.job.runner.whole() as model:
             self._enter(model)
             before = self.goal.value(model) if self.job.causal else 0.0
             if searches:
-                found, maps = self._searched(model)
+                found, maps, ends = self._searched(model, partial)
+            else:
+                ends = self._compress_embedding(model, found.chosen, partial)
             originals = {name: map_of(model.get_submodule(name)).dense() for name in maps if self.learner.departure}
             dense = {name: replace(model, name, host(map_, bias)) for name, (map_, bias, _) in maps.items()}
             if maps and self.learner.tuning is not None and not self.learner.holds:
@@ -96,7 +100,7 @@ class Learning:
             losses = {name: loss for name, (_, _, loss) in maps.items()}
             self._write(model, found.chosen, losses, partial)
             after, expected = self.goal.value(model), expectation_of(self.job, self.goal.text.held_out, model)
-            for name, module in dense.items():  # the skeleton is what everybody else goes by
+            for name, module in {**dense, **ends}.items():  # the skeleton is what everybody else goes by
                 replace(model, name, module)
         return found, self.goal.measured(before, after), expected
 
@@ -120,6 +124,17 @@ class Learning:
         self.blocks = nn.ModuleList(model.get_submodule(name) for name in self.job.parts.blocks)
         self.goal = Goal(self.job, model, features=bool(self.learner.features))
 
+    def _compress_embedding(
+        self, model: nn.Module, chosen: dict[str, Option], partial: Partial
+    ) -> dict[str, nn.Module]:
+        """Put the embedding as it is stored, and a head tied to it, in the model, frozen; return what was there."""
+        inside = [one for one in self.everything if self.job.recipe.coding or not is_dense(chosen[one.name])]
+        found = compressed_embedding(self.job, self.known, inside, chosen, partial)
+        ends: dict[str, nn.Module] = dict(found)
+        for embedding in found.values():
+            ends |= tied_head(self.job, embedding)
+        return {name: replace(model, name, module.requires_grad_(False)) for name, module in ends.items()}
+
     def _closed_form(self, chosen: dict[str, Option]) -> Maps:
         """Return the recipe's own maps of the layers that do not stay dense, in numbers that can be trained."""
         out, plain = {}, dataclasses.replace(self.job, recipe=dataclasses.replace(self.job.recipe, bits=0))
@@ -130,20 +145,31 @@ class Learning:
             out[layer.name] = (fit.map, fit.bias, loss_of(self.known, fit))
         return out
 
-    def _searched(self, model: nn.Module, *, tunes: bool = True) -> tuple[Allocation, Maps]:
-        """Train the layers, choose their ranks, leave them dense in the model; return the maps of those chosen.
+    def _searched(self, model: nn.Module, partial: Partial | None) -> tuple[Allocation, Maps, dict[str, nn.Module]]:
+        """Train the layers, choose their ranks, leave them dense in the model.
+
+        The embedding, if it takes part, gets the share that all layers together have, behind the search.
 
         Args:
             model: the whole model.
-            tunes: whether layers that are tuned as they are searched are tuned.
+            partial: where the embedding is kept; None for a plan, for which nothing is compressed or tuned.
+
+        Returns:
+            What was chosen, the maps of linear layers that do not stay dense, and the ends that were replaced.
         """
         job, learner, course = self.job, self.learner, self.learner.search
-        dense = [layer_candidates(job, layer, None) for layer in self.layers]
+        dense = [layer_candidates(job, layer, None) for layer in self.everything]
         full = sum(layer.dense.numbers for layer in dense)
         fixed = job.model.numel - full
         budget = budget_of(job, dense, fixed, job.request.limit)
         if course is None or budget >= full:
-            return Allocation({layer.name: layer.dense for layer in dense}, dense, fixed), {}
+            whole = {layer.name: layer.dense for layer in dense}
+            ends = {} if partial is None else self._compress_embedding(model, whole, partial)
+            return Allocation(whole, dense, fixed), {}, ends
+        tables = [one for one, layer in zip(dense, self.everything, strict=True) if layer.kind == EMBEDDING]
+        chosen = uniform(tables, budget / full * sum(table.dense.numbers for table in tables)) if tables else {}
+        budget -= sum(option.numbers for option in chosen.values())
+        full -= sum(table.dense.numbers for table in tables)
         originals: dict[str, nn.Module] = {}
         layers: dict[str, LearnedLayer] = {}
         generator = torch.Generator().manual_seed(job.request.seed)
@@ -166,8 +192,9 @@ class Learning:
             apart=learner.apart, progress=self.progress,
         )  # fmt: skip
         table = [self._scored(layer, layers[layer.name]) for layer in self.layers]
-        chosen = choose(job, self.layers, self.known, table, budget)
-        if tunes and learner.holds and learner.tuning is not None:
+        chosen |= choose(job, self.layers, self.known, table, budget)
+        ends = {} if partial is None else self._compress_embedding(model, chosen, partial)
+        if partial is not None and learner.holds and learner.tuning is not None:
             for layer in self.layers:
                 option = chosen[layer.name]
                 layers[layer.name].hold(min(layer.shape) if is_dense(option) else option.rank)
@@ -175,7 +202,7 @@ class Learning:
         with torch.no_grad():
             for name, original in originals.items():
                 _put(replace(model, name, original), original)
-            return Allocation(chosen, table, fixed), self._maps(model, layers, chosen)
+            return Allocation(chosen, [*tables, *table], fixed), self._maps(model, layers, chosen), ends
 
     def _scored(self, layer: Layer, learned: LearnedLayer) -> Candidates:
         """Return the ranks a layer may get with the scores the search ended with."""

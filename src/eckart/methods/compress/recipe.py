@@ -248,8 +248,6 @@ class Recipe:
             raise EckartError("bits=0 leaves this method nothing to do; give 2, 3, 4, 5, 6 or 8")
 
     def _check_learner(self, learner: Learner) -> None:
-        if self.embeddings:
-            raise EckartError("embeddings=true does not go with this method, which trains linear layers only")
         if self.heal:
             raise EckartError("heal does not go with this method, which trains the whole model; set its own steps")
         known = ("uniform", "uniform-rank", "threshold") if learner.search else ("uniform", "uniform-rank", "knapsack")
@@ -257,6 +255,11 @@ class Recipe:
             raise EckartError(
                 f"allocation={self.allocation} does not go with this method; choose one of {', '.join(known)}"
             )
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether the rows of an embedding count as much as their tokens occur, without gradients."""
+        return self.uses_inputs or (self.learner is not None and self.learner.search is not None)
 
     def family(self, name: str) -> Family | None:
         """Return the family of that name, None for low-rank maps and dense layers."""

@@ -16,9 +16,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from eckart.budget import Option
 from eckart.files.writing import LayerRecord, Partial
 from eckart.fit import Fit
-from eckart.hosts import Call, map_of, offset_of, replace
+from eckart.hosts import Call, EmbeddingHost, map_of, offset_of, replace
 from eckart.maps import Quantized
 from eckart.methods.compress.allocate import Allocation, is_dense
 from eckart.methods.compress.check import Expected, expectation
@@ -122,30 +123,9 @@ class Sweep:
         held_out = pairs["held-out"]
         return measured(self.job, held_out.original.hidden, held_out.compressed.hidden, heads), expected
 
-    def _embedding(self) -> dict[str, nn.Module]:
+    def _embedding(self) -> dict[str, EmbeddingHost]:
         """Compress the token embedding, if planned; return it by name."""
-        for layer, weight in weights(self.job, [layer for layer in self.layers if layer.kind == EMBEDDING]):
-            fit = fit_layer(self.job, self.known, layer, weight, self.chosen[layer.name])
-            module = running_embedding(self.job, fit)
-            if not self.partial.has(EMBEDDING):
-                record = LayerRecord.of(
-                    layer.name,
-                    fit.map,
-                    fit.bias,
-                    loss_of(self.known, fit),
-                    kind=EMBEDDING,
-                    padding_idx=module.padding_idx,
-                    planned=self._planned(layer),
-                )
-                self.partial.save(EMBEDDING, self._stored(layer.name, module), [record])
-            return {layer.name: module}
-        return {}
-
-    def _stored(self, name: str, module: nn.Module) -> dict[str, Tensor]:
-        """Return a fitted module's tensors by full name, in the dtype its weight was stored in."""
-        dtype = self.job.weight_dtype(name)
-        state = module.state_dict(prefix=f"{name}.")
-        return {key: t.to(dtype) if t.is_floating_point() else t for key, t in state.items()}
+        return compressed_embedding(self.job, self.known, self.layers, self.chosen, self.partial)
 
     def _enter(self, embedding: nn.Module | None, done: int) -> dict[str, Pair]:
         """Return the streams at the first unfinished block: of the held-out samples, of the calibration if needed."""
@@ -194,7 +174,7 @@ class Sweep:
                     job, self.known, layer, weight, self.chosen[layer.name], bias=bias, cross=cross
                 )
                 replace(compressed, inner, self._module(fit, weight))
-                planned, taken = self._planned(layer), self.groups.taken(layer, fit)
+                planned, taken = _planned(self.job, self.chosen[layer.name]), self.groups.taken(layer, fit)
                 loss = loss_of(self.known, fit)
                 records.append(LayerRecord.of(layer.name, fit.map, fit.bias, loss, planned=planned, shared=taken))
         self.known.forget()
@@ -221,17 +201,12 @@ class Sweep:
             for stream in ("original", "compressed"):
                 self.streams.path(f"{key}-{stream}", index).unlink(missing_ok=True)
 
-    def _planned(self, layer: Layer) -> tuple[str, int]:
-        """Return what a layer becomes, as plans say it, and at which rank."""
-        option = self.chosen[layer.name]
-        return structure_name(option, self.job.recipe.coding), option.rank
-
     def _narrow(self, layer: Layer, compressed: nn.Module, name: str, cross: CrossMoments | None) -> list[LayerRecord]:
         """Put fewer hidden units, or channels per head, in a compressed block; return the records of its layers."""
         option, records = self.chosen[layer.name], list[LayerRecord]()
         for part in fit_narrowed(self.job, self.known, layer, option, cross=cross):
             replace(compressed, part.layer.name.removeprefix(f"{name}."), running(part.fit))
-            loss, planned = loss_of(self.known, part.fit), self._planned(layer)
+            loss, planned = loss_of(self.known, part.fit), _planned(self.job, self.chosen[layer.name])
             records.append(
                 LayerRecord.of(part.layer.name, part.fit.map, part.fit.bias, loss, planned=planned, neurons=part.entry)
             )
@@ -323,10 +298,10 @@ class Sweep:
             replace(compressed, inner, running(Fit(map_, module.bias, 0.0, 0.0)))
         return [dataclasses.replace(record, loss=losses[record.name]) for record in records]
 
-    def _heads(self, swaps: dict[str, nn.Module], pairs: dict[str, Pair]) -> dict[str, nn.Module]:
+    def _heads(self, swaps: dict[str, EmbeddingHost], pairs: dict[str, Pair]) -> dict[str, nn.Module]:
         """Return the modules that replace the head: tied to a compressed embedding, or compressed itself."""
-        for module in swaps.values():
-            tied = tied_head(self.job, module)  # type: ignore[arg-type]
+        for embedding in swaps.values():
+            tied = tied_head(self.job, embedding)
             if tied:
                 return tied
         for layer, weight in weights(self.job, [layer for layer in self.layers if layer.kind == HEAD]):
@@ -336,8 +311,10 @@ class Sweep:
             module = running(fit)
             if not self.partial.has(HEAD):
                 loss = loss_of(self.known, fit)
-                record = LayerRecord.of(layer.name, fit.map, fit.bias, loss, planned=self._planned(layer))
-                self.partial.save(HEAD, self._stored(layer.name, module), [record])
+                record = LayerRecord.of(
+                    layer.name, fit.map, fit.bias, loss, planned=_planned(self.job, self.chosen[layer.name])
+                )
+                self.partial.save(HEAD, stored_tensors(self.job, layer.name, module), [record])
             return {layer.name: module}
         return {}
 
@@ -351,6 +328,43 @@ class Sweep:
         if total is None:
             raise AssertionError("a job with calibration samples has batches")
         return total
+
+
+def compressed_embedding(
+    job: Job, known: Known, layers: Sequence[Layer], chosen: Mapping[str, Option], partial: Partial
+) -> dict[str, EmbeddingHost]:
+    """Compress the token embedding, if it is among the layers, and keep it as a finished part; return it by name.
+
+    Args:
+        job: the job.
+        known: its statistics.
+        layers: those that are compressed.
+        chosen: what each becomes.
+        partial: where finished parts are written.
+    """
+    for layer, weight in weights(job, [layer for layer in layers if layer.kind == EMBEDDING]):
+        fit = fit_layer(job, known, layer, weight, chosen[layer.name])
+        module = running_embedding(job, fit)
+        if not partial.has(EMBEDDING):
+            record = LayerRecord.of(
+                layer.name, fit.map, fit.bias, loss_of(known, fit), kind=EMBEDDING,
+                padding_idx=module.padding_idx, planned=_planned(job, chosen[layer.name]),
+            )  # fmt: skip
+            partial.save(EMBEDDING, stored_tensors(job, layer.name, module), [record])
+        return {layer.name: module}
+    return {}
+
+
+def _planned(job: Job, option: Option) -> tuple[str, int]:
+    """Return what a layer becomes, as plans say it, and at which rank."""
+    return structure_name(option, job.recipe.coding), option.rank
+
+
+def stored_tensors(job: Job, name: str, module: nn.Module) -> dict[str, Tensor]:
+    """Return a fitted module's tensors by full name, in the dtype its weight was stored in."""
+    dtype = job.weight_dtype(name)
+    state = module.state_dict(prefix=f"{name}.")
+    return {key: t.to(dtype) if t.is_floating_point() else t for key, t in state.items()}
 
 
 def measured(
