@@ -1,6 +1,6 @@
 """Every method of adaptation on real tasks at equal trained parameters, its rate tuned, beside full fine-tuning.
 
-    python benchmarks/finetunes.py [--tasks trec ...] [--methods lora ...] [--again]
+    python benchmarks/finetunes.py [--tasks trec ...] [--methods lora ...] [--again | --edges]
 
 The sentence encoder all-MiniLM-L6-v2 learns questions' kinds (TREC) and phrases' sentiment (SST-2), and stories3m
 learns Shakespeare. Sizes of methods are chosen so that they train as many parameters as LoRA of rank 8 on every linear
@@ -258,17 +258,24 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
 
 
-def tuned(name: str, method: str) -> dict[str, Any]:
-    """Return the row of a method on a task: climb the grid at the first seed, then run the others at the best rate."""
+def tuned(name: str, method: str, known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the row of a method on a task: climb the grid at the first seed, then run the others at the best rate.
+
+    Args:
+        name: of the task.
+        method: the method.
+        known: its row of a shorter grid, which the climb goes on from.
+    """
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         task = tasks(Path(scratch))[name]
         parts = examples_of(task)
         base, _ = load_task_model(task.model, parts[0].labels)
-        settings = settings_of(base, method, parts[0])
-        full = fitted(replace(task, steps=REFERENCE), parts[0], base, "full", {}, 1e-5, 0)[1]["seconds"]
-        at = min(range(len(GRID)), key=lambda i: abs(math.log(GRID[i] / starting_rate(method, settings))))
-        found: dict[int, Any] = {}
+        settings = known["settings"] if known else settings_of(base, method, parts[0])
+        rate = known["rate"] if known else starting_rate(method, settings)
+        at = min(range(len(GRID)), key=lambda i: abs(math.log(GRID[i] / rate)))
+        tried = known["rates"] if known else {}
+        found: dict[int, Any] = {i: {"validation": tried[str(r)]} for i, r in enumerate(GRID) if str(r) in tried}
         best, first = -1, None
         while best != at:  # then both neighbours of the best are tried
             at = at if best < 0 else best
@@ -277,6 +284,10 @@ def tuned(name: str, method: str) -> dict[str, Any]:
                     found[i], model = run(task, parts, base, method, settings, GRID[i], SEEDS[0])
                     first = model if found[i] == min(found.values(), key=lambda r: r["validation"]) else first
             best = min(found, key=lambda i: found[i]["validation"])
+        rates = {str(GRID[i]): each["validation"] for i, each in sorted(found.items())}
+        if known and known["rate"] == GRID[at]:
+            return {**known, "rates": rates}
+        full = fitted(replace(task, steps=REFERENCE), parts[0], base, "full", {}, 1e-5, 0)[1]["seconds"]
         others = [run(task, parts, base, method, settings, GRID[at], seed) for seed in SEEDS[1:]]
         ran = [(found[at], first), *others]
         seeds = [{**row, **(measured(model, parts[2]) if model else {})} for row, model in ran]
@@ -288,9 +299,15 @@ def tuned(name: str, method: str) -> dict[str, Any]:
             "trained": count(model, bool(parts[0].labels)),
             "full seconds": full,
             "rate": GRID[at],
-            "rates": {str(GRID[i]): each["validation"] for i, each in sorted(found.items())},
+            "rates": rates,
             "seeds": seeds,
         }
+
+
+def at_edge(row: dict[str, Any]) -> bool:
+    """Tell whether the best rate of a row is the first or last that was tried, and the grid goes on."""
+    rates = [float(rate) for rate in row.get("rates", {})]
+    return len(rates) > 1 and row["rate"] in (min(rates), max(rates)) and row["rate"] not in (GRID[0], GRID[-1])
 
 
 def starting_rate(method: str, settings: dict[str, Any]) -> float:
@@ -315,6 +332,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["trec", "plays", "sst2"], choices=["trec", "sst2", "plays"])
     parser.add_argument("--methods", nargs="+", default=[*BASELINES, *SIZES], choices=[*BASELINES, *SIZES])
     parser.add_argument("--again", action="store_true", help="measure rows anew that are there already")
+    parser.add_argument("--edges", action="store_true", help="go on with rows whose best rate is the last one tried")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.task:
@@ -326,11 +344,14 @@ def main() -> None:
         return
     for name in given.tasks:
         for method in given.methods:
-            present = [(r["task"], r["method"]) for r in load("finetunes")["rows"]]
-            if (name, method) in present and not given.again:
+            present = {(r["task"], r["method"]): r for r in load("finetunes")["rows"]}
+            known = present.get((name, method))
+            if given.edges and (known is None or not at_edge(known)):
                 continue
-            row = apart("tuned", name, method)
-            if "error" not in row:
+            if known and not given.again and not given.edges:
+                continue
+            row = apart("tuned", name, method, known if given.edges else None)
+            if "error" not in row and "bytes" not in row:
                 row["bytes"] = apart("memory", name, method, row["settings"])
             # Read anew: another process may be measuring other rows.
             others = [r for r in load("finetunes")["rows"] if (r["task"], r["method"]) != (name, method)]
