@@ -22,7 +22,7 @@ CLAIMS = (
     ("aa-svd", "svd-llm", "anchoring to what the compressed part before sees", ""),
     (
         "basis-sharing", "svd-llm", "a basis shared by adjacent layers beats one for each",
-        "the common moment of the layers' inputs costs more than sharing saves; next line",
+        "the common moment of the layers' inputs costs more than sharing saves; the next row is without it",
     ),
     ("basis-sharing, own metrics", "svd-llm", "the same, every layer under its own inputs (ours)", ""),
     ("concatenated-svd", "basis-sharing", "clusters by bounds on the error beat adjacent pairs", ""),
@@ -35,7 +35,7 @@ CLAIMS = (
     (
         "dobi-svd", "svd-llm", "learned truncation of activations beats fixed truncation of weights",
         "20 steps of two windows; its update weighs every direction of a sequence alike, however little of the output "
-        "lies in it; next line",
+        "lies in it; the next row is without it",
     ),
     ("dobi-svd, by tokens", "dobi-svd", "the same with PCA of all outputs (ours)", ""),
     ("acip trained", "svd-llm", "masks on singular values, learned in one descent", ""),
@@ -51,7 +51,7 @@ CLAIMS = (
         "zs-svd", "svd-llm", "zero-sum choice of singular values by first-order changes",
         "first-order predictions do not hold far; corrections cost where little is broken",
     ),
-    ("zs-svd, no corrections", "svd-llm", "the same without corrections", "as above"),
+    ("zs-svd, no corrections", "svd-llm", "the same without corrections", "first-order predictions do not hold far"),
     ("oats", "svd-llm", "sparse plus low rank beats low rank", ""),
     (
         "slicegpt", "svd-llm", "slicing in the principal directions",
@@ -61,7 +61,10 @@ CLAIMS = (
         "modegpt", "slicegpt", "decomposition by modules beats slicing",
         "its softmax over blocks leaves the later of six blocks next to nothing at 0.5",
     ),
-    ("modegpt", "svd-llm", "the same against low rank", "as above"),
+    (
+        "modegpt", "svd-llm", "the same against low rank",
+        "its softmax over blocks leaves the later of six blocks next to nothing at 0.5",
+    ),
     ("fusegpt trained", "fusegpt, no fusion", "fusing removed blocks into neighbours beats plain removal", ""),
     ("fusegpt, no fusion", "shortgpt", "macro influence beats block influence", ""),
     ("trp trained", "svd-llm trained", "truncation inside training beats truncation before it", "150 steps only"),
@@ -78,6 +81,7 @@ CLAIMS = (
 )  # fmt: skip
 
 
+UNKNOWN = "not known"
 # Where the claims are looked at: model and what is lower if one holds.
 MEASURES = (("stories3m", "loss A"), ("all-MiniLM-L6-v2", "distance"))
 
@@ -95,6 +99,6 @@ def compression_claims(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if not held:
             continue
         verdict = "yes" if all(held) else "in part" if any(held) else "no"
-        why = why or ("" if all(held) else "not known")
+        why = why or ("" if all(held) else UNKNOWN)
         out.append({"method": method, "rival": rival, "claim": text, "verdict": verdict, "found": found, "why": why})
     return out
