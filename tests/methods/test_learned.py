@@ -238,8 +238,9 @@ def test_positions_begin_where_all_layers_meet_the_budget():
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
-def test_a_weight_is_projected_on_what_leading_outputs_of_sequences_share(rank):
-    w, x = matrix(5, 7), matrix(18, 7, 1).view(3, 6, 7)
+@pytest.mark.parametrize("tokens", [6, 3])  # more than outputs, and fewer
+def test_a_weight_is_projected_on_what_leading_outputs_of_sequences_share(rank, tokens):
+    w, x = matrix(5, 7), matrix(3 * tokens, 7, 1).view(3, tokens, 7)
     total, expected = SubspaceSum(5, rank), torch.zeros(5, 5)
     total.add((x @ w.mT)[:2])
     total.add((x @ w.mT)[2:])
@@ -250,6 +251,15 @@ def test_a_weight_is_projected_on_what_leading_outputs_of_sequences_share(rank):
     factors = total.factors(w)
     torch.testing.assert_close(factors.up.mT @ factors.up, torch.eye(rank), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(factors.dense(), axes @ axes.mT @ w, atol=1e-4, rtol=1e-4)
+
+
+def test_a_short_sequence_adds_no_directions_that_it_does_not_have():
+    total = SubspaceSum(8, 3)
+    for axes in ((2, 5, 5), (7, 7, 7)):
+        total.add(torch.eye(8)[list(axes)])  # three tokens, fewer directions
+    expected = torch.zeros(8)
+    expected[[2, 5, 7]] = 1
+    torch.testing.assert_close(total.factors(torch.eye(8)).dense(), expected.diag(), atol=1e-6, rtol=0)
 
 
 # What they do to a model

@@ -15,6 +15,9 @@ from torch import Tensor
 from eckart.linalg import top_eigen
 from eckart.maps import LowRank
 
+# Squared singular values below this share of the largest are rounding.
+NOTHING = 1e-12
+
 
 class SubspaceSum:
     """Adds up the projectors on the leading directions of matrices with m columns.
@@ -32,11 +35,22 @@ class SubspaceSum:
     def add(self, outputs: Tensor) -> None:
         """Add outputs (sequences, t, m), or (t, m) of one sequence; one shorter than k adds all its directions."""
         for y in outputs.double().reshape(-1, *outputs.shape[-2:]):
-            count = min(self.rank, *y.shape)
-            axes = top_eigen(y.mT @ y, count).vectors[:, :count]
+            axes = _leading(y, min(self.rank, *y.shape))
             self._sum += axes @ axes.mT
 
     def factors(self, weight: Tensor) -> LowRank:
         """Return P_k, P_k^T W for a weight W (m, n), in its dtype."""
         axes = top_eigen(self._sum, self.rank).vectors[:, : self.rank].to(weight.dtype)
         return LowRank(axes, axes.mT @ weight)
+
+
+def _leading(y: Tensor, count: int) -> Tensor:
+    """Return the leading right singular vectors of y (t, m), (m, count) or fewer where y has no more; from the smaller
+    of its two Gram matrices.
+    """
+    if y.shape[0] >= y.shape[1]:
+        return top_eigen(y.mT @ y, count).vectors[:, :count]
+    found = top_eigen(y @ y.mT, count)
+    values = found.values[:count]
+    there = values > NOTHING * values[0]
+    return y.mT @ (found.vectors[:, :count] / values.sqrt())[:, there]
