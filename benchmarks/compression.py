@@ -221,7 +221,7 @@ def row_of(model: str, subject: Subject, variant: str, keep: float, scratch: Pat
             cache=False,
         )
         if "error" in done:
-            return {**row, "error": done["error"]}
+            return {**row, "error": done["error"].replace(str(subject.folder), model)}
         measured = {name: measure(out) for name, measure in subject.measures.items()}
     plan, checked = done["plan"], done["checked"]
     return {

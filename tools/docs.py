@@ -160,6 +160,18 @@ def _flat(row: dict[str, Any], before: str = "") -> dict[str, Any]:
     return out
 
 
+def refusals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what was refused: model, variant, budgets, and the sentence."""
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for r in rows:
+        if "error" in r:
+            found.setdefault((r["model"], r["variant"], r["error"]), []).append(r["keep"])
+    return [
+        {"model": model, "variant": variant, "error": error, "keeps": sorted(keeps, reverse=True)}
+        for (model, variant, error), keeps in found.items()
+    ]
+
+
 def headline(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return how much of the loss that svd-llm adds eckart does not, by model and budget."""
     at = {(r["model"], r["variant"], r["keep"]): r for r in rows}
@@ -195,6 +207,7 @@ def pages() -> dict[Path, str]:
         "compression": compression,
         "tables": tables(compression["rows"]),
         "headline": headline(compression["rows"]),
+        "refusals": refusals(compression["rows"]),
         "compression_claims": compression_claims(compression["rows"]),
         "costs": costs(compression["rows"]),
         "solver": results("solver"),
