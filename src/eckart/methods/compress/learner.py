@@ -2,7 +2,8 @@
 
 Two runs follow each other. The search trains layers that are still able to be anything, and ends with a score for every
 component of every layer; the allocation turns scores and budget into ranks. The tuning trains the chosen structure. A
-method may do without either.
+method may do without either. What both lower is the same for all methods (goal.py): where pages say cross-entropy, an
+encoder has its distance from the original.
 """
 
 from abc import ABC, abstractmethod
@@ -119,7 +120,7 @@ class Learner:
         """Change the layers before a step of the search."""
 
     def objective(self, loss: Tensor, layers: "Layers", step: Step) -> Tensor:
-        """Return what a step of the search minimises, given the loss per token in nats."""
+        """Return what a step of the search minimises, given the loss."""
         return loss
 
     def after(self, layers: "Layers", step: Step) -> bool:
