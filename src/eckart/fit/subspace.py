@@ -34,9 +34,9 @@ class SubspaceSum:
 
     def add(self, outputs: Tensor) -> None:
         """Add outputs (sequences, t, m), or (t, m) of one sequence; one shorter than k adds all its directions."""
-        for y in outputs.double().reshape(-1, *outputs.shape[-2:]):
-            axes = _leading(y, min(self.rank, *y.shape))
-            self._sum += axes @ axes.mT
+        sequences = outputs.double().reshape(-1, *outputs.shape[-2:])
+        axes = torch.cat([_leading(y, min(self.rank, *y.shape)) for y in sequences], 1)
+        self._sum += axes @ axes.mT
 
     def factors(self, weight: Tensor) -> LowRank:
         """Return P_k, P_k^T W for a weight W (m, n), in its dtype."""
