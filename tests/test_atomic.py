@@ -6,8 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eckart.atomic import copy_file, replacing, write_json, write_tensors, write_text
+from eckart.atomic import aligned, copy_file, replacing, write_json, write_tensors, write_text
 from eckart.errors import EckartError
+from eckart.files.adapters import read_tensors
+from eckart.stats import Store
 
 
 def test_writers(tmp_path):
@@ -55,3 +57,16 @@ def test_what_cannot_be_written_says_so(tmp_path):
     with pytest.raises(EckartError, match=r"cannot write .*folder: "):
         write_tensors(tmp_path / "folder", {"x": torch.zeros(1)})
     assert {p.name for p in tmp_path.iterdir()} == {"file", "folder"}
+
+
+def test_what_is_read_lies_where_torch_would_have_put_it(tmp_path):
+    """Products of tensors that begin elsewhere differ in their last bits on some processors."""
+    odd = {f"t{i}": torch.randn(i) for i in (3, 5, 7, 64)}
+    write_tensors(tmp_path / "a.safetensors", odd)
+    store = Store(tmp_path / "store")
+    store.save("kind", 0, {"part": odd})
+    for found in (read_tensors(tmp_path / "a.safetensors"), store.load("kind", 0)["part"]):
+        assert all(torch.equal(found[name], tensor) for name, tensor in odd.items())
+        assert {tensor.data_ptr() % 64 for tensor in found.values()} == {0}
+    own = odd["t64"]
+    assert aligned(own) is own

@@ -1,4 +1,6 @@
-"""Writing files so that a reader sees either the old file or the whole new one, whatever happens meanwhile."""
+"""Writing files so that a reader sees either the old file or the whole new one, whatever happens meanwhile, and reading
+tensors back so that they compute the same bits as those written.
+"""
 
 import json
 import os
@@ -14,6 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eckart.errors import EckartError
+
+# Bytes at whose multiples torch puts tensors on the CPU.
+ALIGNMENT = 64
 
 
 @contextmanager
@@ -58,6 +63,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             save_file(held, temporary, metadata=dict(metadata or {"format": "pt"}))
         except SafetensorError as error:  # what the library raises where a file cannot be written
             raise OSError(None, str(error)) from error
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Return a tensor where torch would have put it: read from a file it begins anywhere, and on some processors a
+    product then differs in its last bits.
+    """
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 def read_json(path: Path) -> dict[str, Any]:

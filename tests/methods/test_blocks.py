@@ -259,13 +259,6 @@ def test_what_cannot_lose_blocks_is_refused_and_nothing_is_written(demo, text, t
     assert {path.name for path in tmp_path.iterdir()} == {"gpt2", "moe"}
 
 
-def test_an_encoder_is_not_healed_on_next_tokens(folders, texts, tmp_path):
-    settings = {"heal": 1, "heal_kind": "lora"}
-    with pytest.raises(EckartError, match="heal_kind=lora trains on predicting the next token, which BertModel in"):
-        eckart.compress(folders["bert"], tmp_path / "out", method="svd", calibration=texts["bert"], settings=settings)
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_run_that_diverges_keeps_its_state(demo, text, tmp_path):
     arguments = QUICK | {"method": "fusegpt", "calibration": text, "keep": 0.85}
     with pytest.raises(EckartError, match=r"the fuse run diverged at step .* use a smaller learning rate"):

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from eckart.atomic import appearing, check_output, read_json, write_json, write_tensors
+from eckart.atomic import aligned, appearing, check_output, read_json, write_json, write_tensors
 from eckart.errors import EckartError
 from eckart.files.changes import StoredChange, change_entry, read_change
 from eckart.maps import LinearMap
@@ -159,6 +159,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         EckartError: if it is missing or damaged.
     """
     try:
-        return dict(load_file(path))
+        return {name: aligned(tensor) for name, tensor in load_file(path).items()}
     except (SafetensorError, OSError) as error:
         raise EckartError(f"{path} cannot be read ({error}); copy the folder again") from error

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from eckart.atomic import write_tensors
+from eckart.atomic import aligned, write_tensors
 from eckart.errors import EckartError
 from eckart.hosts.attention import BoundedRank, FixedRank, LearnedRank, Policy, RankGate
 from eckart.maps import Gated
@@ -165,7 +165,7 @@ def load_attention(model: PreTrainedModel, path: str | Path) -> AdaptiveAttentio
     try:
         with safe_open(path, "pt") as handle:
             stated = json.loads((handle.metadata() or {})[KEY])
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+            tensors = {key: aligned(handle.get_tensor(key)) for key in handle.keys()}  # noqa: SIM118
         if stated["format"] != LAYOUT:
             raise EckartError(f"{path} has format {stated['format']}, but this version reads {LAYOUT}; update eckart")
         gates = {name: _gate(name, entry, tensors) for name, entry in stated["layers"].items()}

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from eckart.atomic import write_tensors
+from eckart.atomic import aligned, write_tensors
 from eckart.errors import EckartError
 
 # Raised whenever a statistic changes its meaning, so that older caches are not read.
@@ -58,7 +58,7 @@ class Store:
         try:
             with safe_open(path, "pt", device=str(self.device)) as file:
                 keys = [key for key in file.keys() if wanted(key.partition("|")[0])]  # noqa: SIM118
-                flat = {key: file.get_tensor(key) for key in keys}
+                flat = {key: aligned(file.get_tensor(key)) for key in keys}
         except (SafetensorError, OSError) as error:
             raise EckartError(f"{path} is damaged ({error}); delete its folder and run again") from error
         out: dict[str, dict[str, Tensor]] = {}
